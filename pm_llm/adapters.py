@@ -1,0 +1,277 @@
+"""PEFT LoRA adapters as low-rank matrices: reading, writing, activating. The only place that knows PEFT's files.
+
+An adapter in memory is a mapping from module name to :class:`~pm_llm.lowrank.LowRank`, with the LoRA scaling folded
+into the factors. What cannot be folded exactly (DoRA, biases, saved modules ...) is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pm_llm.errors import PmLlmError
+from pm_llm.lowrank import LowRank
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# fields of LoraConfig that say which modules are adapted; they travel unchanged from adapter to adapter
+_PLACE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
+# fields that change nothing about the weights once the scaling is folded in
+_HARMLESS = {
+    *_PLACE,
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_type"),
+    *("peft_version", "runtime_config", "megatron_core", "loftq_config", "eva_config", "ensure_weight_tying"),
+}
+# initialisations that leave the base weights as they are
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: `factors` maps a module's name in the base model to its low-rank update.
+
+    `place` holds the fields of the PEFT configuration that say where the adapter sits (target modules and the like),
+    `base_model` the name or path of the model it belongs to, `task_type` PEFT's task type.
+    """
+
+    factors: dict[str, LowRank]
+    place: dict[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
+    task_type: str | None = None
+
+    @property
+    def rank(self) -> int:
+        """The largest rank over the modules."""
+        return max(x.rank for x in self.factors.values())
+
+    def replace_factors(self, factors: dict[str, LowRank]) -> Adapter:
+        """The same adapter with other matrices."""
+        return dataclasses.replace(self, factors=factors)
+
+    # ---- PEFT's configuration ----
+    def peft_config(self) -> LoraConfig:
+        """A plain LoRA configuration with scaling 1 everywhere: `lora_alpha = r`, no rsLoRA.
+
+        Modules whose rank is not the commonest one are named in `rank_pattern` and `alpha_pattern`.
+        """
+        common = Counter(x.rank for x in self.factors.values()).most_common(1)[0][0]
+        other = {name: x.rank for name, x in self.factors.items() if x.rank != common}
+        return LoraConfig(
+            r=common,
+            lora_alpha=common,
+            rank_pattern=dict(other),
+            alpha_pattern=dict(other),
+            base_model_name_or_path=self.base_model,
+            task_type=self.task_type,
+            inference_mode=True,
+            **self.place,
+        )
+
+    def peft_state(self) -> dict[str, Tensor]:
+        """Tensors under the names PEFT writes to `adapter_model.safetensors`."""
+        state: dict[str, Tensor] = {}
+        for name, x in self.factors.items():
+            state[f"{_PREFIX}{name}.lora_A.weight"] = x.A.detach().cpu().contiguous()
+            state[f"{_PREFIX}{name}.lora_B.weight"] = x.B.detach().cpu().contiguous()
+        return state
+
+    # ---- disk ----
+    def save(self, folder: str | Path) -> None:
+        """Write an ordinary PEFT adapter folder (config and safetensors)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.peft_state(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        self.peft_config().save_pretrained(str(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Adapter:
+        """Read an adapter folder. Raises PmLlmError if it is missing, damaged, or not a LoRA that folds exactly."""
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise PmLlmError(
+                    f"{folder} is not an adapter folder: {name} is missing. "
+                    "Give a folder written by PEFT's save_pretrained with safetensors."
+                )
+        try:
+            raw = json.loads((folder / CONFIG_FILE).read_text())
+            state = load_file(folder / WEIGHTS_FILE)
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise PmLlmError(f"{folder} is damaged: {error}. Write the adapter again.") from error
+        if raw.get("peft_type") != "LORA":
+            raise PmLlmError(f"{folder} holds a {raw.get('peft_type')} adapter; only LORA adapters can be merged here.")
+        return cls.from_state(state, PeftConfig.from_pretrained(str(folder)), where=str(folder))
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], config: PeftConfig, where: str = "the adapter") -> Adapter:
+        """From a PEFT state dict (as `get_peft_model_state_dict` gives it) and its configuration."""
+        if not isinstance(config, LoraConfig):
+            raise PmLlmError(f"{where}: a {type(config).__name__} is not a LoraConfig; only LoRA can be merged here.")
+        _refuse_what_cannot_fold(config, where)
+        sides: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            module, _, tail = key.removeprefix(_PREFIX).partition(".lora_")
+            if tail not in ("A.weight", "B.weight") or tensor.ndim != 2:
+                raise PmLlmError(
+                    f"{where}: tensor {key!r} {tuple(tensor.shape)} is not a LoRA factor of a linear layer, "
+                    "so it cannot be folded exactly. Adapt linear layers only."
+                )
+            sides.setdefault(module, {})[tail[0]] = tensor
+        if not sides:
+            raise PmLlmError(f"{where} holds no LoRA weights.")
+        factors = {}
+        for module, pair in sides.items():
+            if len(pair) != 2:
+                raise PmLlmError(f"{where}: module {module} has only one of its two LoRA factors.")
+            a, b = pair["A"].float(), pair["B"].float()
+            factors[module] = LowRank(b * _scaling(config, module, rank=a.shape[0]), a)
+        place = {name: _sorted(getattr(config, name)) for name in _PLACE}
+        return cls(factors, place, config.base_model_name_or_path, _task_type(config))
+
+    # ---- a live model ----
+    @classmethod
+    def from_model(cls, model: PeftModel, name: str) -> Adapter:
+        """The adapter `name` of a live PeftModel, copied to CPU in float32."""
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        state = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
+        return cls.from_state(state, model.peft_config[name], where=f"adapter {name!r}")
+
+    def attach(self, model: PeftModel, name: str, dropout: float = 0.0) -> None:
+        """Put this adapter into `model` under `name`, replacing one of that name. Call :func:`set_active` afterwards.
+
+        Raises:
+            PmLlmError: If the model does not have the adapter's modules, or has others of its target modules.
+        """
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        config = self.peft_config()
+        config.lora_dropout = dropout
+        model.add_adapter(name, config)
+        result = set_peft_model_state_dict(model, self.peft_state(), adapter_name=name)
+        missing = [key for key in result.missing_keys if f".{name}." in key]
+        if missing or result.unexpected_keys:
+            raise PmLlmError(
+                f"the adapter does not fit the model: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}. "
+                "Is it an adapter of another base model?"
+            )
+
+
+def set_active(model: PeftModel, names: list[str], trainable: str | None) -> None:
+    """Activate exactly `names`, and let exactly `trainable` require gradients (PEFT makes every active one trainable).
+
+    The order of `names` is the order in which the updates are summed.
+    """
+    if names:
+        model.base_model.set_adapter(names)
+    for module in lora_layers(model).values():
+        for factors in (module.lora_A, module.lora_B):
+            for name, factor in factors.items():
+                factor.requires_grad_(name == trainable)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers of a (possibly wrapped) PeftModel by their name in the base model."""
+    return {
+        name.rpartition(_PREFIX)[2]: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+
+
+def trainable_adapter(model: PeftModel) -> str:
+    """The one adapter whose weights require gradients. Raises PmLlmError if there is none or more than one."""
+    names = {
+        name
+        for module in lora_layers(model).values()
+        for factors in (module.lora_A, module.lora_B)
+        for name, factor in factors.items()
+        if any(p.requires_grad for p in factor.parameters())
+    }
+    if len(names) != 1:
+        raise PmLlmError(
+            f"the model has {len(names)} trainable LoRA adapters ({', '.join(sorted(names)) or 'none'}); "
+            "exactly one is needed. Freeze the others with requires_grad_(False)."
+        )
+    return names.pop()
+
+
+@contextmanager
+def scaled(layers: Iterable[LoraLayer], name: str, factor: float) -> Iterator[None]:
+    """Within the block, the update of adapter `name` alone counts `factor` times; afterwards it is exactly as before.
+
+    The product B A is multiplied once, through `LoraLayer.scaling[name]`. PEFT's `rescale_adapter_scale` would scale
+    every active adapter, the frozen running one too.
+    """
+    layers = [layer for layer in layers if name in layer.scaling]
+    before = [layer.scaling[name] for layer in layers]
+    try:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[name] = scaling * factor
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[name] = scaling
+
+
+def check_same_place(running: Adapter, new: Adapter) -> None:
+    """Raise PmLlmError unless both adapters belong to the same base model and adapt the same modules."""
+    if running.base_model and new.base_model and running.base_model != new.base_model:
+        raise PmLlmError(
+            f"the adapters belong to different base models: {running.base_model!r} and {new.base_model!r}. "
+            "Only adapters of one base model can be merged."
+        )
+    only_running, only_new = set(running.factors) - set(new.factors), set(new.factors) - set(running.factors)
+    if only_running or only_new:
+        raise PmLlmError(
+            f"the adapters have different target modules: {len(only_running)} only in the running one "
+            f"(e.g. {min(only_running, default='-')}), {len(only_new)} only in the new one "
+            f"(e.g. {min(only_new, default='-')}). Train both with the same target_modules."
+        )
+    for name, x in running.factors.items():
+        if x.shape != new.factors[name].shape:
+            raise PmLlmError(f"module {name} has shape {x.shape} in one adapter and {new.factors[name].shape} in other.")
+
+
+def _scaling(config: LoraConfig, module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA, after PEFT's rank and alpha patterns."""
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    return alpha / rank**0.5 if config.use_rslora else alpha / rank
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def _task_type(config: PeftConfig) -> str | None:
+    return getattr(config.task_type, "value", config.task_type)
+
+
+def _refuse_what_cannot_fold(config: LoraConfig, where: str) -> None:
+    """Anything but its default outside the known-harmless fields changes the weights in a way B A does not hold."""
+    default = LoraConfig()
+    found = [
+        f.name
+        for f in dataclasses.fields(config)
+        if f.name not in _HARMLESS and getattr(config, f.name) not in (getattr(default, f.name), [], {})
+    ]
+    if config.init_lora_weights not in _PLAIN_INIT:
+        found.append(f"init_lora_weights={config.init_lora_weights!r} (it changes the base weights)")
+    if found:
+        raise PmLlmError(
+            f"{where} uses {', '.join(found)}, which cannot be folded exactly into a low-rank sum. "
+            "Train a plain LoRA or rsLoRA adapter on linear layers."
+        )

@@ -1,0 +1,178 @@
+"""The command line: pm-llm run, merge, evaluate, report, push. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from pm_llm import __version__
+from pm_llm.config import RunConfig, flags, load_config
+from pm_llm.errors import PmLlmError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="pm-llm",
+        description="Fine-tune one language model on task after task and forget little; the result is one PEFT adapter.",
+    )
+    parser.add_argument("--version", action="version", version=f"pm-llm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="train a sequence of tasks",
+        description="Train a sequence of tasks. Any key of the configuration can be given as a flag and overrides "
+        "the file; a dot reaches into a section (--lora.r 4). Values are read as YAML.",
+        epilog="keys:\n" + "\n".join(f"  --{key}\n        {text}" for key, text in flags()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+
+    merge = commands.add_parser("merge", help="fold one LoRA adapter into another, exactly")
+    merge.add_argument("--running", required=True, metavar="DIR", help="the adapter to fold into")
+    merge.add_argument("--new", required=True, metavar="DIR", help="the adapter to add")
+    merge.add_argument("--coefficient", type=float, default=1.0, help="weight of the new adapter (default: 1)")
+    merge.add_argument("--max-rank", type=int, help="truncate the result to this rank (default: exact, no truncation)")
+    merge.add_argument("--out", required=True, metavar="DIR", help="folder for the result; must not exist")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score an adapter on tasks",
+        description="Score a PEFT adapter (or the base model alone) on tasks. Further flags are keys of the "
+        "configuration, as for run: --model, --benchmark, --order, --data-dir, --tasks ...",
+    )
+    evaluate.add_argument("--adapter", metavar="DIR_OR_ID", help="adapter folder or Hub id; none: the base model alone")
+    evaluate.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+
+    report = commands.add_parser("report", help="print a finished run's tables and draw its matrix again")
+    report.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="one run, or several to compare")
+
+    push = commands.add_parser("push", help="upload a run's adapter with a model card to the Hub")
+    push.add_argument("run_dir", metavar="RUN_DIR")
+    push.add_argument("repo_id", metavar="USER/NAME")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--dry-run", action="store_true", help="write the card and list the files, upload nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0, or 2 after printing one line on bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    given, rest = parser.parse_known_args(arguments)
+    try:
+        if given.command in ("run", "evaluate"):
+            config = load_config(given.config, parse_overrides(rest))
+            return run(config) if given.command == "run" else evaluate(given.adapter, config)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return {"merge": merge, "report": report, "push": push}[given.command](given)
+    except PmLlmError as error:
+        print(f"pm-llm: error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` pairs; several values make a list; `--data-dir` is `data_dir`.
+
+    Raises:
+        PmLlmError: If a value is missing, or something is not a flag.
+    """
+    overrides: dict[str, list[Any]] = {}
+    key = None
+    for word in rest:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            key = name.replace("-", "_")
+            overrides[key] = [_yaml(value)] if equals else []
+        elif key is None:
+            raise PmLlmError(f"{word!r} is not a flag. Settings are given as --key value.")
+        else:
+            overrides[key].append(_yaml(word))
+    lists = {"tasks", "lora.target_modules", "lora.layers_to_transform"}
+    for key, values in overrides.items():
+        if not values:
+            raise PmLlmError(f"--{key} needs a value.")
+    return {
+        key: values if len(values) > 1 or (key in lists and not isinstance(values[0], list)) else values[0]
+        for key, values in overrides.items()
+    }
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def run(config: RunConfig) -> int:
+    """`pm-llm run`: train, then print the matrix and what follows from it."""
+    from pm_llm.progress import quiet_libraries, say
+
+    quiet_libraries()
+    from pm_llm.report import describe, draw_matrix
+    from pm_llm.sequence import ContinualSequence
+
+    sequence = ContinualSequence(config)
+    results = sequence.run()
+    if sequence.state.is_main_process:
+        draw_matrix(results, sequence.run_dir.path / "matrix.png")
+        say("\n" + describe(results))
+        say(f"\nadapter: {sequence.run_dir.adapter}\nresults: {sequence.run_dir.path / 'results.json'}")
+    return 0
+
+
+def evaluate(adapter: str | None, config: RunConfig) -> int:
+    """`pm-llm evaluate`: one line a task, and their mean."""
+    from pm_llm.progress import quiet_libraries, say
+
+    quiet_libraries()
+    from pm_llm.evaluation.run import evaluate_adapter
+
+    scores = evaluate_adapter(adapter, config.check())
+    for name, value in scores.items():
+        say(f"{name}\t{value:.2f}")
+    say(f"mean\t{sum(scores.values()) / len(scores):.2f}")
+    return 0
+
+
+def merge(given: argparse.Namespace) -> int:
+    """`pm-llm merge`: fold, write, and say how exact it is."""
+    from pm_llm.merges.files import merge_folders
+
+    report = merge_folders(given.running, given.new, given.coefficient, given.max_rank, given.out)
+    print(f"{given.out}: rank {report.rank}, relative truncation error {report.truncation_error:.3e}")
+    return 0
+
+
+def report(given: argparse.Namespace) -> int:
+    """`pm-llm report`: tables, and the heat map beside each run."""
+    from pm_llm.report import compare, describe, draw_matrix
+    from pm_llm.run_dir import RunDir
+
+    runs = [RunDir.open(path) for path in given.run_dir]
+    found = [run.results() for run in runs]
+    for run_dir, results in zip(runs, found, strict=True):
+        draw_matrix(results, run_dir.path / "matrix.png")
+        print(f"{run_dir.path}\n{describe(results)}\n")
+    if len(found) > 1:
+        print(compare(found))
+    return 0
+
+
+def push(given: argparse.Namespace) -> int:
+    """`pm-llm push`: the adapter and its card."""
+    from pm_llm.hub import push_run
+
+    print(push_run(given.run_dir, given.repo_id, private=given.private, dry_run=given.dry_run))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The configuration of a run. YAML sets values, command-line flags override them, an unknown key is an error.
+
+Imports neither torch nor transformers, so that `pm-llm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.methods import PRESETS, Method
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text; lists and mappings get a fresh copy each."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class LoraSection:
+    """The task adapter, with PEFT's names."""
+
+    r: int = option(8, "Rank of each task's adapter.")
+    lora_alpha: int = option(16, "LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with rsLoRA).")
+    lora_dropout: float = option(0.0, "Dropout on the adapter's input while training.")
+    target_modules: list[str] | str | None = option(None, "Modules to adapt; none: q and v projections.")
+    layers_to_transform: list[int] | None = option(None, "Only these layer numbers; none: all.")
+    use_rslora: bool = option(False, "Rank-stabilised scaling.")
+    rank_pattern: dict[str, int] = option({}, "Module pattern -> rank, where it differs from r.")
+    alpha_pattern: dict[str, int] = option({}, "Module pattern -> alpha, where it differs from lora_alpha.")
+
+
+@dataclass
+class TrainSection:
+    """Training of each task, with transformers' names."""
+
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    num_train_epochs: float = option(1.0, "Passes over each task's rows (ignored with max_steps).")
+    max_steps: int = option(-1, "Optimizer steps per task; -1: by num_train_epochs.")
+    per_device_train_batch_size: int = option(8, "Rows per process and forward pass.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
+    lr_scheduler_type: str = option("constant", "Learning-rate schedule within a task.")
+    warmup_steps: float = option(0.0, "Warm-up steps, or their share of the task if below 1.")
+    weight_decay: float = option(0.0, "Weight decay on the adapter.")
+    max_grad_norm: float = option(1.0, "Gradient clipping.")
+    optim: str = option("adamw_torch", "Optimizer.")
+    gradient_checkpointing: bool = option(False, "Trade compute for memory.")
+    logging_steps: int = option(10, "Steps between two log lines.")
+    extra: dict[str, Any] = option({}, "Any other field of transformers' TrainingArguments.")
+
+
+@dataclass
+class FisherSection:
+    """Curvature of each task, for methods that use it."""
+
+    samples: int = option(128, "Training rows whose gradients are averaged.")
+    batch_size: int = option(4, "Rows per forward pass.")
+
+
+@dataclass
+class EvaluationSection:
+    """Generation on the test rows after each task."""
+
+    what: str = option("seen", "After each task, score the tasks `seen` so far, or `all` of them.")
+    batch_size: int = option(16, "Prompts decoded together.")
+
+
+@dataclass
+class RunConfig:
+    """One run: a model, a sequence of tasks, a method."""
+
+    model: str = option("embedded:llama", "Hub id or folder of the base model, or embedded:llama, embedded:t5.")
+    dtype: str = option("float32", "Weights and compute: float32 or bfloat16.")
+    benchmark: str | None = option(None, "A benchmark: embedded, standard_cl.")
+    order: Any = option(None, "The benchmark's order by name, or a list of its task names.")
+    data_dir: str | None = option(None, "Folder with the benchmark's rows, or that `tasks` are relative to.")
+    tasks: list[Any] = option([], "Your own tasks: files, folders, dataset ids, or mappings with `data`.")
+    method: str = option("pm", "Preset: " + ", ".join(PRESETS) + ".")
+    start: Any = option(None, "Replaces the preset's start.")
+    constrain: Any = option(None, "Replaces the preset's constraints: a name, a mapping, a list, or none.")
+    merge: Any = option(None, "Replaces the preset's merge: a name, or a mapping with its options.")
+    max_rank: int | None = option(64, "Rank the running adapter is truncated to; none: it grows with every task.")
+    max_train_samples: int | None = option(None, "At most this many training rows a task.")
+    max_test_samples: int | None = option(None, "At most this many test rows a task.")
+    max_length: int = option(512, "Longest input in tokens; prompts are shortened inside their answer frame.")
+    max_new_tokens: int | None = option(None, "Longest answer in tokens; none: the task's longest training answer.")
+    lora: LoraSection = field(default_factory=LoraSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    fisher: FisherSection = field(default_factory=FisherSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    seed: int = option(0, "Seed of rows, initial adapters, batches and perturbations.")
+    output_dir: str = option("runs/default", "The run's folder.")
+
+    def parsed_method(self) -> Method:
+        """The method with its overrides."""
+        return Method.parse(self.method, self.start, self.constrain, self.merge)
+
+    def check(self) -> RunConfig:
+        """This configuration. Raises PmLlmError on a value out of range or a choice that cannot be built."""
+        for name, allowed in (("dtype", ("float32", "bfloat16")), ("evaluation.what", ("seen", "all"))):
+            value = _get(self, name)
+            if value not in allowed:
+                raise PmLlmError(f"{name} is {value!r}; it must be {' or '.join(allowed)}.")
+        for name in (
+            *("max_rank", "max_train_samples", "max_test_samples", "max_length", "max_new_tokens", "lora.r"),
+            *("fisher.samples", "fisher.batch_size", "evaluation.batch_size", "train.per_device_train_batch_size"),
+            *("train.gradient_accumulation_steps", "train.logging_steps"),
+        ):
+            value = _get(self, name)
+            if value is not None and value < 1:
+                raise PmLlmError(f"{name} is {value}; it must be at least 1.")
+        method = self.parsed_method()
+        method.start.build("start")
+        method.merge.build("merge")
+        for choice in method.constrain:
+            choice.build("constrain")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As YAML would hold it."""
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """A configuration from a YAML file (or the defaults) and overrides by dotted key, e.g. `{"lora.r": 4}`.
+
+    Raises:
+        PmLlmError: If the file is missing or no mapping, a key is unknown (the nearest known one is named), or a value
+            has the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise PmLlmError(f"cannot read the configuration {path}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise PmLlmError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise PmLlmError(f"{path} holds no mapping of keys to values.")
+    for key, value in (overrides or {}).items():
+        section, _, name = key.rpartition(".")
+        target = values.setdefault(section, {}) if section else values
+        if not isinstance(target, dict):
+            raise PmLlmError(f"{section!r} is {target!r}, so {key!r} cannot be set.")
+        target[name] = value
+    return _build(RunConfig, values, "")
+
+
+def flags() -> list[tuple[str, str]]:
+    """Every dotted key with its help text and default, for `--help`."""
+    rows = []
+    for f in dataclasses.fields(RunConfig):
+        if dataclasses.is_dataclass(f.default_factory):
+            rows += [(f"{f.name}.{g.name}", _help(g)) for g in dataclasses.fields(f.default_factory)]
+        else:
+            rows.append((f.name, _help(f)))
+    return rows
+
+
+def _help(f: dataclasses.Field) -> str:
+    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+    shown = "none" if default is None else default
+    return f"{f.metadata['help']} (default: {shown})"
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    built = {}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_name("key", prefix + str(key), [prefix + name for name in known])
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise PmLlmError(f"{prefix}{key} is {value!r}; it must be a mapping.")
+            built[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
+        else:
+            built[key] = _convert(value, hints[key], prefix + key)
+    return cls(**built)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the annotated type; an int is a float too, and YAML's `1e-3` (a string to YAML 1.1) is a number."""
+    if hint is Any:
+        return value
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if is_union else (hint,)
+    for one in options:
+        plain = typing.get_origin(one) or one
+        if plain is type(None) and (value is None or value == "none"):
+            return None
+        if plain is float and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                continue
+        if plain is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+            return value
+    names = " or ".join("none" if o is type(None) else str(getattr(o, "__name__", o)) for o in options)
+    raise PmLlmError(f"{key} is {value!r}; it must be {names}.")
+
+
+def _get(config: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config

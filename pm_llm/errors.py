@@ -1,0 +1,22 @@
+"""Errors that are the user's to mend: one clear line, no traceback on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PmLlmError(ValueError):
+    """Bad input. The message says what was given, what is allowed and what to do."""
+
+
+class NonFiniteLossError(PmLlmError):
+    """The training loss became NaN or infinite; the running adapter has not been touched."""
+
+
+def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> PmLlmError:
+    """The error for a name that is not among `allowed`, with the nearest one that is."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return PmLlmError(f"unknown {kind} {given!r}.{hint} Allowed: {', '.join(names)}.")

@@ -1,0 +1,1 @@
+"""Evaluation: generation, scorers, the accuracy matrix and what is computed from it."""

@@ -1,0 +1,77 @@
+"""Exact algebra on W = B A, without ever forming W (d_out x d_in).
+
+Every function takes and returns :class:`LowRank`; inner products are Frobenius inner products of the products B A.
+Sums are taken in float64: folding fifteen adapters must not lose the first one to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix `B @ A`, with `B` (d_out, rank) and `A` (rank, d_in). A LoRA scaling is already inside."""
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} are not the factors of one matrix")
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of B (an upper bound of the matrix rank)."""
+        return self.B.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the product."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def scale(self, factor: float) -> LowRank:
+        """`factor * B A`; the factor multiplies one side only."""
+        return LowRank(self.B * factor, self.A)
+
+    def dense(self) -> Tensor:
+        """The (d_out, d_in) product. For tests and the dense reference only."""
+        return self.B @ self.A
+
+
+def add(x: LowRank, y: LowRank) -> LowRank:
+    """`x + y`, exact, rank(x) + rank(y): `[B_x | B_y] [A_x ; A_y]`."""
+    if x.shape != y.shape:
+        raise ValueError(f"cannot add matrices of shapes {x.shape} and {y.shape}")
+    return LowRank(torch.cat([x.B, y.B], dim=1), torch.cat([x.A, y.A], dim=0))
+
+
+def inner(x: LowRank, y: LowRank) -> float:
+    """`<x, y> = sum((B_x' B_y) o (A_x A_y'))`, in O((d_out + d_in) rank^2)."""
+    left = x.B.double().T @ y.B.double()
+    right = x.A.double() @ y.A.double().T
+    return float((left * right).sum())
+
+
+def truncate(x: LowRank, rank: int) -> tuple[LowRank, float, float]:
+    """The best approximation of at most `rank` (Eckart-Young), by QR of both factors and an SVD of the small core.
+
+    With `B = Q_B R_B` and `A' = Q_A R_A`, `B A = Q_B (R_B R_A') Q_A'`; the core is rank x rank, so the cost is
+    O((d_out + d_in) rank^2 + rank^3).
+
+    Returns:
+        The approximation, the squared Frobenius norm of what was cut, and that of the whole.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if x.rank <= rank:
+        return x, 0.0, inner(x, x)
+    q_b, r_b = torch.linalg.qr(x.B.double())
+    q_a, r_a = torch.linalg.qr(x.A.double().T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = s[:rank].sqrt()
+    kept = LowRank(((q_b @ u[:, :rank]) * root).to(x.B.dtype), (root[:, None] * (vh[:rank] @ q_a.T)).to(x.A.dtype))
+    return kept, float((s[rank:] ** 2).sum()), float((s**2).sum())

@@ -1,0 +1,109 @@
+"""A method is three choices: how the adapter starts, what constrains training, how the result is merged.
+
+The registry holds dotted names, so that reading it imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from pm_llm.errors import PmLlmError, unknown_name
+
+STARTS = {
+    "fresh": "pm_llm.starts.fresh:Fresh",
+    "continue": "pm_llm.starts.continuing:Continue",
+}
+CONSTRAINTS = {
+    "perturb": "pm_llm.constraints.perturb:Perturb",
+}
+MERGES = {
+    "replace": "pm_llm.merges.replace:Replace",
+    "sum": "pm_llm.merges.sum:Sum",
+    "average": "pm_llm.merges.average:Average",
+    "constant": "pm_llm.merges.constant:Constant",
+    "optimal": "pm_llm.merges.optimal:Optimal",
+}
+REGISTRIES = {"start": STARTS, "constrain": CONSTRAINTS, "merge": MERGES}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the three words with its options, e.g. `Choice("perturb", {"epsilon": 0.5})`."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, value: Any, kind: str) -> Choice:
+        """From YAML: a name, or a mapping with `name` and options. Raises PmLlmError on anything else."""
+        if isinstance(value, Choice):
+            choice = value
+        elif isinstance(value, str):
+            choice = cls(value)
+        elif isinstance(value, dict) and isinstance(value.get("name"), str):
+            choice = cls(value["name"], {k: v for k, v in value.items() if k != "name"})
+        else:
+            raise PmLlmError(
+                f"{kind}: {value!r} is not a choice. Give a name ({', '.join(REGISTRIES[kind])}) "
+                "or a mapping with `name` and its options."
+            )
+        if choice.name not in REGISTRIES[kind]:
+            raise unknown_name(kind, choice.name, REGISTRIES[kind])
+        return choice
+
+    def build(self, kind: str) -> Any:
+        """The object itself. Raises PmLlmError on an unknown option or a value out of range."""
+        module, _, attribute = REGISTRIES[kind][self.name].partition(":")
+        factory = getattr(importlib.import_module(module), attribute)
+        allowed = {f.name for f in dataclasses.fields(factory) if f.init}
+        for key in self.options:
+            if key not in allowed:
+                raise unknown_name(f"option of {kind} {self.name!r}:", key, allowed or {"(none)"})
+        return factory(**self.options)
+
+    def plain(self) -> Any:
+        """As YAML would hold it."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
+
+@dataclass(frozen=True)
+class Method:
+    """`start`, `constrain` (any number, they compose) and `merge`, each a :class:`Choice`."""
+
+    start: Choice = Choice("fresh")
+    constrain: tuple[Choice, ...] = ()
+    merge: Choice = Choice("replace")
+
+    @classmethod
+    def parse(cls, preset: str, start: Any = None, constrain: Any = None, merge: Any = None) -> Method:
+        """A preset with any of its three words replaced; `constrain: none` or `[]` means no constraint."""
+        if preset not in PRESETS:
+            raise unknown_name("method", preset, PRESETS)
+        method = PRESETS[preset]
+        if start is not None:
+            method = dataclasses.replace(method, start=Choice.parse(start, "start"))
+        if constrain is not None:
+            items = [] if constrain == "none" else constrain if isinstance(constrain, (list, tuple)) else [constrain]
+            method = dataclasses.replace(method, constrain=tuple(Choice.parse(i, "constrain") for i in items))
+        if merge is not None:
+            method = dataclasses.replace(method, merge=Choice.parse(merge, "merge"))
+        return method
+
+    def plain(self) -> dict[str, Any]:
+        """As YAML would hold it."""
+        return {
+            "start": self.start.plain(),
+            "constrain": [c.plain() for c in self.constrain],
+            "merge": self.merge.plain(),
+        }
+
+
+PRESETS: dict[str, Method] = {
+    "pm": Method(Choice("fresh"), (Choice("perturb"),), Choice("optimal")),  # P&M, arXiv 2505.22389
+    "seqlora": Method(Choice("continue"), (), Choice("replace")),  # plain sequential fine-tuning
+    "inclora": Method(Choice("fresh"), (), Choice("sum")),  # IncLoRA: new adapters are added up
+    "average": Method(Choice("fresh"), (), Choice("average")),  # M_t = M_{t-1} + Delta_t / t
+}

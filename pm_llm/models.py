@@ -1,0 +1,122 @@
+"""The base model, its tokenizer and its family; the first LoRA adapter on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from pm_llm.config import LoraSection
+from pm_llm.errors import PmLlmError, unknown_name
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model: `seq2seq` is whether it is an encoder-decoder."""
+
+    model: Any
+    tokenizer: Any
+    seq2seq: bool
+
+
+def resolve(name: str) -> str:
+    """`embedded:llama` and `embedded:t5` are the folders that come with the package; all else is as given."""
+    prefix, _, which = name.partition(":")
+    if prefix != "embedded":
+        return name
+    if not (EMBEDDED / which).is_dir():
+        raise unknown_name("model", name, [f"embedded:{p.name}" for p in EMBEDDED.iterdir() if p.is_dir()])
+    return str(EMBEDDED / which)
+
+
+def is_seq2seq(config: Any) -> bool:
+    """Whether a model is an encoder-decoder. Raises PmLlmError if it is no language model that generates.
+
+    BERT-like encoders are in transformers' causal list too (as decoders, after a change of their configuration);
+    here they are refused.
+    """
+    kind = config.model_type
+    if config.is_encoder_decoder and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return True
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.is_encoder_decoder and not encoder:
+        return False
+    raise PmLlmError(
+        f"a {kind!r} model is neither a decoder nor an encoder-decoder that generates text. "
+        "Use a LLaMA-like or a T5-like model."
+    )
+
+
+def load_base(name: str, dtype: str = "float32") -> Base:
+    """Load model and tokenizer. Raises PmLlmError if there is no such model, or it cannot generate."""
+    path = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        seq2seq = is_seq2seq(config)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        model = auto.from_pretrained(path, dtype=getattr(torch, dtype))
+    except OSError as error:
+        raise PmLlmError(f"cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise PmLlmError(f"the tokenizer of {name!r} has no end-of-sequence token, so answers could not end.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return Base(model, tokenizer, seq2seq)
+
+
+def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) -> PeftModel:
+    """A fresh adapter (B = 0) under `name`: on a base model, or next to the others of a PeftModel.
+
+    Raises:
+        PmLlmError: If `target_modules` matches nothing.
+    """
+    targets = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        layers_to_transform=lora.layers_to_transform,
+        use_rslora=lora.use_rslora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
+    )
+    try:
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, adapter_name=name)
+        model.add_adapter(name, config)
+        return model
+    except ValueError as error:
+        if "not found" not in str(error) and "No modules were targeted" not in str(error):
+            raise
+        linear = Counter(n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear))
+        raise PmLlmError(
+            f"lora.target_modules {targets!r} (layers {lora.layers_to_transform or 'all'}) match nothing in this "
+            f"model. Its linear modules: {', '.join(sorted(linear))}."
+        ) from error
+
+
+def _has_leaf(model: nn.Module, leaf: str) -> bool:
+    return any(name.rpartition(".")[2] == leaf for name, _ in model.named_modules())

@@ -1,0 +1,52 @@
+"""Progress bars: one for the sequence, one within each stage; silent where the output is no terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+def bar(total: int, label: str, unit: str) -> Any:
+    """A bar that disappears when it is done; on the main process only."""
+    disable = True if not PartialState().is_main_process else None
+    return tqdm(total=total, desc=label, unit=unit, leave=False, disable=disable)
+
+
+def say(line: str) -> None:
+    """One line above the bars, from the main process."""
+    if PartialState().is_main_process:
+        tqdm.write(line)
+
+
+class TrainingBar(TrainerCallback):
+    """Shows steps and loss of a training stage, and keeps the Trainer's log lines."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.bar = label, None
+        self.logs: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = bar(state.max_steps, self.label, "step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.logs.append({"step": state.global_step, **(logs or {})})
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and notices out of ours; warnings stay."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()

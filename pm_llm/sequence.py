@@ -1,0 +1,267 @@
+"""The loop over tasks: start, train, Fisher, merge, evaluate, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig
+
+from pm_llm.adapters import Adapter, set_active
+from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.generate import generate
+from pm_llm.evaluation.matrix import Matrix
+from pm_llm.evaluation.scorers import score
+from pm_llm.fisher import Fisher, diagonal_fisher
+from pm_llm.merges import Merger
+from pm_llm.models import load_base
+from pm_llm.progress import TrainingBar, bar, say
+from pm_llm.run_dir import ADAPTER, TASK_ADAPTER, RunDir
+from pm_llm.starts import RUNNING, TASK
+from pm_llm.tasks import Task, load_tasks
+from pm_llm.tasks.encode import Encoder, longest_answer
+from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
+
+VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+class ContinualSequence:
+    """Fine-tunes one model on a sequence of tasks; a run that was stopped goes on after its last finished task.
+
+    Args:
+        config: The run's configuration.
+        tasks: The tasks in order; by default what the configuration names.
+    """
+
+    def __init__(self, config: RunConfig, tasks: list[Task] | None = None) -> None:
+        self.config = config.check()
+        self.tasks = tasks if tasks is not None else load_tasks(config)
+        self.method = config.parsed_method()
+        self.state = PartialState()
+        self.run_dir = RunDir(config.output_dir)
+
+    def run(self) -> dict[str, Any]:
+        """Train everything that is not done yet and return the results (as in `results.json`)."""
+        names = [task.name for task in self.tasks]
+        self._on_main(lambda: self.run_dir.create(self.config, names, _versions()))
+        self.base = load_base(self.config.model, self.config.dtype)
+        self.model: Any = self.base.model.to(self.state.device)
+        self.encoders = {task.name: self._encoder(task) for task in self.tasks}
+        merger, running, done = self._resume()
+        with bar(len(self.tasks), self.config.method, "task") as progress:
+            progress.update(done)
+            for number, task in enumerate(self.tasks[done:], start=done + 1):
+                started = time.monotonic()
+                running, entry = self._stage(number, task, merger, running)
+                progress.update(1)
+                say(_stage_line(number, len(self.tasks), entry, time.monotonic() - started))
+        return self._finish()
+
+    # ---- one task ----
+    def _stage(
+        self, number: int, task: Task, merger: Merger, running: Adapter | None
+    ) -> tuple[Adapter, dict[str, Any]]:
+        set_seed(self.config.seed * 1000 + number)
+        start = self.method.start.build("start")
+        self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+        rows = self.encoders[task.name].features(task.train)
+        logs, seconds = self._train(number, task, rows)
+        new = Adapter.from_model(self.model, TASK)
+        fisher = self._fisher(number, task, rows) if merger.rule.needs_fisher else None
+        merged = merger.fold(running, new, fisher, continues=start.continues)
+        merged.attach(self.model, RUNNING)
+        set_active(self.model, [RUNNING], trainable=None)
+        self.model.delete_adapter(TASK)
+        scores, predictions = self._evaluate(number)
+        entry = {
+            "task": task.name,
+            "scores": scores,
+            "coefficient": merger.report.coefficient,
+            "raw_coefficient": merger.report.raw_coefficient,
+            "clipped": merger.report.clipped,
+            "coefficients": merger.report.coefficients,
+            "raw_coefficients": merger.report.raw_coefficients,
+            "truncation_error": merger.report.truncation_error,
+            "rank": merger.report.rank,
+            "curvature": next((log["curvature"] for log in reversed(logs) if "curvature" in log), None),
+            "train_seconds": seconds,
+        }
+        self._on_main(lambda: self._commit(number, task, merged, new, merger, predictions, logs, entry))
+        return merged, entry
+
+    def _train(self, number: int, task: Task, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+        constraints = [choice.build("constrain") for choice in self.method.constrain]
+        shown = TrainingBar(f"train {task.name}")
+        trainer_class = ContinualSeq2SeqTrainer if self.base.seq2seq else ContinualSFTTrainer
+        with tempfile.TemporaryDirectory() as scratch, original_forward(self.model):
+            trainer = trainer_class(
+                self.model,
+                args=self._arguments(scratch, number),
+                train_dataset=Dataset.from_list(rows),
+                data_collator=self._collator(),
+                processing_class=self.base.tokenizer,
+                constraint=constraints,
+                callbacks=[shown],
+            )
+            for callback in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(callback)
+            result = trainer.train()
+        return shown.logs, result.metrics["train_runtime"]
+
+    def _arguments(self, scratch: str, number: int) -> Any:
+        train = self.config.train
+        fields = {key: value for key, value in vars(train).items() if key != "extra"}
+        fields |= {
+            "output_dir": scratch,
+            "seed": self.config.seed * 1000 + number,
+            "bf16": self.config.dtype == "bfloat16",
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": self.state.device.type == "cpu",
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": self.state.device.type == "cuda",
+        }
+        if not self.base.seq2seq:
+            fields["max_length"] = None  # rows are cut inside their frame already
+        try:
+            return (Seq2SeqTrainingArguments if self.base.seq2seq else SFTConfig)(**{**fields, **train.extra})
+        except (TypeError, ValueError) as error:
+            raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error
+
+    def _fisher(self, number: int, task: Task, rows: list[dict[str, Any]]) -> Fisher:
+        size = self.config.fisher.batch_size
+        rng = torch.Generator().manual_seed(self.config.seed * 1000 + number)
+        chosen = torch.randperm(len(rows), generator=rng)[: self.config.fisher.samples].tolist()
+        mine = chosen[self.state.process_index :: self.state.num_processes]
+        collate = self._collator()
+        batches = (
+            collate([rows[i] for i in mine[at : at + size]]).to(self.state.device) for at in range(0, len(mine), size)
+        )
+        with bar(len(mine), f"Fisher {task.name}", "row") as progress:
+            sums, _ = diagonal_fisher(self.model, batches, progress.update)
+        if self.state.num_processes > 1:
+            sums = {name: reduce(x.to(self.state.device), "sum").cpu() for name, x in sums.items()}
+        return {name: x / len(chosen) for name, x in sums.items()}
+
+    def _evaluate(self, number: int) -> tuple[dict[str, float], list[dict[str, str]]]:
+        tasks = self.tasks if self.config.evaluation.what == "all" else self.tasks[:number]
+        scores, predictions = {}, []
+        for task in tasks:
+            with bar(len(task.test), f"evaluate {task.name}", "row") as progress:
+                answers = generate(
+                    self.model,
+                    self.encoders[task.name],
+                    task.test,
+                    self.config.evaluation.batch_size,
+                    progress.update,
+                )
+            references = [row.completion for row in task.test]
+            scores[task.name] = score(task.scorer, answers, references)
+            predictions += [
+                {"task": task.name, "prediction": a, "reference": r} for a, r in zip(answers, references, strict=True)
+            ]
+        return scores, predictions
+
+    def _commit(
+        self,
+        number: int,
+        task: Task,
+        merged: Adapter,
+        new: Adapter,
+        merger: Merger,
+        predictions: list[dict[str, str]],
+        logs: list[dict[str, Any]],
+        entry: dict[str, Any],
+    ) -> None:
+        folder = self.run_dir.new_stage(number, task.name)
+        merged.save(folder / ADAPTER)
+        new.save(folder / TASK_ADAPTER)
+        _write_jsonl(folder / "predictions.jsonl", predictions)
+        _write_jsonl(folder / "log.jsonl", logs)
+        self.run_dir.commit(folder, entry, merger.state())
+
+    # ---- around the tasks ----
+    def _resume(self) -> tuple[Merger, Adapter | None, int]:
+        merger = Merger(self.method.merge, max_rank=self.config.max_rank)
+        stages = self.run_dir.state()["stages"]
+        if not stages:
+            return merger, None, 0
+        merger.load_state(self.run_dir.curvature(), len(stages))
+        running = Adapter.load(self.run_dir.adapter)
+        say(f"going on after task {len(stages)} of {len(self.tasks)} in {self.run_dir.path}")
+        return merger, running, len(stages)
+
+    def _finish(self) -> dict[str, Any]:
+        stages = self.run_dir.state()["stages"]
+        matrix = Matrix([task.name for task in self.tasks])
+        for i, stage in enumerate(stages):
+            for name, value in stage["scores"].items():
+                matrix.set(i, name, value)
+        results = {
+            "config": self.run_dir.config(),
+            "method": self.method.plain(),
+            "versions": self.run_dir.state()["versions"],
+            "tasks": matrix.tasks,
+            "scorers": [task.scorer for task in self.tasks],
+            "test_rows": [len(task.test) for task in self.tasks],
+            "matrix": matrix.rows(),
+            "coefficients": [stage["coefficient"] for stage in stages],
+            "raw_coefficients": [stage["raw_coefficient"] for stage in stages],
+            "truncation_errors": [stage["truncation_error"] for stage in stages],
+            "train_seconds": [stage["train_seconds"] for stage in stages],
+            **matrix.summary(),
+        }
+        self._on_main(lambda: self.run_dir.write_results(results))
+        return results
+
+    def _encoder(self, task: Task) -> Encoder:
+        tokenizer, seq2seq = self.base.tokenizer, self.base.seq2seq
+        answer = self.config.max_new_tokens or longest_answer(tokenizer, seq2seq, task)
+        return Encoder(tokenizer, seq2seq, self.config.max_length, answer)
+
+    def _collator(self) -> DataCollatorForSeq2Seq:
+        return DataCollatorForSeq2Seq(self.base.tokenizer, self.model)
+
+    def _on_main(self, action: Any) -> None:
+        """Run `action` on the main process; if it fails there, every process stops with that error."""
+        box: list[str | None] = [None]
+        failed: BaseException | None = None
+        if self.state.is_main_process:
+            try:
+                action()
+            except Exception as error:
+                failed, box[0] = error, str(error)
+        if self.state.num_processes > 1:
+            broadcast_object_list(box)
+        if failed is not None:
+            raise failed
+        if box[0] is not None:
+            raise PmLlmError(box[0])
+
+
+def _stage_line(number: int, total: int, entry: dict[str, Any], seconds: float) -> str:
+    scores = " ".join(f"{name} {value:.1f}" for name, value in entry["scores"].items())
+    clipped = f" (raw {entry['raw_coefficient']:.3f})" if entry["clipped"] else ""
+    return (
+        f"[{number}/{total}] {entry['task']}: coefficient {entry['coefficient']:.3f}{clipped}, rank {entry['rank']}, "
+        f"truncation error {entry['truncation_error']:.1e} | {scores} | {seconds:.0f} s"
+    )
+
+
+def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONS}

@@ -1,0 +1,26 @@
+"""Continue: the running adapter itself is trained further."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftModel
+
+from pm_llm.adapters import Adapter, set_active
+from pm_llm.config import LoraSection
+from pm_llm.models import add_task_adapter
+from pm_llm.starts import TASK, Start
+
+
+@dataclass
+class Continue(Start):
+    """Train `W0 + theta` from `theta = M_{t-1}`; the rank stays as it is."""
+
+    continues = True
+
+    def prepare(self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool) -> PeftModel:
+        model = add_task_adapter(model, lora, seq2seq, TASK)
+        if running is not None:
+            running.attach(model, TASK, lora.lora_dropout)
+        set_active(model, [TASK], trainable=TASK)
+        return model

@@ -1,0 +1,26 @@
+"""Fresh: a new adapter (B = 0) on top of the frozen running one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftModel
+
+from pm_llm.adapters import Adapter, set_active
+from pm_llm.config import LoraSection
+from pm_llm.models import add_task_adapter
+from pm_llm.starts import RUNNING, TASK, Start
+
+
+@dataclass
+class Fresh(Start):
+    """Train `W0 + M_{t-1} + Delta` from `Delta = 0`."""
+
+    def prepare(self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool) -> PeftModel:
+        model = add_task_adapter(model, lora, seq2seq, TASK)
+        if running is None:
+            set_active(model, [TASK], trainable=TASK)
+        else:
+            running.attach(model, RUNNING)
+            set_active(model, [RUNNING, TASK], trainable=TASK)
+        return model

@@ -1,0 +1,104 @@
+"""From rows to token ids: one rendering for training, Fisher and generation, in which the answer frame survives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pm_llm.errors import PmLlmError
+from pm_llm.tasks import Example, Task
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Renders examples for one model.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        seq2seq: Whether the model is an encoder-decoder.
+        max_length: Longest input in tokens: prompt plus answer for a decoder, prompt for an encoder-decoder.
+        max_new_tokens: Longest answer in tokens, with the end-of-sequence token.
+    """
+
+    tokenizer: Any
+    seq2seq: bool
+    max_length: int
+    max_new_tokens: int
+
+    @property
+    def prompt_budget(self) -> int:
+        """Tokens a prompt may have; the same in training and generation, so that both see one frame."""
+        return self.max_length if self.seq2seq else self.max_length - self.max_new_tokens
+
+    def prompt(self, example: Example) -> list[int]:
+        """Token ids of the prompt. Only its body (or the last turn of a chat) is shortened where it is too long."""
+        body = example.messages[-1]["content"] if example.messages else example.body
+        ids = self._render(example, body)
+        while len(ids) > self.prompt_budget:
+            pieces = self.tokenizer(body, add_special_tokens=False)["input_ids"]
+            keep = len(pieces) - max(1, len(ids) - self.prompt_budget)
+            if not pieces or (keep <= 0 and not body):
+                raise PmLlmError(
+                    f"the prompt's frame alone has {len(ids)} tokens, and max_length leaves {self.prompt_budget} "
+                    "for it. Raise max_length."
+                )
+            shorter = self.tokenizer.decode(pieces[: max(keep, 0)], skip_special_tokens=True)
+            body = shorter if len(shorter) < len(body) else body[: len(body) // 2]
+            ids = self._render(example, body)
+        return ids
+
+    def answer(self, example: Example) -> list[int]:
+        """Token ids of the answer with end of sequence, cut at `max_new_tokens`."""
+        return answer_ids(self.tokenizer, self.seq2seq, example)[: self.max_new_tokens]
+
+    def features(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+        """`input_ids` and `labels` of each example; a decoder's labels are -100 on the prompt."""
+        rows = []
+        for example in examples:
+            prompt, answer = self.prompt(example), self.answer(example)
+            if self.seq2seq:
+                rows.append({"input_ids": prompt, "labels": answer})
+            else:
+                rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        return rows
+
+    def _render(self, example: Example, body: str) -> list[int]:
+        if example.messages is None:
+            ids = self.tokenizer(example.head + body + example.tail)["input_ids"]
+        else:
+            turns = [*example.messages[:-1], {**example.messages[-1], "content": body}]
+            ids = self.tokenizer(_chat(self.tokenizer, turns, prompt=True), add_special_tokens=False)["input_ids"]
+        # some tokenizers end every text with end of sequence: right for T5's encoder, wrong before an answer
+        if not self.seq2seq and ids and ids[-1] == self.tokenizer.eos_token_id and example.messages is None:
+            ids = ids[:-1]
+        return ids
+
+
+def answer_ids(tokenizer: Any, seq2seq: bool, example: Example) -> list[int]:
+    """Token ids of the whole answer, ending with end of sequence."""
+    if example.messages is not None:
+        turns = list(example.messages)
+        before = _chat(tokenizer, turns, prompt=True)
+        whole = _chat(tokenizer, [*turns, {"role": "assistant", "content": example.completion}], prompt=False)
+        text = whole[len(before) :].strip() if whole.startswith(before) else example.completion
+    else:
+        # a decoder goes on from "...Answer:" with a space before the word
+        glue = "" if seq2seq or not example.prompt or example.prompt[-1].isspace() else " "
+        text = glue + example.completion.strip()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+def longest_answer(tokenizer: Any, seq2seq: bool, task: Task) -> int:
+    """Tokens of the longest training answer of a task, with end of sequence."""
+    return max(len(answer_ids(tokenizer, seq2seq, row)) for row in {row.completion: row for row in task.train}.values())
+
+
+def _chat(tokenizer: Any, turns: Sequence[dict[str, str]], prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise PmLlmError(
+            "the rows are chats, but the model's tokenizer has no chat template. "
+            "Use an instruction-tuned model, or rows with prompt and completion."
+        )
+    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)

@@ -1,0 +1,159 @@
+"""Two Trainers with a `constraint=`: one for decoders on TRL's SFTTrainer, one for T5-like models on Seq2SeqTrainer.
+
+Both take an ordinary PeftModel with exactly one trainable LoRA adapter; other adapters may be active and frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer
+from trl import SFTTrainer
+
+from pm_llm.adapters import lora_layers, scaled, trainable_adapter
+from pm_llm.constraints import Constraint, Step
+from pm_llm.errors import NonFiniteLossError, PmLlmError
+
+
+class ConstraintMixin:
+    """Puts constraints around the Trainer's step. Not a Trainer by itself.
+
+    The scale of the task adapter holds for the whole `training_step`, that is forward *and* backward: gradient
+    checkpointing runs the forward again inside the backward, and would otherwise see another scale.
+    """
+
+    def __init__(self, *args: Any, constraint: Constraint | Sequence[Constraint] = (), **kwargs: Any) -> None:
+        self.constraints = [constraint] if isinstance(constraint, Constraint) else list(constraint)
+        super().__init__(*args, **kwargs)
+        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        if not isinstance(model, PeftModel):
+            raise PmLlmError(f"the model is a {type(model).__name__}; give a PeftModel with a LoRA adapter.")
+        self.adapter_name = trainable_adapter(model)
+        self._layers = list(lora_layers(model).values())
+        self._at = (-1, 0)  # (optimizer step, passes already made in it)
+        self._unfinite: Tensor | None = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        step = self._next_step()
+        factor = prod(c.scale(step) for c in self.constraints)
+        with scaled(self._layers, self.adapter_name, factor):
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        # the Trainer's loss is this pass's share of the step's mean
+        whole = loss.detach() * step.micro_steps
+        bad = ~torch.isfinite(whole)
+        self._unfinite = bad if self._unfinite is None else self._unfinite | bad
+        for constraint in self.constraints:
+            constraint.observe(step, whole)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._check_finite()
+        for constraint in self.constraints:
+            sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state().items()}  # type: ignore[attr-defined]
+            if sums:
+                sums = self.accelerator.reduce(sums, "sum")  # type: ignore[attr-defined]
+            logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _next_step(self) -> Step:
+        step = self.state.global_step  # type: ignore[attr-defined]
+        self._at = (step, self._at[1] + 1 if self._at[0] == step else 0)
+        return Step(
+            seed=self.args.seed,  # type: ignore[attr-defined]
+            step=step,
+            micro_step=self._at[1],
+            micro_steps=self.current_gradient_accumulation_steps,  # type: ignore[attr-defined]
+            rank=self.accelerator.process_index,  # type: ignore[attr-defined]
+            world_size=self.accelerator.num_processes,  # type: ignore[attr-defined]
+        )
+
+    def _check_finite(self) -> None:
+        """Every process must stop, or the others would wait for it for ever: the flag is reduced over them."""
+        if self._unfinite is None:
+            return
+        bad = self.accelerator.reduce(self._unfinite.float(), "sum")  # type: ignore[attr-defined]
+        self._unfinite = None
+        if bad.item() > 0:
+            raise NonFiniteLossError(
+                f"the training loss became NaN or infinite by step {self.state.global_step}. "  # type: ignore[attr-defined]
+                "Lower the learning rate, or train in float32 or bfloat16 (T5 overflows in float16). "
+                "The running adapter is untouched."
+            )
+
+
+class ContinualSFTTrainer(ConstraintMixin, SFTTrainer):
+    """TRL's SFTTrainer with constraints, for LLaMA and any other decoder.
+
+    Args:
+        constraint: A constraint or several, e.g. `Perturb(epsilon=0.5)`; the rest is SFTTrainer's own.
+
+    Raises:
+        PmLlmError: If the model is an encoder-decoder, no PeftModel, or has not exactly one trainable adapter.
+        NonFiniteLossError: While training, at the next log line after the loss became NaN or infinite.
+    """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise PmLlmError(
+                f"{type(model).__name__} is an encoder-decoder and SFTTrainer is causal only. "
+                "Use ContinualSeq2SeqTrainer."
+            )
+        super().__init__(model, *args, **kwargs)
+
+
+class ContinualSeq2SeqTrainer(ConstraintMixin, Seq2SeqTrainer):
+    """Seq2SeqTrainer with constraints, for T5 and other encoder-decoders, with the loss scaled as for decoders.
+
+    T5's forward swallows `num_items_in_batch`, so the plain Trainer neither divides by the accumulation steps nor
+    accounts for the other processes. Here the loss is the mean over all answer tokens of the optimizer step.
+
+    Args:
+        constraint: A constraint or several, e.g. `Perturb(epsilon=0.5)`; the rest is Seq2SeqTrainer's own.
+
+    Raises:
+        PmLlmError: If the model is no encoder-decoder, no PeftModel, has not exactly one trainable adapter, or label
+            smoothing is asked for.
+        NonFiniteLossError: While training, at the next log line after the loss became NaN or infinite.
+    """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise PmLlmError(f"{type(model).__name__} is no encoder-decoder. Use ContinualSFTTrainer.")
+        super().__init__(model, *args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise PmLlmError("label_smoothing_factor is not supported by ContinualSeq2SeqTrainer. Set it to 0.")
+        self.model_accepts_loss_kwargs = True  # the Trainer counts the step's tokens and leaves scaling to the loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if num_items_in_batch is not None:
+            loss = loss * inputs["labels"].ne(-100).sum() / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+
+@contextmanager
+def original_forward(model: nn.Module) -> Iterator[None]:
+    """Around the making and running of a Trainer: take back what it hangs on `forward`, module by module.
+
+    TRL adds a fused head and accelerate autocast; in a sequence every task would wrap the wrapper of the one before.
+    """
+    before = {module: module.__dict__.get("forward") for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward

@@ -1,0 +1,137 @@
+"""Pico models built from a config, small tasks, and the folder of shared data where it exists."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
+
+from pm_llm.models import EMBEDDED
+from pm_llm.tasks import Task
+from pm_llm.tasks.embedded import make_task
+from pm_llm.tasks.encode import Encoder
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+FAMILIES = ("llama", "t5")
+
+torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not SHARED.is_dir():
+        for item in items:
+            if "shared" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="the folder ../shared is not here"))
+
+
+def make_model(family: str, seed: int = 0):
+    """A pico LLaMA (2 layers) or T5 (1 + 1), float32, no dropout."""
+    set_seed(seed)
+    if family == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=1024,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                pad_token_id=0,
+                eos_token_id=1,
+                bos_token_id=2,
+            )
+        )
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=1024,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=1,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def targets(family: str) -> list[str]:
+    return ["q_proj", "v_proj"] if family == "llama" else ["q", "v"]
+
+
+def make_peft(family: str, name: str = "default", seed: int = 0, random_b: bool = False, **options):
+    """A pico PeftModel with one trainable adapter; `random_b` gives it a non-zero update."""
+    model = make_model(family, seed)
+    set_seed(seed + 1)
+    config = LoraConfig(
+        **{
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": targets(family),
+            "init_lora_weights": not random_b,
+            "task_type": "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM",
+            **options,
+        }
+    )
+    return get_peft_model(model, config, adapter_name=name)
+
+
+def tokenizer(family: str):
+    return AutoTokenizer.from_pretrained(EMBEDDED / family)
+
+
+def features(family: str, rows: int = 16, task: str = "sentiment") -> list[dict[str, list[int]]]:
+    """Encoded training rows of an embedded task."""
+    encoder = Encoder(tokenizer(family), family == "t5", 64, 6)
+    return encoder.features(make_task(task, rows, 1).train)
+
+
+def small_tasks(*names: str, train: int = 24, test: int = 8) -> list[Task]:
+    return [make_task(name, train, test) for name in names]
+
+
+def batch_of(family: str, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Right-padded model inputs."""
+    length = max(len(row["input_ids"]) for row in rows)
+    width = max(len(row["labels"]) for row in rows)
+    return {
+        "input_ids": torch.tensor([r["input_ids"] + [0] * (length - len(r["input_ids"])) for r in rows]),
+        "attention_mask": torch.tensor(
+            [[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in rows]
+        ),
+        "labels": torch.tensor([r["labels"] + [-100] * (width - len(r["labels"])) for r in rows]),
+    }
+
+
+@pytest.fixture(scope="session")
+def pico_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Both pico models with their tokenizers, on disk."""
+    root = tmp_path_factory.mktemp("pico")
+    for family in FAMILIES:
+        make_model(family).save_pretrained(root / family)
+        tokenizer(family).save_pretrained(root / family)
+    return {family: str(root / family) for family in FAMILIES}
+
+
+def pm_llm(*arguments: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pm_llm.cli", *map(str, arguments)], capture_output=True, text=True, **kwargs
+    )
