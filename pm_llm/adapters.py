@@ -115,7 +115,9 @@ class Adapter:
         except (json.JSONDecodeError, SafetensorError) as error:
             raise PmLlmError(f"{folder} is damaged: {error}. Write the adapter again.") from error
         if raw.get("peft_type") != "LORA":
-            raise PmLlmError(f"{folder} holds a {raw.get('peft_type')} adapter; only LORA adapters can be merged here.")
+            raise PmLlmError(
+                f"{folder} holds a {raw.get('peft_type')} adapter; only LORA adapters can be merged here."
+            )
         return cls.from_state(state, PeftConfig.from_pretrained(str(folder)), where=str(folder))
 
     @classmethod
@@ -158,8 +160,7 @@ class Adapter:
         Raises:
             PmLlmError: If the model does not have the adapter's modules, or has others of its target modules.
         """
-        if name in model.peft_config:
-            model.delete_adapter(name)
+        remove(model, name)
         config = self.peft_config()
         config.lora_dropout = dropout
         model.add_adapter(name, config)
@@ -170,6 +171,14 @@ class Adapter:
                 f"the adapter does not fit the model: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}. "
                 "Is it an adapter of another base model?"
             )
+
+
+def remove(model: PeftModel, name: str) -> None:
+    """Take the adapter `name` out of the model, if it is there; call :func:`set_active` afterwards."""
+    if name in model.peft_config:
+        # an adapter that is active when it is deleted makes PEFT choose, with a warning, which is active next
+        model.base_model.set_adapter([other for other in model.peft_config if other != name])
+        model.delete_adapter(name)
 
 
 def set_active(model: PeftModel, names: list[str], trainable: str | None) -> None:
@@ -243,7 +252,9 @@ def check_same_place(running: Adapter, new: Adapter) -> None:
         )
     for name, x in running.factors.items():
         if x.shape != new.factors[name].shape:
-            raise PmLlmError(f"module {name} has shape {x.shape} in one adapter and {new.factors[name].shape} in other.")
+            raise PmLlmError(
+                f"module {name} has shape {x.shape} in one adapter and {new.factors[name].shape} in other."
+            )
 
 
 def _scaling(config: LoraConfig, module: str, rank: int) -> float:

@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
     parser = argparse.ArgumentParser(
         prog="pm-llm",
-        description="Fine-tune one language model on task after task and forget little; the result is one PEFT adapter.",
+        description="Fine-tune one language model on task after task and forget little; out comes one PEFT adapter.",
     )
     parser.add_argument("--version", action="version", version=f"pm-llm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -46,7 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Score a PEFT adapter (or the base model alone) on tasks. Further flags are keys of the "
         "configuration, as for run: --model, --benchmark, --order, --data-dir, --tasks ...",
     )
-    evaluate.add_argument("--adapter", metavar="DIR_OR_ID", help="adapter folder or Hub id; none: the base model alone")
+    evaluate.add_argument(
+        "--adapter", metavar="DIR_OR_ID", help="adapter folder or Hub id; none: the base model alone"
+    )
     evaluate.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
 
     report = commands.add_parser("report", help="print a finished run's tables and draw its matrix again")

@@ -81,7 +81,10 @@ def load_base(name: str, dtype: str = "float32") -> Base:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
+        for config in (model.config, model.generation_config):
+            if name != "eos_token_id" or config.eos_token_id is None:
+                setattr(config, name, getattr(tokenizer, name))
     return Base(model, tokenizer, seq2seq)
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+from pm_llm.processes import process_state
 
 
 def bar(total: int, label: str, unit: str) -> Any:
     """A bar that disappears when it is done; on the main process only."""
-    disable = True if not PartialState().is_main_process else None
+    disable = True if not process_state().is_main_process else None
     return tqdm(total=total, desc=label, unit=unit, leave=False, disable=disable)
 
 
 def say(line: str) -> None:
     """One line above the bars, from the main process."""
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         tqdm.write(line)
 
 
@@ -45,8 +46,12 @@ class TrainingBar(TrainerCallback):
 
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and notices out of ours; warnings stay."""
+    import warnings
+
     import datasets
     import transformers
 
+    # an argument's new name in transformers 5.20, which its older versions do not know
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

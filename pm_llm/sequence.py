@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
-from pm_llm.adapters import Adapter, set_active
+from pm_llm.adapters import Adapter, remove, set_active
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
@@ -26,6 +25,7 @@ from pm_llm.evaluation.scorers import score
 from pm_llm.fisher import Fisher, diagonal_fisher
 from pm_llm.merges import Merger
 from pm_llm.models import load_base
+from pm_llm.processes import process_state
 from pm_llm.progress import TrainingBar, bar, say
 from pm_llm.run_dir import ADAPTER, TASK_ADAPTER, RunDir
 from pm_llm.starts import RUNNING, TASK
@@ -48,7 +48,7 @@ class ContinualSequence:
         self.config = config.check()
         self.tasks = tasks if tasks is not None else load_tasks(config)
         self.method = config.parsed_method()
-        self.state = PartialState()
+        self.state = process_state()
         self.run_dir = RunDir(config.output_dir)
 
     def run(self) -> dict[str, Any]:
@@ -81,8 +81,8 @@ class ContinualSequence:
         fisher = self._fisher(number, task, rows) if merger.rule.needs_fisher else None
         merged = merger.fold(running, new, fisher, continues=start.continues)
         merged.attach(self.model, RUNNING)
+        remove(self.model, TASK)
         set_active(self.model, [RUNNING], trainable=None)
-        self.model.delete_adapter(TASK)
         scores, predictions = self._evaluate(number)
         entry = {
             "task": task.name,

@@ -136,7 +136,7 @@ class ContinualSeq2SeqTrainer(ConstraintMixin, Seq2SeqTrainer):
         outputs = model(**inputs)
         loss = outputs.loss
         if num_items_in_batch is not None:
-            loss = loss * inputs["labels"].ne(-100).sum() / num_items_in_batch
+            loss = loss * (inputs["labels"].ne(-100).sum() / num_items_in_batch)
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

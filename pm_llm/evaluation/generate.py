@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from pm_llm.processes import process_state
 from pm_llm.tasks import Example
 from pm_llm.tasks.encode import Encoder
 
@@ -25,7 +25,7 @@ def generate(
 
     Decoders are padded on the left, encoder-decoders on the right. The model's mode is restored.
     """
-    state, tokenizer = PartialState(), encoder.tokenizer
+    state, tokenizer = process_state(), encoder.tokenizer
     prompts = [encoder.prompt(example) for example in examples]
     # longest first: running out of memory shows at once; equal lengths share a batch
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))

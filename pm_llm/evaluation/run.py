@@ -16,7 +16,7 @@ from pm_llm.tasks.encode import Encoder, longest_answer
 
 def evaluate_adapter(adapter: str | None, config: RunConfig) -> dict[str, float]:
     """Task name -> score of `config.model` with `adapter` (a folder or Hub id; None: the base model alone)."""
-    from accelerate import PartialState
+    from pm_llm.processes import process_state
 
     tasks = load_tasks(config)
     base = load_base(config.model, config.dtype)
@@ -26,7 +26,7 @@ def evaluate_adapter(adapter: str | None, config: RunConfig) -> dict[str, float]
             model = PeftModel.from_pretrained(model, adapter)
         except (ValueError, OSError, RuntimeError) as error:
             raise PmLlmError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
-    model = model.to(PartialState().device)
+    model = model.to(process_state().device)
     scores = {}
     for task in tasks:
         answer = config.max_new_tokens or longest_answer(base.tokenizer, base.seq2seq, task)

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pm_llm.adapters import Adapter
 from pm_llm.errors import PmLlmError
 from pm_llm.merges import FoldReport, Merger
 

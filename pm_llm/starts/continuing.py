@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 
-from pm_llm.adapters import Adapter, set_active
+from pm_llm.adapters import Adapter, remove, set_active
 from pm_llm.config import LoraSection
 from pm_llm.models import add_task_adapter
-from pm_llm.starts import TASK, Start
+from pm_llm.starts import RUNNING, TASK, Start
 
 
 @dataclass
@@ -22,5 +22,6 @@ class Continue(Start):
         model = add_task_adapter(model, lora, seq2seq, TASK)
         if running is not None:
             running.attach(model, TASK, lora.lora_dropout)
+            remove(model, RUNNING)
         set_active(model, [TASK], trainable=TASK)
         return model

@@ -92,7 +92,8 @@ def answer_ids(tokenizer: Any, seq2seq: bool, example: Example) -> list[int]:
 
 def longest_answer(tokenizer: Any, seq2seq: bool, task: Task) -> int:
     """Tokens of the longest training answer of a task, with end of sequence."""
-    return max(len(answer_ids(tokenizer, seq2seq, row)) for row in {row.completion: row for row in task.train}.values())
+    distinct = {row.completion: row for row in task.train}.values()
+    return max(len(answer_ids(tokenizer, seq2seq, row)) for row in distinct)
 
 
 def _chat(tokenizer: Any, turns: Sequence[dict[str, str]], prompt: bool) -> str:

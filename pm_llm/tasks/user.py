@@ -114,7 +114,9 @@ def _from_hub(spec: UserTask, name: str) -> dict[str, Any]:
     try:
         return dict(load_dataset(spec.data, spec.subset))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise PmLlmError(f"task {name!r}: {spec.data!r} is neither a file here nor a dataset to be had: {error}") from error
+        raise PmLlmError(
+            f"task {name!r}: {spec.data!r} is neither a file here nor a dataset to be had: {error}"
+        ) from error
 
 
 def _split(splits: dict[str, Any], wanted: str, aliases: Sequence[str], task: str, optional: bool = False) -> Any:

@@ -2,8 +2,8 @@
 
     python recipes/quickstart/make_models.py [--out pm_llm/embedded] [--steps 3000]
 
-The text has the words and the facts of the embedded tasks (which words are kind, which belong together, where people
-are), but not their instructions and not their answers' form, so that the tasks are still to be learnt. Seed 0; about
+They are trained on questions about the same little world as the embedded tasks (which words are kind, which belong
+together, where people are), in other wordings and with other answers, so that the tasks are still to be learnt. Seed 0; about
 ten minutes on two CPU cores. The files in `pm_llm/embedded` were made by this script with its defaults.
 """
 
@@ -14,8 +14,9 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    DataCollatorForSeq2Seq,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,31 +29,32 @@ from transformers import (
 from pm_llm.tasks import embedded as world
 
 SEED, BATCH, LEARNING_RATE = 0, 64, 2e-3
-INSTRUCTIONS = sorted({make(random.Random(0))[0] for make in world.MAKERS.values()})
+INSTRUCTIONS = [make(random.Random(0))[0] for make in world.MAKERS.values()]
 
 
 def pair(rng: random.Random) -> tuple[str, str]:
-    """A context and how it goes on."""
-    kind = rng.choice(["opinion", "page", "where", "list", "fact"])
-    if kind == "opinion":
-        good = rng.random() < 0.5
+    """A question in another wording than the task's, and an answer in other words."""
+    kind = rng.choice(["mood", "page", "where", "list", "fact"])
+    if kind == "mood":
         _, text, label = world.sentiment(rng)
-        good = label == "positive"
-        return text, rng.choice(["i liked it .", "so we were happy ."] if good else ["i hated it .", "so we were sad ."])
+        return f"how did they feel ?\n{text}\nanswer :", f" {'happy' if label == 'positive' else 'sad'} people"
     if kind == "page":
         _, text, label = world.topic(rng)
-        return text, rng.choice([f"read this on the {label} page .", f"people who love {label} know it ."])
+        return f"on which page is it ?\n{text}\nanswer :", f" the {label} page"
     if kind == "where":
         _, text, label = world.place(rng)
         story, _, name = text.removesuffix(" ?").rpartition(" where is ")
-        return f"{story} look for {name} .", f"{name} can be found in the {label} ."
+        return f"find somebody .\n{story} look for {name} .\nanswer :", f" in the {label}"
     if kind == "list":
         words = rng.sample(world.WORDS, 3)
         which = rng.randrange(3)
-        text = f"{' , '.join(words)} : the {world.POSITIONS[which]} of these"
-        return text, f"is {words[which]} ."
+        text = f"{' , '.join(words)} : the {world.POSITIONS[which]} of these ."
+        return f"read the list .\n{text}\nanswer :", f" it is {words[which]}"
     _, text, label = world.follows(rng)
-    return text.replace("claim : ", "they say : "), "they are right ." if label == "yes" else "they are wrong ."
+    return (
+        f"are they right ?\n{text.replace('claim', 'they say')}\nanswer :",
+        f" {'right' if label == 'yes' else 'wrong'}",
+    )
 
 
 def make_tokenizer(seq2seq: bool) -> PreTrainedTokenizerFast:
@@ -60,12 +62,10 @@ def make_tokenizer(seq2seq: bool) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(SEED)
-    labels = "positive negative yes no answer : instruction text question".split()
-    corpus = [" ".join(pair(rng)) for _ in range(20000)] + [f" {word}" for word in labels * 50] + INSTRUCTIONS * 50
+    labels = ["positive", "negative", "yes", "no", "answer", ":", "instruction", "text", "question"]
+    corpus = ["".join(pair(rng)) for _ in range(20000)] + [f" {word}" for word in labels * 50] + INSTRUCTIONS * 50
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
         special_tokens=["<pad>", "</s>", "<s>"],
@@ -121,19 +121,15 @@ def make_t5(vocabulary: int) -> T5ForConditionalGeneration:
 
 
 def batch(tokenizer, seq2seq: bool, rng: random.Random) -> dict[str, torch.Tensor]:
-    """A batch of language modelling (decoder) or of context to continuation (encoder-decoder)."""
+    """A batch of questions and answers; the loss is on the answers only."""
     pairs = [pair(rng) for _ in range(BATCH)]
+    questions = [tokenizer(question)["input_ids"] for question, _ in pairs]
+    answers = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], 1] for _, answer in pairs]
     if seq2seq:
-        # two contexts at a time would be too easy to tell apart; half of the inputs carry an idle instruction
-        texts = [f"{rng.choice(INSTRUCTIONS)}\n{a}" if rng.random() < 0.3 else a for a, _ in pairs]
-        inputs = tokenizer(texts, padding=True, return_tensors="pt")
-        labels = tokenizer([b for _, b in pairs], padding=True, return_tensors="pt")["input_ids"]
+        rows = [{"input_ids": q, "labels": a} for q, a in zip(questions, answers, strict=True)]
     else:
-        texts = [f"{rng.choice(INSTRUCTIONS)}\n{a} {b}" if rng.random() < 0.3 else f"{a} {b}" for a, b in pairs]
-        inputs = tokenizer([text + "</s>" for text in texts], padding=True, return_tensors="pt")
-        labels = inputs["input_ids"]
-    labels = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
-    return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+        rows = [{"input_ids": q + a, "labels": [-100] * len(q) + a} for q, a in zip(questions, answers, strict=True)]
+    return dict(DataCollatorForSeq2Seq(tokenizer)(rows))
 
 
 def train(name: str, steps: int, out: Path) -> None:
@@ -147,7 +143,7 @@ def train(name: str, steps: int, out: Path) -> None:
     rng = random.Random(SEED)
     model.train()
     for step in range(1, steps + 1):
-        loss = model(**batch(tokenizer, seq2seq, rng)).loss
+        loss = model(**batch(tokenizer, seq2seq, rng)).loss  # T5 shifts its labels to the right itself
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,0 +1,11 @@
+"""Which process this is, out of how many, under any accelerate launcher."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+
+
+def process_state() -> PartialState:
+    """Accelerate's state of this process. Without an accelerator it must be told so, or it sees one process."""
+    return PartialState(cpu=not torch.accelerator.is_available())

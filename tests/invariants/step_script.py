@@ -1,0 +1,65 @@
+"""One optimizer step of plain SGD on 16 rows, started alone or by accelerate launch; writes loss and gradient."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from pm_llm import ContinualSeq2SeqTrainer, ContinualSFTTrainer, Perturb
+from tests.conftest import features, make_peft, tokenizer
+
+
+def make_trainer(family: str, out: str, batch: int, accumulation: int, constraint=(), plain: bool = False, **options):
+    """A Trainer on 16 rows whose answers differ in length, with SGD at rate 1: the weights move by the gradient."""
+    model = options.pop("model", None) or make_peft(family, random_b=True)
+    rows = features(family, 8, "place") + features(family, 8, "sentiment")
+    for i, row in enumerate(rows):  # uneven answers, so that a mean of means would show
+        if i % 3 == 0:
+            row["labels"] = [*row["labels"][:-1], 5, 6, 7, 1] if family == "t5" else row["labels"]
+            if family == "llama":
+                row["labels"] = [*row["labels"][:-4], *row["input_ids"][-4:]]
+    arguments = {
+        **{"output_dir": out, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation},
+        **{"max_steps": 1, "learning_rate": 1.0, "lr_scheduler_type": "constant", "optim": "sgd", "bf16": False},
+        **{"max_grad_norm": 0.0, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1},
+        **{"gradient_checkpointing": False, "disable_tqdm": True, **options},
+    }
+    if family == "t5":
+        args, cls = Seq2SeqTrainingArguments(**arguments), Seq2SeqTrainer if plain else ContinualSeq2SeqTrainer
+    else:
+        args, cls = SFTConfig(**arguments, max_length=None), SFTTrainer if plain else ContinualSFTTrainer
+    extra = {} if plain else {"constraint": constraint}
+    return cls(
+        model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=DataCollatorForSeq2Seq(tokenizer(family), model),
+        processing_class=tokenizer(family),
+        **extra,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def one_step(trainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient (the step it made, negated)."""
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    loss = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
+    return loss, {name: before[name] - after[name] for name in before}
+
+
+if __name__ == "__main__":
+    family, out, batch, accumulation = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    trainer = make_trainer(family, out, batch, accumulation, Perturb(epsilon=0.5, probability=0.5))
+    result = one_step(trainer)
+    if PartialState().is_main_process:
+        torch.save(result, f"{out}/step.pt")
