@@ -1,0 +1,65 @@
+"""Pushing a run's merged adapter to the Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from pm_llm.errors import PmLlmError
+from pm_llm.run_dir import RunDir
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
+def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: bool = False) -> str:
+    """Upload the merged adapter of a finished run with a model card; return what was done, in words.
+
+    The token is the one `huggingface_hub` finds (HF_TOKEN or `hf auth login`); it is never printed. With `dry_run`
+    nothing is sent: the card is written to `README.md` in the run's folder.
+
+    Raises:
+        PmLlmError: If the run is not finished, the name is no repository name, or the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    from pm_llm.report.card import write_card
+
+    run = RunDir.open(run_dir)
+    results = run.results()
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PmLlmError(f"{repo_id!r} is no repository name: {error}") from error
+    if "/" not in repo_id:
+        raise PmLlmError(f"{repo_id!r} names no user. Give user/name.")
+    config = json.loads((run.adapter / FILES[0]).read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name in FILES[:2]:
+            shutil.copy(run.adapter / name, folder / name)
+        base_model, rank = results["config"]["model"], _rank(config)
+        write_card(results, repo_id, base_model, rank, config.get("task_type"), folder / FILES[2])
+        shutil.copy(folder / FILES[2], run.path / FILES[2])
+        sizes = ", ".join(f"{name} ({(folder / name).stat().st_size:,} bytes)" for name in FILES)
+        if dry_run:
+            return f"dry run: would upload to {repo_id}: {sizes}. The card is in {run.path / FILES[2]}."
+        api = HfApi()
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(results['tasks'])} tasks"
+            )
+        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise PmLlmError(
+                f"the Hub did not take {repo_id}: {reason}. Check the name and your login (`hf auth whoami`)."
+            ) from error
+    return f"uploaded {sizes} to {commit.repo_url if hasattr(commit, 'repo_url') else repo_id}"
+
+
+def _rank(config: dict) -> int:
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])

@@ -1,0 +1,138 @@
+"""The model card of a run's adapter: what it is, how it scored, how to load it. Licence and data are the user's to fill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from pm_llm import __version__
+from pm_llm.evaluation.matrix import Matrix
+from pm_llm.report import LABELS
+
+# the ranks vLLM's --max-lora-rank accepts
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# decoders that vLLM serves with LoRA; it has no T5
+_SEQ2SEQ = "SEQ_2_SEQ_LM"
+
+
+def write_card(
+    results: dict[str, Any], repo_id: str, base_model: str, rank: int, task_type: str | None, path: Path
+) -> str:
+    """Write README.md for the adapter and return its text.
+
+    Args:
+        results: The run's `results.json`.
+        repo_id: Where it will be, `user/name`.
+        base_model: Hub id (or path) of the base model.
+        rank: The adapter's rank.
+        task_type: PEFT's task type.
+        path: The file to write.
+    """
+    card = ModelCard(
+        f"---\n{_data(results, repo_id, base_model).to_yaml()}\n---\n\n"
+        + _body(results, repo_id, base_model, rank, task_type)
+    )
+    card.save(path)
+    return str(card)
+
+
+def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardData:
+    matrix = Matrix.from_rows(results["tasks"], results["matrix"])
+    last = len(matrix.tasks) - 1
+    name = repo_id.rpartition("/")[2]
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=scorer,
+            metric_name=f"{scorer} after the last task",
+            metric_value=round(matrix.get(last, j), 2),
+        )
+        for j, (task, scorer) in enumerate(zip(matrix.tasks, results["scorers"], strict=True))
+    ]
+    return ModelCardData(
+        # a local folder is no id on the Hub, and the Hub refuses it
+        base_model=base_model if _is_hub_id(base_model) else None,
+        library_name="peft",
+        tags=["pm_llm", "lora", "continual-learning", "model-merging"],
+        model_name=name,
+        eval_results=found,
+    )
+
+
+def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:
+    matrix = Matrix.from_rows(results["tasks"], results["matrix"])
+    method = results["method"]
+    words = ", ".join(f"{key}: {_words(method[key])}" for key in ("start", "constrain", "merge"))
+    coefficients = ", ".join(
+        f"{task} {c:.3f}" for task, c in zip(results["tasks"], results["coefficients"], strict=True)
+    )
+    numbers = "\n".join(f"- {label}: {results[key]:.2f}" for key, label in LABELS.items() if key in results)
+    auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
+    shown = base_model if _is_hub_id(base_model) else "BASE_MODEL"
+    return f"""# {repo_id.rpartition("/")[2]}
+
+One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.tasks)} tasks one after the other, without
+keeping old data: {", ".join(matrix.tasks)}.
+
+## Method
+
+`{results["config"]["method"]}` ({words}) of pm_llm {__version__}. Merge coefficients: {coefficients}.
+
+## Results
+
+Scores after each task ({", ".join(sorted(set(results["scorers"])))}, 0 to 100; rows: the task just trained):
+
+{matrix.table(results["coefficients"])}
+
+{numbers}
+
+Test rows per task: {", ".join(f"{t} {n}" for t, n in zip(results["tasks"], results["test_rows"], strict=True))}.
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+base = {auto}.from_pretrained("{shown}")
+model = PeftModel.from_pretrained(base, "{repo_id}")
+tokenizer = AutoTokenizer.from_pretrained("{shown}")
+```
+
+{_serving(repo_id, shown, rank, task_type)}
+
+## Licence and data
+
+To be filled in: the licence of this adapter, and where its training data comes from and under what terms.
+"""
+
+
+def _serving(repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:
+    if task_type == _SEQ2SEQ:
+        return "vLLM does not serve encoder-decoder models of this kind; use transformers and peft as above."
+    fits = [allowed for allowed in VLLM_RANKS if allowed >= rank]
+    if not fits:
+        return f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}; this one has rank {rank}. Truncate it first."
+    name = repo_id.rpartition("/")[2]
+    return f"""With vLLM:
+
+```bash
+vllm serve {base_model} --enable-lora --max-lora-rank {fits[0]} --lora-modules {name}={repo_id}
+```"""
+
+
+def _words(choice: Any) -> str:
+    if isinstance(choice, list):
+        return " + ".join(map(_words, choice)) or "none"
+    if isinstance(choice, dict):
+        options = ", ".join(f"{key} {value}" for key, value in choice.items() if key != "name")
+        return f"{choice['name']} ({options})"
+    return str(choice)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()

@@ -1,0 +1,142 @@
+"""Pushing a real run to a loopback Hub and loading it from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tests.conftest import FAMILIES, pm_llm, small_tasks
+from tests.hub_server import TOKEN, HubServer
+
+from pm_llm.config import load_config
+from pm_llm.report.card import _serving
+from pm_llm.sequence import ContinualSequence
+
+
+@pytest.fixture(scope="module")
+def finished_runs(pico_folders, tmp_path_factory) -> dict[str, str]:
+    """A finished two-task run of each family."""
+    runs = {}
+    for family in FAMILIES:
+        out = str(tmp_path_factory.mktemp("runs") / family)
+        overrides = {"model": pico_folders[family], "output_dir": out, "train.max_steps": 3, "fisher.samples": 4}
+        config = load_config(None, {**overrides, "max_length": 96, "lora.r": 4, "train.learning_rate": 0.01})
+        ContinualSequence(config, small_tasks("sentiment", "topic")).run()
+        runs[family] = out
+    return runs
+
+
+def environment(hub: HubServer, home, **extra: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return {**clean, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **extra}
+
+
+LOAD = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+base, adapter, family = sys.argv[1:]
+auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+model = PeftModel.from_pretrained(auto.from_pretrained(base), adapter).eval()
+ids = torch.arange(3, 20)[None]
+extra = {"decoder_input_ids": ids[:, :4]} if family == "t5" else {}
+with torch.no_grad():
+    print("sum", model(input_ids=ids, **extra).logits.double().sum().item())
+"""
+
+
+def logit_sum(base: str, adapter: str, family: str, env: dict[str, str]) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, base, adapter, family], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return float(re.search(r"^sum (.*)$", done.stdout, re.M)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "large"), [("llama", (".safetensors",)), ("t5", ())])
+def test_push_and_load_again(family: str, large: tuple[str, ...], finished_runs, pico_folders, tmp_path) -> None:
+    with HubServer(large) as hub:
+        # with a file that goes through LFS the plain protocol is used; small files need none
+        env = environment(hub, tmp_path, **({"HF_HUB_DISABLE_XET": "1"} if large else {}))
+        done = pm_llm("push", finished_runs[family], "user/my-adapter", "--private", env=env, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert (
+            hub.repos["user/my-adapter"].get("private") or hub.repos["user/my-adapter"].get("visibility") == "private"
+        )
+        assert set(hub.files["user/my-adapter"]) >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+        for text in (done.stdout, done.stderr, hub.files["user/my-adapter"]["README.md"].decode()):
+            assert TOKEN not in text
+        from_hub = logit_sum(pico_folders[family], "user/my-adapter", family, env)
+        local = logit_sum(pico_folders[family], f"{finished_runs[family]}/adapter", family, env)
+        assert from_hub == local
+        assert any(r.startswith("GET /user/my-adapter/resolve/main/adapter_model") for r in hub.requests)
+        again = pm_llm("push", finished_runs[family], "user/my-adapter", env=env, timeout=120)
+        assert again.returncode == 0, again.stderr  # pushing to what exists is an update
+
+
+@pytest.mark.slow
+def test_refused_login_is_one_line_without_the_token(finished_runs, tmp_path) -> None:
+    with HubServer() as hub:
+        wrong = TOKEN + "x"
+        env = environment(hub, tmp_path, HF_TOKEN=wrong, HF_HUB_DISABLE_XET="1")
+        done = pm_llm("push", finished_runs["llama"], "user/name", env=env, timeout=120)
+    assert done.returncode == 2
+    assert "hf auth" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert wrong not in done.stderr + done.stdout
+
+
+def test_dry_run_sends_nothing_and_writes_the_card(finished_runs, tmp_path) -> None:
+    with HubServer() as hub:
+        done = pm_llm("push", finished_runs["llama"], "user/name", "--dry-run", env=environment(hub, tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert hub.requests == []
+    with open(f"{finished_runs['llama']}/README.md") as file:
+        check_card(file.read(), finished_runs["llama"])
+
+
+def check_card(card: str, run: str) -> None:
+    """The whole card against what the run says."""
+    with open(f"{run}/results.json") as file:
+        results = json.load(file)
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    data = yaml.safe_load(head)
+    assert data["library_name"] == "peft"
+    assert set(data["tags"]) >= {"pm_llm", "lora", "continual-learning"}
+    (index,) = data["model-index"]
+    values = {r["dataset"]["name"]: r["metrics"][0]["value"] for r in index["results"]}
+    last = results["matrix"][-1]
+    assert values == {t: round(v, 2) for t, v in zip(results["tasks"], last, strict=True)}
+    pattern = (
+        r"\s*# name\n.*\n## Method\n\n`pm` \(start: fresh, constrain: perturb, merge: optimal\).*coefficients: "
+        r"sentiment 1\.000, topic \d\.\d{3}\..*\n## Results\n.*\| after \| sentiment \| topic \| average \| coefficient \|"
+        r".*average accuracy: \d.*\n## Use\n.*PeftModel\.from_pretrained\(base, \"user/name\"\).*"
+        r"vllm serve BASE_MODEL --enable-lora --max-lora-rank 8 --lora-modules name=user/name\n"
+        r".*\n## Licence and data\n\nTo be filled in.*"
+    )
+    assert re.fullmatch(pattern, body, re.S), body
+
+
+def test_vllm_flag_is_an_allowed_rank() -> None:
+    assert "--max-lora-rank 256" in _serving("u/n", "base", 240, "CAUSAL_LM")
+    assert "--max-lora-rank 16" in _serving("u/n", "base", 16, "CAUSAL_LM")
+    assert "vllm serve" not in _serving("u/n", "base", 960, "CAUSAL_LM")
+    assert "vllm serve" not in _serving("u/n", "base", 16, "SEQ_2_SEQ_LM")
+
+
+def test_bad_names_and_unfinished_runs(finished_runs, tmp_path) -> None:
+    for arguments, expected in (
+        ((finished_runs["llama"], "no spaces/here"), "no repository name"),
+        ((finished_runs["llama"], "nouser"), "names no user"),
+        ((tmp_path, "user/name"), "not a run folder"),
+    ):
+        done = pm_llm("push", *map(str, arguments))
+        assert done.returncode == 2
+        assert expected in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
