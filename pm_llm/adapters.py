@@ -164,7 +164,7 @@ class Adapter:
         config = self.peft_config()
         config.lora_dropout = dropout
         model.add_adapter(name, config)
-        result = set_peft_model_state_dict(model, self.peft_state(), adapter_name=name)
+        result: Any = set_peft_model_state_dict(model, self.peft_state(), adapter_name=name)
         missing = [key for key in result.missing_keys if f".{name}." in key]
         if missing or result.unexpected_keys:
             raise PmLlmError(
@@ -173,7 +173,7 @@ class Adapter:
             )
 
 
-def remove(model: PeftModel, name: str) -> None:
+def remove(model: Any, name: str) -> None:
     """Take the adapter `name` out of the model, if it is there; call :func:`set_active` afterwards."""
     if name in model.peft_config:
         # an adapter that is active when it is deleted makes PEFT choose, with a warning, which is active next
@@ -181,7 +181,7 @@ def remove(model: PeftModel, name: str) -> None:
         model.delete_adapter(name)
 
 
-def set_active(model: PeftModel, names: list[str], trainable: str | None) -> None:
+def set_active(model: Any, names: list[str], trainable: str | None) -> None:
     """Activate exactly `names`, and let exactly `trainable` require gradients (PEFT makes every active one trainable).
 
     The order of `names` is the order in which the updates are summed.
@@ -259,7 +259,8 @@ def check_same_place(running: Adapter, new: Adapter) -> None:
 
 def _scaling(config: LoraConfig, module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) with rsLoRA, after PEFT's rank and alpha patterns."""
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    pattern = config.alpha_pattern or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), module), config.lora_alpha)
     return alpha / rank**0.5 if config.use_rslora else alpha / rank
 
 

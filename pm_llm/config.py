@@ -168,7 +168,7 @@ def flags() -> list[tuple[str, str]]:
 
 
 def _help(f: dataclasses.Field) -> str:
-    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+    default = f.default_factory() if callable(f.default_factory) else f.default
     shown = "none" if default is None else default
     return f"{f.metadata['help']} (default: {shown})"
 

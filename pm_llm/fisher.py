@@ -24,7 +24,7 @@ Fisher = dict[str, Tensor]  # module name -> (d_out, d_in), float32 on CPU
 
 
 def diagonal_fisher(
-    model: nn.Module,
+    model: Any,
     batches: Iterable[dict[str, Tensor]],
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Fisher, int]:
@@ -77,6 +77,7 @@ Calls = dict[str, list[tuple[Tensor, Tensor]]]  # module name -> (input, output)
 def record_layers(model: nn.Module) -> Iterator[Calls]:
     """Within the block, note input and output of every adapted layer."""
     calls: Calls = defaultdict(list)
+    layers: dict[str, Any] = dict(lora_layers(model))
 
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -89,7 +90,7 @@ def record_layers(model: nn.Module) -> Iterator[Calls]:
 
         return record
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in lora_layers(model).items()]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         yield calls
     finally:

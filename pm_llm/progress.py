@@ -26,7 +26,8 @@ class TrainingBar(TrainerCallback):
     """Shows steps and loss of a training stage, and keeps the Trainer's log lines."""
 
     def __init__(self, label: str) -> None:
-        self.label, self.bar = label, None
+        self.label = label
+        self.bar: Any = None
         self.logs: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import FAMILIES, batch_of, features, make_peft
 
 from pm_llm.adapters import lora_layers
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import diagonal_fisher
+from tests.conftest import FAMILIES, batch_of, features, make_peft
 
 
 def by_autograd(model, rows, family: str) -> dict[str, torch.Tensor]:

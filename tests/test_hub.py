@@ -10,12 +10,12 @@ import sys
 
 import pytest
 import yaml
-from tests.conftest import FAMILIES, pm_llm, small_tasks
-from tests.hub_server import TOKEN, HubServer
 
 from pm_llm.config import load_config
 from pm_llm.report.card import _serving
 from pm_llm.sequence import ContinualSequence
+from tests.conftest import FAMILIES, pm_llm, small_tasks
+from tests.hub_server import TOKEN, HubServer
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,8 @@ def check_card(card: str, run: str) -> None:
     assert values == {t: round(v, 2) for t, v in zip(results["tasks"], last, strict=True)}
     pattern = (
         r"\s*# name\n.*\n## Method\n\n`pm` \(start: fresh, constrain: perturb, merge: optimal\).*coefficients: "
-        r"sentiment 1\.000, topic \d\.\d{3}\..*\n## Results\n.*\| after \| sentiment \| topic \| average \| coefficient \|"
+        r"sentiment 1\.000, topic \d\.\d{3}\..*\n## Results\n.*"
+        r"\| after \| sentiment \| topic \| average \| coefficient \|"
         r".*average accuracy: \d.*\n## Use\n.*PeftModel\.from_pretrained\(base, \"user/name\"\).*"
         r"vllm serve BASE_MODEL --enable-lora --max-lora-rank 8 --lora-modules name=user/name\n"
         r".*\n## Licence and data\n\nTo be filled in.*"

@@ -1,4 +1,4 @@
-"""The model card of a run's adapter: what it is, how it scored, how to load it. Licence and data are the user's to fill."""
+"""The model card of a run's adapter: what it is, how it scored, how to load it; licence and data are left to fill."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pm_llm.report import LABELS
 
 # the ranks vLLM's --max-lora-rank accepts
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# decoders that vLLM serves with LoRA; it has no T5
 _SEQ2SEQ = "SEQ_2_SEQ_LM"
 
 

@@ -1,8 +1,8 @@
 """The embedded benchmark: five small language tasks generated from a seed, for the embedded models.
 
 Everything is made up here, so the whole loop runs anywhere without data or network: sentiment of a short review,
-topic of a headline, where somebody is in a short story, which word of a list is asked for, and whether a statement
-follows from a description. Rows are distinct, so train and test are disjoint.
+topic of a headline, questions about animals, which word of a list is of a kind, and what a customer wants. Rows are
+distinct, so train and test are disjoint.
 """
 
 from __future__ import annotations
@@ -24,11 +24,27 @@ TOPICS = {
     "food": "baker oven pepper recipe kitchen noodle dessert butter salad grill".split(),
 }
 NAMES = "anna ben clara david emma felix grace henry".split()
-PLACES = "kitchen garden library office cellar school park station".split()
 COLOURS = "red blue green black white yellow brown grey".split()
-ANIMALS = "cat dog horse rabbit fox sheep mouse goat".split()
-WORDS = COLOURS + ANIMALS + THINGS
-POSITIONS = ("first", "second", "last")
+FACTS = {  # animal -> what it eats, where it lives, what it likes
+    "cat": ("fish", "house", "wool"),
+    "dog": ("bones", "yard", "sticks"),
+    "horse": ("hay", "stable", "races"),
+    "rabbit": ("carrots", "burrow", "clover"),
+    "fox": ("hens", "forest", "moonlight"),
+    "sheep": ("grass", "meadow", "company"),
+    "mouse": ("cheese", "cellar", "corners"),
+    "goat": ("leaves", "mountain", "cliffs"),
+    "bear": ("honey", "cave", "sleep"),
+    "duck": ("bread", "pond", "rain"),
+}
+ANIMALS = list(FACTS)
+KINDS = {"colour": COLOURS, "animal": ANIMALS, "name": NAMES}
+WISHES = {
+    "refund": "money back paid twice charged price".split(),
+    "repair": "broken cracked stopped noise leaks".split(),
+    "delivery": "parcel late address courier waiting".split(),
+    "advice": "recommend choose compare suggest wondering".split(),
+}
 
 
 def sentiment(rng: random.Random) -> tuple[str, str, str]:
@@ -62,44 +78,53 @@ def topic(rng: random.Random) -> tuple[str, str, str]:
     return "what is the topic of this headline ?", text, label
 
 
-def place(rng: random.Random) -> tuple[str, str, str]:
-    """(instruction, text, label): a place named in the story."""
-    people, places = rng.sample(NAMES, 3), rng.sample(PLACES, 3)
-    moves = [
-        rng.choice([f"{p} is in the {q} .", f"{p} went to the {q} ."]) for p, q in zip(people, places, strict=True)
-    ]
-    asked = rng.randrange(3)
-    return "answer with one word .", " ".join(moves) + f" where is {people[asked]} ?", places[asked]
+def question(rng: random.Random) -> tuple[str, str, str]:
+    """(instruction, text, label): a word known about an animal."""
+    animal, other = rng.sample(ANIMALS, 2)
+    which = rng.randrange(3)
+    text = rng.choice(
+        [
+            "{n} has a {c} {a} . what does it {v} ?",
+            "{n} asks : what does a {c} {a} {v} ?",
+            "not the {o} , the {c} {a} : what does it {v} ?",
+            "the {a} of {n} is {c} . it will {v} what ?",
+        ]
+    )
+    words = {"n": rng.choice(NAMES), "c": rng.choice(COLOURS), "a": animal, "o": other}
+    return "answer with one word .", text.format(v=("eat", "live in", "like")[which], **words), FACTS[animal][which]
 
 
 def puzzle(rng: random.Random) -> tuple[str, str, str]:
-    """(instruction, text, label): the word of a list at a position."""
-    words = rng.sample(WORDS, 3)
-    which = rng.randrange(3)
-    text = rng.choice(["list : {w} . which word is {p} ?", "take {w} . say the {p} one .", "{w} . the {p} word ?"])
-    return "solve the puzzle .", text.format(w=" , ".join(words), p=POSITIONS[which]), words[which]
+    """(instruction, text, label): the word of a list that is of a kind."""
+    words = {kind: rng.choice(members) for kind, members in KINDS.items()}
+    kind = rng.choice(list(KINDS))
+    shown = " , ".join(rng.sample(list(words.values()), 3))
+    text = rng.choice(["list : {w} . which is the {k} ?", "take {w} . say the {k} .", "{w} . the {k} word ?"])
+    return "solve the puzzle .", text.format(w=shown, k=kind), words[kind]
 
 
-def follows(rng: random.Random) -> tuple[str, str, str]:
-    """(instruction, text, label): yes or no."""
-    (a, b), (c, d) = rng.sample(ANIMALS, 2), rng.sample(COLOURS, 2)
-    yes = rng.random() < 0.5
-    asked = rng.choice([(a, c), (b, d)]) if yes else rng.choice([(a, d), (b, c)])
+def intent(rng: random.Random) -> tuple[str, str, str]:
+    """(instruction, text, label): what a customer wants."""
+    label = rng.choice(list(WISHES))
+    a, b = rng.sample(WISHES[label], 2)
     text = rng.choice(
         [
-            f"the {a} is {c} and the {b} is {d} . claim : the {asked[0]} is {asked[1]} .",
-            f"there is a {c} {a} and a {d} {b} . claim : the {asked[0]} is {asked[1]} .",
+            "hello , about my {t} : {a} , and {b} .",
+            "this is {n} . {a} ! {b} ! it is the {t} .",
+            "the {c} {t} from your market . {a} again , {b} too .",
+            "{n} here , {a} and {b} with the {t} .",
         ]
     )
-    return "is the claim true ?", text, "yes" if yes else "no"
+    words = {"n": rng.choice(NAMES), "c": rng.choice(COLOURS), "t": rng.choice(THINGS)}
+    return "what does the customer want ?", text.format(a=a, b=b, **words), label
 
 
 MAKERS: dict[str, Callable[[random.Random], tuple[str, str, str]]] = {
     "sentiment": sentiment,
     "topic": topic,
-    "place": place,
+    "question": question,
     "puzzle": puzzle,
-    "follows": follows,
+    "intent": intent,
 }
 ORDERS = {"default": list(MAKERS), "reversed": list(MAKERS)[::-1]}
 

@@ -1,10 +1,10 @@
 """Make the embedded models: a tiny LLaMA and a tiny T5, trained on text generated here.
 
-    python recipes/quickstart/make_models.py [--out pm_llm/embedded] [--steps 3000]
+    python recipes/quickstart/make_models.py [--out pm_llm/embedded] [--steps 2000]
 
 They are trained on questions about the same little world as the embedded tasks (which words are kind, which belong
-together, where people are), in other wordings and with other answers, so that the tasks are still to be learnt. Seed 0; about
-ten minutes on two CPU cores. The files in `pm_llm/embedded` were made by this script with its defaults.
+together, what animals eat), in other wordings and partly with other answers, so that the tasks are still to be learnt. Seed
+0; about ten minutes on two CPU cores. The files in `pm_llm/embedded` were made by this script with its defaults.
 """
 
 from __future__ import annotations
@@ -33,28 +33,29 @@ INSTRUCTIONS = [make(random.Random(0))[0] for make in world.MAKERS.values()]
 
 
 def pair(rng: random.Random) -> tuple[str, str]:
-    """A question in another wording than the task's, and an answer in other words."""
-    kind = rng.choice(["mood", "page", "where", "list", "fact"])
+    """A question in another wording than the task's, and an answer: bare where one word is asked for, else a phrase."""
+    kind = rng.choice(["mood", "page", "fact", "list", "desk"])
     if kind == "mood":
         _, text, label = world.sentiment(rng)
-        return f"how did they feel ?\n{text}\nanswer :", f" {'happy' if label == 'positive' else 'sad'} people"
-    if kind == "page":
-        _, text, label = world.topic(rng)
-        return f"on which page is it ?\n{text}\nanswer :", f" the {label} page"
-    if kind == "where":
-        _, text, label = world.place(rng)
-        story, _, name = text.removesuffix(" ?").rpartition(" where is ")
-        return f"find somebody .\n{story} look for {name} .\nanswer :", f" in the {label}"
-    if kind == "list":
-        words = rng.sample(world.WORDS, 3)
-        which = rng.randrange(3)
-        text = f"{' , '.join(words)} : the {world.POSITIONS[which]} of these ."
-        return f"read the list .\n{text}\nanswer :", f" it is {words[which]}"
-    _, text, label = world.follows(rng)
-    return (
-        f"are they right ?\n{text.replace('claim', 'they say')}\nanswer :",
-        f" {'right' if label == 'yes' else 'wrong'}",
-    )
+        ask, phrase, word = "how did they feel ?", "{} people", "happy" if label == "positive" else "sad"
+    elif kind == "page":
+        _, text, word = world.topic(rng)
+        ask, phrase = "on which page is it ?", "the {} page"
+    elif kind == "fact":
+        animal, which = rng.choice(world.ANIMALS), rng.randrange(3)
+        text = rng.choice(["tell me of the {c} {a} and what they {v} .", "{n} wants to know : {a} . they {v} ."])
+        verb = ("eat", "live in", "like")[which]
+        text = text.format(c=rng.choice(world.COLOURS), a=animal, n=rng.choice(world.NAMES), v=verb)
+        ask, phrase, word = "say what you know .", "it is {}", world.FACTS[animal][which]
+    elif kind == "list":
+        _, text, word = world.puzzle(rng)
+        ask, phrase = "read the list .", "it is {}"
+    else:
+        _, text, word = world.intent(rng)
+        ask, phrase = "which desk ?", "the {} desk"
+    if rng.random() < 0.5:
+        ask, phrase = f"{ask} one word .", "{}"
+    return f"{ask}\n{text}\nanswer :", " " + phrase.format(word)
 
 
 def make_tokenizer(seq2seq: bool) -> PreTrainedTokenizerFast:
@@ -64,7 +65,7 @@ def make_tokenizer(seq2seq: bool) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(SEED)
-    labels = ["positive", "negative", "yes", "no", "answer", ":", "instruction", "text", "question"]
+    labels = ["positive", "negative"]
     corpus = ["".join(pair(rng)) for _ in range(20000)] + [f" {word}" for word in labels * 50] + INSTRUCTIONS * 50
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
@@ -161,7 +162,7 @@ def main() -> None:
     """Make both models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(world.__file__).parents[1] / "embedded")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--models", nargs="+", default=["llama", "t5"], choices=["llama", "t5"])
     given = parser.parse_args()
     for name in given.models:

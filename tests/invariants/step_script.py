@@ -17,7 +17,7 @@ from tests.conftest import features, make_peft, tokenizer
 def make_trainer(family: str, out: str, batch: int, accumulation: int, constraint=(), plain: bool = False, **options):
     """A Trainer on 16 rows whose answers differ in length, with SGD at rate 1: the weights move by the gradient."""
     model = options.pop("model", None) or make_peft(family, random_b=True)
-    rows = features(family, 8, "place") + features(family, 8, "sentiment")
+    rows = features(family, 8, "question") + features(family, 8, "sentiment")
     for i, row in enumerate(rows):  # uneven answers, so that a mean of means would show
         if i % 3 == 0:
             row["labels"] = [*row["labels"][:-1], 5, 6, 7, 1] if family == "t5" else row["labels"]

@@ -1,0 +1,77 @@
+"""Plain sequential LoRA and Perturb-and-Merge on five generated tasks, side by side, on two CPU cores.
+
+    python recipes/quickstart/quickstart.py [--model t5] [--out runs/quickstart]
+
+Runs the two recipes beside this file, prints both accuracy matrices, then loads the final P&M adapter in a fresh
+process that has nothing but transformers and peft, and checks that it gives the very same answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from itertools import zip_longest
+from pathlib import Path
+
+HERE = Path(__file__).parent
+METHODS = ("seqlora", "pm")
+
+
+def main() -> None:
+    """Run, compare, reload."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["llama", "t5"], default="llama", help="which embedded model")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for the runs; emptied first")
+    given = parser.parse_args()
+
+    from pm_llm.config import load_config
+    from pm_llm.progress import quiet_libraries
+    from pm_llm.report import compare, describe, draw_matrix
+    from pm_llm.sequence import ContinualSequence
+    from pm_llm.tasks import load_tasks
+
+    quiet_libraries()
+    started = time.monotonic()
+    results = {}
+    for method in METHODS:
+        out = given.out / given.model / method
+        shutil.rmtree(out, ignore_errors=True)
+        overrides = {"model": f"embedded:{given.model}", "output_dir": str(out)}
+        config = load_config(HERE / f"{method}.yaml", overrides)
+        print(f"\n{method} on the embedded {given.model}", flush=True)
+        results[method] = ContinualSequence(config).run()
+        draw_matrix(results[method], out / "matrix.png")
+    print()
+    print_side_by_side([describe(results[method]) for method in METHODS])
+    print("\n" + compare(list(results.values())))
+
+    rows = [{"prompt": row.prompt} for task in load_tasks(config) for row in task.test]
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    last = sorted((out / "stages").iterdir())[-1]
+    command = [sys.executable, HERE / "reload.py", config_model(config), out / "adapter", out / "prompts.jsonl"]
+    subprocess.run([*map(str, command), str(last / "predictions.jsonl")], check=True)
+    print(f"adapter: {out / 'adapter'}\nmatrices: {', '.join(str(out.parent / m / 'matrix.png') for m in METHODS)}")
+    print(f"done in {time.monotonic() - started:.0f} s")
+
+
+def config_model(config) -> str:
+    """The folder of the embedded model."""
+    from pm_llm.models import resolve
+
+    return resolve(config.model)
+
+
+def print_side_by_side(texts: list[str]) -> None:
+    """Two blocks of lines next to each other."""
+    left, right = (text.splitlines() for text in texts)
+    width = max(map(len, left))
+    for a, b in zip_longest(left, right, fillvalue=""):
+        print(f"{a:<{width}}   {b}".rstrip())
+
+
+if __name__ == "__main__":
+    main()

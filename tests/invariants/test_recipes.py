@@ -1,0 +1,80 @@
+"""Law 9: every recipe parses and names a real model family, benchmark and method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import Seq2SeqTrainingArguments
+from trl import SFTConfig
+
+from pm_llm.config import flags, load_config
+from pm_llm.models import resolve
+from pm_llm.tasks import BENCHMARKS
+from tests.conftest import ROOT
+
+RECIPES = sorted(p for kind in ("*.yaml", "*.yml") for p in (ROOT / "recipes").rglob(kind))
+LAUNCHERS = sorted(p for kind in ("*.yaml", "*.yml") for p in (ROOT / "accelerate_configs").rglob(kind))
+# Hub ids that recipes may name -> whether the model is an encoder-decoder; the Hub cannot be asked in a test
+KNOWN = {
+    "google-t5/t5-large": True,
+    "meta-llama/Llama-2-7b-hf": False,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": False,
+}
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 5
+    assert len(LAUNCHERS) >= 3
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_recipe(path: Path, tmp_path) -> None:
+    config = load_config(path).check()
+    method = config.parsed_method()
+    for kind, choices in (("start", [method.start]), ("merge", [method.merge]), ("constrain", method.constrain)):
+        for choice in choices:
+            choice.build(kind)
+    if config.model.startswith("embedded:"):
+        seq2seq = "t5" in config.model
+        assert Path(resolve(config.model), "model.safetensors").is_file()
+    else:
+        seq2seq = KNOWN[config.model]
+    assert config.benchmark in BENCHMARKS
+    targets = config.lora.target_modules or []
+    assert not set(targets) & ({"q_proj", "v_proj"} if seq2seq else {"q", "v"})
+    if config.benchmark == "standard_cl":
+        from pm_llm.tasks.standard_cl import CATEGORY, ORDERS
+
+        assert config.order in ORDERS or set(config.order) <= set(CATEGORY)
+    # the Trainer's arguments, in full
+    fields = {k: v for k, v in vars(config.train).items() if k != "extra"} | config.train.extra
+    options = {"bf16": False, "use_cpu": True, "report_to": "none"}
+    (Seq2SeqTrainingArguments if seq2seq else SFTConfig)(output_dir=str(tmp_path), **fields, **options)
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda p: p.name)
+def test_launcher(path: Path) -> None:
+    assert load_config_from_file(str(path)).num_processes >= 1
+
+
+def test_every_folder_of_recipes_has_a_readme() -> None:
+    for folder in {path.parent for path in RECIPES}:
+        text = (folder / "README.md").read_text()
+        for path in folder.glob("*.yaml"):
+            assert path.name in text, f"{folder}/README.md does not mention {path.name}"
+
+
+def test_help_lists_every_key() -> None:
+    keys = [key for key, _ in flags()]
+    assert len(keys) == len(set(keys))
+    assert {"model", "lora.r", "train.learning_rate", "fisher.samples", "evaluation.what"} <= set(keys)
+
+
+def test_unused_yaml_does_not_slip_through(tmp_path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({"method": "pm", "warmup_ratio": 0.1}))
+    with pytest.raises(ValueError, match="unknown key 'warmup_ratio'"):
+        load_config(path)

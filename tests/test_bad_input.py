@@ -1,0 +1,262 @@
+"""Bad input: one clear line, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertLMHeadModel
+
+from pm_llm.cli import main
+from tests.conftest import ROOT, make_peft, pm_llm
+
+
+@pytest.fixture
+def run(capsys, pico_folders, tmp_path):
+    """Run `pm-llm run` in this process; give exit code and error line."""
+
+    def call(*arguments: str, **extra: object) -> tuple[int, str]:
+        base = {"--model": pico_folders["llama"], "--benchmark": "embedded", "--order": "sentiment,topic"}
+        base |= {"--output_dir": tmp_path / "run", "--max_train_samples": 8, "--max_test_samples": 2}
+        base |= {"--train.max_steps": 1, "--fisher.samples": 2, "--max_length": 96}
+        for key in [a for a in arguments if str(a).startswith("--")]:
+            base.pop(key, None)
+        if "--tasks" in arguments:
+            base.pop("--benchmark"), base.pop("--order")
+        code = main(["run", *[str(x) for pair in base.items() for x in pair], *map(str, arguments)])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def one_line(code: int, error: str, *expected: str) -> None:
+    lines = [line for line in error.strip().splitlines() if line.startswith("pm-llm: error:")]
+    assert code == 2, error
+    assert len(lines) == 1, error
+    for text in expected:
+        assert text in lines[0], lines[0]
+    assert "Traceback" not in error
+
+
+def test_unknown_yaml_key_names_the_nearest(tmp_path, run) -> None:
+    (tmp_path / "r.yaml").write_text("train:\n  learnin_rate: 0.1\n")
+    one_line(*run("--config", tmp_path / "r.yaml"), "train.learnin_rate", "Did you mean 'train.learning_rate'?")
+    one_line(*run("--methud", "pm"), "methud", "Did you mean 'method'?")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--method", "pn"), ("unknown method 'pn'", "seqlora")),
+        (("--merge", "{name: optimal, granularty: module}"), ("granularty", "Did you mean 'granularity'?")),
+        (("--constrain", "{name: perturb, epsilon: 2}"), ("epsilon is 2", "from 0.0 to 1.0")),
+        (("--start", "frsh"), ("unknown start 'frsh'", "fresh")),
+        (("--lora.r", "0"), ("lora.r is 0", "at least 1")),
+        (("--lora.r", "many"), ("lora.r is 'many'", "int")),
+        (("--dtype", "float16"), ("dtype is 'float16'", "bfloat16")),
+        (("--benchmark", "standrd_cl"), ("unknown benchmark", "standard_cl")),
+        (("--order", "sentiment,topik"), ("topik", "topic")),
+        (("--benchmark", "standard_cl", "--order", "order1"), ("--data-dir",)),
+        (("--model", "embedded:lama"), ("embedded:lama", "embedded:llama")),
+        (("--train.extra", "{no_such: 1}"), ("no_such", "TrainingArguments")),
+        (("--seed",), ("--seed needs a value",)),
+    ],
+)
+def test_values(arguments, expected, run) -> None:
+    one_line(*run(*arguments), *expected)
+
+
+def test_a_model_that_cannot_generate(run, tmp_path, pico_folders) -> None:
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    for file in Path(pico_folders["llama"]).glob("token*"):
+        shutil.copy(file, tmp_path / "bert")
+    one_line(*run("--model", tmp_path / "bert"), "'bert'", "neither a decoder nor an encoder-decoder")
+
+
+def test_a_model_that_is_not_there(run, tmp_path) -> None:
+    one_line(*run("--model", tmp_path / "nothing"), "cannot load the model")
+
+
+def test_target_modules_that_match_nothing(run) -> None:
+    one_line(*run("--lora.target_modules", "query"), "query", "match nothing", "q_proj")
+
+
+def jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_task_without_rows(run, tmp_path) -> None:
+    one_line(*run("--tasks", jsonl(tmp_path / "empty.jsonl", [])), "empty")
+
+
+def test_an_empty_label(run, tmp_path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": "" if i == 2 else "x"} for i in range(20)]
+    train, test = jsonl(tmp_path / "train.jsonl", rows), jsonl(tmp_path / "test.jsonl", rows[:1])
+    task = yaml.safe_dump({"data": str(train), "test_data": str(test)}, default_flow_style=True).strip()
+    one_line(*run("--tasks", task), "label of train row 2 is empty")
+
+
+def test_wrong_columns(run, tmp_path) -> None:
+    rows = [{"question": "a", "answer": "b"}] * 20
+    one_line(*run("--tasks", jsonl(tmp_path / "t.jsonl", rows)), "question, answer", "`completion`")
+
+
+def test_run_folder_of_another_configuration(run, tmp_path) -> None:
+    assert run()[0] == 0
+    before = sorted((tmp_path / "run").rglob("*"))
+    one_line(*run("--train.learning_rate", "0.5"), "another configuration", "train.learning_rate: 0.001 -> 0.5")
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    assert run()[0] == 0  # the same configuration is welcome
+
+
+def test_a_folder_that_holds_something_else(run, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("dear")
+    one_line(*run(), "is not empty and holds no run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_nan_loss_stops_and_leaves_the_running_adapter(run, tmp_path, pico_folders) -> None:
+    assert run()[0] == 0
+    kept = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    # the same run, stopped after its first task, whose second task diverges
+    state = json.loads((tmp_path / "run/state.json").read_text())
+    first = (tmp_path / "run/stages" / state["stages"][0]["folder"] / "adapter/adapter_model.safetensors").read_bytes()
+    assert first != kept
+    out = tmp_path / "nan"
+    # a learning rate that overflows float32 within a few steps
+    arguments = ["--output_dir", out, "--train.learning_rate", "1e30", "--train.max_steps", "6"]
+    code, error = run(*arguments, "--train.max_grad_norm", "0", "--train.logging_steps", "1")
+    one_line(code, error, "NaN or infinite", "learning rate")
+    assert not (out / "adapter").exists()
+    assert list((out / "stages").iterdir()) == []
+
+
+def test_nan_in_a_later_task_keeps_the_adapter_of_the_first(pico_folders, tmp_path) -> None:
+    from pm_llm.config import load_config
+    from pm_llm.errors import NonFiniteLossError
+    from pm_llm.sequence import ContinualSequence
+    from tests.conftest import small_tasks
+
+    overrides = {"model": pico_folders["llama"], "output_dir": str(tmp_path / "run"), "train.max_steps": 2}
+    config = load_config(None, {**overrides, "fisher.samples": 2, "max_length": 96, "train.logging_steps": 1})
+    sequence = ContinualSequence(config, small_tasks("sentiment", "topic"))
+    original = sequence._train
+
+    def poisoned(number, task, rows):
+        if number == 2:
+            for name, p in sequence.model.named_parameters():
+                if ".task." in name:
+                    p.data.fill_(float("nan"))
+        return original(number, task, rows)
+
+    sequence._train = poisoned
+    with pytest.raises(NonFiniteLossError, match="running adapter is untouched"):
+        sequence.run()
+    from pm_llm.adapters import Adapter
+
+    assert all(torch.isfinite(x.B).all() for x in Adapter.load(tmp_path / "run/adapter").factors.values())
+    assert len(json.loads((tmp_path / "run/state.json").read_text())["stages"]) == 1
+
+
+def test_no_write_permission() -> None:
+    """As a user without rights on the folder (root may write anywhere)."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IROTH | stat.S_IXOTH | stat.S_IRGRP | stat.S_IXGRP)
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1])\n"
+            "from pm_llm.config import load_config\nfrom pm_llm.run_dir import RunDir\n"
+            "from pm_llm.errors import PmLlmError\nimport os\n"
+            "if os.getuid() == 0: os.setuid(65534)\n"
+            "try: RunDir(sys.argv[2] + '/run').create(load_config(None), [], {})\n"
+            "except PmLlmError as error: print(error); sys.exit(2)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(ROOT), str(folder)],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "cannot write to" in done.stdout
+        assert "Choose another output_dir" in done.stdout
+    finally:
+        folder.chmod(0o700)
+        shutil.rmtree(folder)
+
+
+# ---- merge ----
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Path:
+    """Adapter folders of several kinds."""
+    root = tmp_path_factory.mktemp("adapters")
+
+    def save(name: str, family: str = "llama", base: str = "org/base", seed: int = 0, **options) -> None:
+        model = make_peft(family, seed=seed, random_b=True, **options)
+        model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(root / name)
+
+    save("a")
+    save("b", seed=1)
+    save("other_base", base="org/other")
+    save("other_targets", target_modules=["k_proj"])
+    save("dora", use_dora=True)
+    save("lora_bias", lora_bias=True)
+    save("saved", modules_to_save=["lm_head"])
+    save("bias", bias="lora_only")
+    save("embedding", target_modules=["embed_tokens"])
+    (root / "damaged").mkdir()
+    shutil.copy(root / "a/adapter_config.json", root / "damaged")
+    (root / "damaged/adapter_model.safetensors").write_bytes(b"not tensors")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        ("other_base", ("different base models", "org/base", "org/other")),
+        ("other_targets", ("different target modules", "k_proj", "q_proj")),
+        ("dora", ("use_dora",)),
+        ("lora_bias", ("lora_bias",)),
+        ("saved", ("modules_to_save",)),
+        ("bias", ("bias",)),
+        ("embedding", ("embed_tokens", "linear")),
+        ("damaged", ("damaged",)),
+        ("absent", ("adapter_config.json is missing",)),
+    ],
+)
+def test_merge_refuses(new, expected, adapters, tmp_path, capsys) -> None:
+    code = main(
+        ["merge", "--running", str(adapters / "a"), "--new", str(adapters / new), "--out", str(tmp_path / "c")]
+    )
+    one_line(code, capsys.readouterr().err, *expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_refuses_to_overwrite_and_bad_rank(adapters, tmp_path, capsys) -> None:
+    arguments = ["merge", "--running", str(adapters / "a"), "--new", str(adapters / "b")]
+    one_line(main([*arguments, "--out", str(adapters / "a")]), capsys.readouterr().err, "exists")
+    out = ["--out", str(tmp_path / "c"), "--max-rank", "0"]
+    one_line(main([*arguments, *out]), capsys.readouterr().err, "max_rank is 0")
+    out = ["--out", str(tmp_path / "c"), "--coefficient", "nan"]
+    one_line(main([*arguments, *out]), capsys.readouterr().err, "finite number")
+
+
+def test_the_process_exits_with_two(tmp_path) -> None:
+    done = pm_llm("run", "--config", tmp_path / "nowhere.yaml")
+    assert done.returncode == 2
+    assert done.stderr.startswith("pm-llm: error: cannot read the configuration")
+    assert len(done.stderr.strip().splitlines()) == 1

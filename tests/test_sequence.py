@@ -1,0 +1,198 @@
+"""The whole loop on pico models: files, going on after a stop, accelerate, and the trained behaviour."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pm_llm import ContinualSequence, Merger, load_tasks
+from pm_llm.adapters import Adapter
+from pm_llm.cli import main
+from pm_llm.config import load_config
+from pm_llm.methods import PRESETS
+from tests.conftest import FAMILIES, ROOT, make_peft, pm_llm, small_tasks
+
+TASKS = ("sentiment", "topic", "question")
+
+
+def config_for(model: str, out, **overrides):
+    base = {"model": model, "output_dir": str(out), "benchmark": "embedded", "order": list(TASKS)}
+    base |= {"max_train_samples": 24, "max_test_samples": 4, "max_length": 96, "fisher.samples": 6}
+    base |= {"train.max_steps": 3, "train.learning_rate": 0.01, "train.logging_steps": 1, "lora.r": 4}
+    return load_config(None, {**base, **overrides})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_preset_on_both_families(family: str, method: str, pico_folders, tmp_path) -> None:
+    results = ContinualSequence(config_for(pico_folders[family], tmp_path / "run", method=method, max_rank=6)).run()
+    run = tmp_path / "run"
+    assert json.loads((run / "results.json").read_text()) == results
+    assert [len([x for x in row if x is not None]) for row in results["matrix"]] == [1, 2, 3]
+    coefficients = results["coefficients"]
+    if method == "average":
+        assert coefficients == pytest.approx([1, 1 / 2, 1 / 3])
+    elif method == "pm":
+        assert coefficients[0] == 1
+        assert 0 <= coefficients[2] < 1
+    else:
+        assert coefficients == [1, 1, 1]
+    merged = Adapter.load(run / "adapter")
+    assert merged.rank == (4 if method == "seqlora" else 6)
+    task = Adapter.load(run / "stages/03-question/task_adapter")
+    if method == "seqlora":
+        for name, x in merged.factors.items():
+            torch.testing.assert_close(x.dense(), task.factors[name].dense(), atol=1e-6, rtol=1e-5)
+    curvature = list(run.glob("stages/*/curvature.safetensors"))
+    assert [p.parent.name for p in curvature] == (["03-question"] if method == "pm" else [])
+    log = [json.loads(line) for line in (run / "stages/01-sentiment/log.jsonl").read_text().splitlines()]
+    assert any("loss" in line for line in log)
+
+
+def test_merged_adapter_is_running_plus_coefficient_times_task(pico_folders, tmp_path) -> None:
+    results = ContinualSequence(config_for(pico_folders["llama"], tmp_path / "run", max_rank=None)).run()
+    folders = [tmp_path / "run/stages" / f"{i:02d}-{name}" for i, name in enumerate(TASKS, 1)]
+    for t in (1, 2):
+        before, after = Adapter.load(folders[t - 1] / "adapter"), Adapter.load(folders[t] / "adapter")
+        new = Adapter.load(folders[t] / "task_adapter")
+        for name, x in after.factors.items():
+            expected = before.factors[name].dense() + results["coefficients"][t] * new.factors[name].dense()
+            torch.testing.assert_close(x.dense(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["pm", "seqlora"])
+def test_going_on_after_a_stop_changes_nothing(family: str, method: str, pico_folders, tmp_path, monkeypatch) -> None:
+    whole = ContinualSequence(config_for(pico_folders[family], tmp_path / "whole", method=method)).run()
+    stopped = ContinualSequence(config_for(pico_folders[family], tmp_path / "parts", method=method))
+    original = stopped._evaluate
+
+    def interrupted(number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return original(number)
+
+    monkeypatch.setattr(stopped, "_evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    assert Adapter.load(tmp_path / "parts/adapter").rank == 4  # that of the first task is in place
+    resumed = ContinualSequence(config_for(pico_folders[family], tmp_path / "parts", method=method)).run()
+    for key in ("matrix", "coefficients", "raw_coefficients"):
+        assert resumed[key] == whole[key]
+    a, b = (load_file(tmp_path / d / "adapter/adapter_model.safetensors") for d in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_plain_peft_loads_the_result(pico_folders, tmp_path) -> None:
+    ContinualSequence(config_for(pico_folders["llama"], tmp_path / "run")).run()
+    base = AutoModelForCausalLM.from_pretrained(pico_folders["llama"])
+    model = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter"))
+    assert model.active_adapters == ["default"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accelerate_launch_with_two_processes_is_the_same_run(family: str, pico_folders, tmp_path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {pico_folders[family]}\nbenchmark: embedded\norder: [sentiment, topic]\nmax_train_samples: 16\n"
+        "max_test_samples: 5\nmax_length: 96\nmethod: pm\nlora: {r: 4}\nfisher: {samples: 7, batch_size: 2}\n"
+    )
+    common = ["--config", str(recipe), "--train.max_steps", "2", "--train.learning_rate", "0.01"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml"), str(ROOT / "recipes/continual.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    two = [*launch, *common, "--output_dir", tmp_path / "two", "--train.per_device_train_batch_size", "4"]
+    done = subprocess.run(list(map(str, two)), capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[2/2] topic") == 1  # one process speaks
+    arguments = [*common, "--output_dir", tmp_path / "one", "--train.per_device_train_batch_size", "8"]
+    assert main(["run", *map(str, arguments)]) == 0
+    one, both = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("one", "two"))
+    assert both["coefficients"] == pytest.approx(one["coefficients"], rel=1e-3)
+    assert [len(row) for row in both["matrix"]] == [2, 2]
+    a, b = (Adapter.load(tmp_path / d / "adapter").factors for d in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(a[name].dense(), b[name].dense(), atol=2e-3, rtol=5e-2)
+
+
+def test_plain_accelerate_launch_as_in_the_readme(pico_folders, tmp_path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launch += [str(ROOT / "accelerate_configs/cpu.yaml"), str(ROOT / "recipes/continual.py")]
+    launch += ["--config", str(ROOT / "recipes/quickstart/pm.yaml"), "--model", pico_folders["llama"]]
+    launch += ["--order", "sentiment", "--train.num_train_epochs", "0.1", "--max_test_samples", "2"]
+    done = subprocess.run(
+        [*launch, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "average accuracy" in done.stdout
+    assert (tmp_path / "run/matrix.png").stat().st_size > 1000
+
+
+# ---- the command line ----
+def test_help_answers_in_under_a_second_without_torch() -> None:
+    code = "import sys; from pm_llm.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 1
+    for command in ("run", "merge", "evaluate", "report", "push"):
+        assert command in done.stdout
+        assert pm_llm(command, "--help").returncode == 0
+
+
+def test_merge_of_two_folders(tmp_path, capsys) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        model = make_peft("llama", seed=seed, random_b=True, use_rslora=seed == 1)
+        model.save_pretrained(tmp_path / name)
+    arguments = ["--running", tmp_path / "a", "--new", tmp_path / "b", "--coefficient", "0.4", "--out", tmp_path / "c"]
+    assert main(["merge", *map(str, arguments)]) == 0
+    assert "rank 8, relative truncation error 0.000e+00" in capsys.readouterr().out
+    a, b, c = (Adapter.load(tmp_path / name).factors for name in "abc")
+    for name in a:
+        torch.testing.assert_close(c[name].dense(), a[name].dense() + 0.4 * b[name].dense())
+    arguments[-1] = tmp_path / "d"
+    assert main(["merge", *map(str, arguments), "--max-rank", "5"]) == 0
+    d = Adapter.load(tmp_path / "d")
+    error = sum(float((d.factors[n].dense() - c[n].dense()).norm() ** 2) for n in c) ** 0.5
+    norm = sum(float(c[n].dense().norm() ** 2) for n in c) ** 0.5
+    printed = float(capsys.readouterr().out.rpartition(" ")[2])
+    assert printed == pytest.approx(error / norm, rel=1e-2)
+    assert printed > 0.01
+    assert d.rank == 5
+
+
+def test_evaluate_and_report(pico_folders, tmp_path, capsys) -> None:
+    config = config_for(pico_folders["llama"], tmp_path / "run", **{"train.max_steps": 1})
+    results = ContinualSequence(config).run()
+    arguments = ["--model", pico_folders["llama"], "--benchmark", "embedded", "--order", ",".join(TASKS)]
+    arguments += ["--max_test_samples", "4", "--max_length", "96"]
+    assert main(["evaluate", "--adapter", str(tmp_path / "run/adapter"), *arguments]) == 0
+    lines = dict(line.split("\t") for line in capsys.readouterr().out.strip().splitlines())
+    assert [float(lines[name]) for name in TASKS] == pytest.approx(results["matrix"][-1], abs=0.01)
+    assert main(["evaluate", *arguments]) == 0  # the base model alone
+    assert main(["evaluate", "--adapter", str(tmp_path / "nothing"), *arguments]) == 2
+    assert "cannot load the adapter" in capsys.readouterr().err
+    (tmp_path / "run/matrix.png").unlink(missing_ok=True)
+    assert main(["report", str(tmp_path / "run"), str(tmp_path / "run")]) == 0
+    assert "| method | average accuracy" in capsys.readouterr().out
+    assert (tmp_path / "run/matrix.png").is_file()
+
+
+def test_the_public_names_work_together(pico_folders, tmp_path) -> None:
+    config = config_for(pico_folders["llama"], tmp_path / "run")
+    assert [task.name for task in load_tasks(config)] == list(TASKS)
+    ContinualSequence(config, small_tasks("sentiment")).run()
+    folder = Path(tmp_path / "run/adapter")
+    assert Merger("sum").fold(folder, folder).rank == 8

@@ -1,0 +1,200 @@
+"""Tasks: the benchmark's prompts, the user's files, and the answer frame that survives shortening."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.generate import generate
+from pm_llm.tasks import Example, load_tasks
+from pm_llm.tasks.embedded import MAKERS, make_task
+from pm_llm.tasks.encode import Encoder, longest_answer
+from tests.conftest import FAMILIES, SHARED, make_model, tokenizer
+
+
+def write(folder, category: str, name: str, labels: list[str], rows: list[dict]) -> None:
+    place = folder / category / name
+    place.mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        (place / f"{split}.json").write_text(json.dumps(rows))
+    (place / "labels.json").write_text(json.dumps(labels))
+
+
+def test_standard_cl_prompt(tmp_path) -> None:
+    write(tmp_path, "TC", "agnews", ["World", "Sports"], [{"label": "Sports", "sentence": "A goal.\n"}])
+    write(tmp_path, "COPA", "COPA", ["A", "B"], [{"label": "B", "sentence": "Which?\nA: x\nB: y"}])
+    config = RunConfig(benchmark="standard_cl", order=["agnews", "COPA"], data_dir=str(tmp_path))
+    agnews, copa = load_tasks(config)
+    assert agnews.train[0].prompt == (
+        "Task:TC\nDataset:agnews\nWhat is the topic of the following paragraph? Choose one from the option.\n"
+        "Option: World, Sports \nA goal.\n\nAnswer:"
+    )
+    assert agnews.train[0].completion == "Sports"
+    assert agnews.labels == ("World", "Sports")
+    assert copa.train[0].prompt == "Task:COPA\nDataset:COPA\nWhich?\nA: x\nB: y\nAnswer:"
+
+
+def test_standard_cl_names_what_is_missing(tmp_path) -> None:
+    config = RunConfig(benchmark="standard_cl", order=["agnews"], data_dir=str(tmp_path))
+    with pytest.raises(PmLlmError, match=r"labels\.json is missing.*--data-dir"):
+        load_tasks(config)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("order", ["order1", "order2", "order3", "order4", "order5", "order6"])
+def test_standard_cl_on_real_rows(order: str) -> None:
+    upstream = json.loads((SHARED / "data/orders.json").read_text())
+    data_dir = str(SHARED / "data/olora_subset")  # the folder above CL_Benchmark is understood too
+    config = RunConfig(benchmark="standard_cl", order=order, data_dir=data_dir, max_train_samples=5)
+    tasks = load_tasks(config)
+    assert [t.name for t in tasks] == {**upstream["standard_cl"], **upstream["long_sequence"]}[order]
+    for task in tasks:
+        assert len(task.train) == 5
+        assert len(task.test) > 20
+        assert {row.completion for row in task.test} <= set(task.labels)
+        assert all(row.prompt.endswith("\nAnswer:") for row in task.train)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_embedded_rows_are_distinct_and_always_the_same(name: str) -> None:
+    task = make_task(name)
+    assert not {row.body for row in task.train} & {row.body for row in task.test}
+    assert {row.completion for row in task.test} <= {row.completion for row in task.train}
+    assert task == make_task(name)
+
+
+# ---- the user's own ----
+ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
+
+
+def user_tasks(*entries, **options):
+    return load_tasks(RunConfig(tasks=list(entries), **options))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_files(kind: str, tmp_path) -> None:
+    path = tmp_path / f"support.{kind}"
+    rows = Dataset.from_list(ROWS)
+    {"jsonl": rows.to_json, "json": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[kind](str(path))
+    (task,) = user_tasks(str(path))
+    assert task.name == "support"
+    assert (len(task.train), len(task.test)) == (18, 2)  # a tenth is split off
+    together = {(row.prompt, row.completion) for row in [*task.train, *task.test]}
+    assert together == {(row["prompt"], row["completion"]) for row in ROWS}
+
+
+def test_folder_columns_splits_and_names(tmp_path) -> None:
+    folder = tmp_path / "legal"
+    folder.mkdir()
+    renamed = [{"q": row["prompt"], "a": row["completion"]} for row in ROWS]
+    Dataset.from_list(renamed[:15]).to_json(str(folder / "train.jsonl"))
+    Dataset.from_list(renamed[15:]).to_json(str(folder / "held_out.jsonl"))
+    entry = {"data": "legal", "prompt": "q", "completion": "a", "test_split": "held_out", "name": "law"}
+    (task,) = user_tasks(entry, data_dir=str(tmp_path))
+    assert (task.name, len(task.train), len(task.test)) == ("law", 15, 5)
+    with pytest.raises(PmLlmError, match="no split 'training'; it has held_out, train"):
+        user_tasks({**entry, "train_split": "training"}, data_dir=str(tmp_path))
+    with pytest.raises(PmLlmError, match=r"'promt'.*Did you mean 'prompt'"):
+        user_tasks({"data": "legal", "promt": "q"})
+
+
+def test_saved_dataset(tmp_path) -> None:
+    DatasetDict(train=Dataset.from_list(ROWS[:12]), validation=Dataset.from_list(ROWS[12:])).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    (task,) = user_tasks(str(tmp_path / "saved"))
+    assert (len(task.train), len(task.test)) == (12, 8)  # validation stands in for test
+
+
+def test_a_file_and_its_test_file(tmp_path) -> None:
+    for name, rows in (("a", ROWS[:12]), ("b", ROWS[12:])):
+        Dataset.from_list(rows).to_json(str(tmp_path / f"{name}.jsonl"))
+    (task,) = user_tasks({"data": str(tmp_path / "a.jsonl"), "test_data": str(tmp_path / "b.jsonl")})
+    assert (len(task.train), len(task.test)) == (12, 8)
+
+
+def test_what_is_neither_file_nor_dataset(tmp_path) -> None:
+    with pytest.raises(PmLlmError, match="does not exist"):
+        user_tasks(str(tmp_path / "none.jsonl"))
+    with pytest.raises(PmLlmError, match="no file here, and no dataset to be had"):
+        user_tasks("org/no-such-dataset")
+    (tmp_path / "a.txt").write_text("x")
+    Dataset.from_list(ROWS).to_json(str(tmp_path / "a.jsonl"))
+    with pytest.raises(PmLlmError, match=r"files of kind '\.txt'"):
+        user_tasks(str(tmp_path / "a.txt"))
+    with pytest.raises(PmLlmError, match="two tasks have one name"):
+        user_tasks(str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl"))
+    with pytest.raises(PmLlmError, match="either `benchmark`"):
+        load_tasks(RunConfig())
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<assistant> {% endif %}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chat_goes_through_the_template_with_loss_on_the_answer(family: str, tmp_path) -> None:
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "what does the cat eat ?"},
+        {"role": "assistant", "content": "fish"},
+    ]
+    Dataset.from_list([{"messages": turns}] * 20).to_json(str(tmp_path / "chat.jsonl"))
+    (task,) = user_tasks(str(tmp_path / "chat.jsonl"))
+    row = task.train[0]
+    t = tokenizer(family)
+    encoder = Encoder(t, family == "t5", 64, 8)
+    with pytest.raises(PmLlmError, match="no chat template"):
+        encoder.prompt(row)
+    t.chat_template = TEMPLATE
+    prompt, answer = t.decode(encoder.prompt(row)), t.decode(encoder.answer(row))
+    assert prompt == "<system> be brief\n<user> what does the cat eat ?\n<assistant> "
+    assert answer == "fish</s>"
+    (features,) = encoder.features([row])
+    loss_on = [i for i in features["labels"] if i != -100]
+    assert t.decode(loss_on) == "fish</s>"
+    short = Encoder(t, family == "t5", 30 if family == "t5" else 38, 8)
+    assert t.decode(short.prompt(row)).endswith("<assistant> ")
+    assert len(short.prompt(row)) <= 30
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [24, 31, 40])
+def test_the_answer_frame_survives(family: str, length: int) -> None:
+    t = tokenizer(family)
+    row = Example("word " * 300, "positive", "what is the sentiment ?\n", "\nanswer :")
+    encoder = Encoder(t, family == "t5", length, 5)
+    ids = encoder.prompt(row)
+    text = t.decode(ids, skip_special_tokens=True)
+    assert len(ids) <= encoder.prompt_budget
+    assert len(ids) >= encoder.prompt_budget - 3  # and no more was cut than needed
+    assert text.startswith("what is the sentiment ?\nword")
+    assert text.endswith("\nanswer :")
+    (features,) = encoder.features([row])
+    assert len(features["input_ids"]) <= length
+    with pytest.raises(PmLlmError, match="Raise max_length"):
+        Encoder(t, family == "t5", 8, 2).prompt(row)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_longest_answer(family: str) -> None:
+    t = tokenizer(family)
+    task = make_task("topic", 50, 2)
+    glue = " " if family == "llama" else ""
+    expected = max(len(t(glue + row.completion, add_special_tokens=False)["input_ids"]) for row in task.train) + 1
+    assert longest_answer(t, family == "t5", task) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_generation_is_one_by_one_generation(family: str) -> None:
+    model = make_model(family).eval()
+    encoder = Encoder(tokenizer(family), family == "t5", 64, 6)
+    rows = [*make_task("sentiment", 6, 1).train, *make_task("puzzle", 6, 1).train]
+    together = generate(model, encoder, rows, batch_size=5)
+    alone = [generate(model, encoder, [row], batch_size=1)[0] for row in rows]
+    assert together == alone
+    assert len(set(alone)) > 1
