@@ -21,7 +21,7 @@ CONSTRAINTS = {
 }
 MERGES = {
     "replace": "pm_llm.merges.replace:Replace",
-    "sum": "pm_llm.merges.sum:Sum",
+    "sum": "pm_llm.merges.summation:Sum",
     "average": "pm_llm.merges.average:Average",
     "constant": "pm_llm.merges.constant:Constant",
     "optimal": "pm_llm.merges.optimal:Optimal",

@@ -95,6 +95,8 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
         PmLlmError: If `target_modules` matches nothing.
     """
     targets = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
+    if targets == ["all-linear"]:  # PEFT knows the word as a string only
+        targets = "all-linear"
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,

@@ -178,6 +178,7 @@ def test_evaluate_and_report(pico_folders, tmp_path, capsys) -> None:
     results = ContinualSequence(config).run()
     arguments = ["--model", pico_folders["llama"], "--benchmark", "embedded", "--order", ",".join(TASKS)]
     arguments += ["--max_test_samples", "4", "--max_length", "96"]
+    capsys.readouterr()
     assert main(["evaluate", "--adapter", str(tmp_path / "run/adapter"), *arguments]) == 0
     lines = dict(line.split("\t") for line in capsys.readouterr().out.strip().splitlines())
     assert [float(lines[name]) for name in TASKS] == pytest.approx(results["matrix"][-1], abs=0.01)

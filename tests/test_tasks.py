@@ -10,10 +10,11 @@ from datasets import Dataset, DatasetDict
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
+from pm_llm.models import load_base
 from pm_llm.tasks import Example, load_tasks
 from pm_llm.tasks.embedded import MAKERS, make_task
 from pm_llm.tasks.encode import Encoder, longest_answer
-from tests.conftest import FAMILIES, SHARED, make_model, tokenizer
+from tests.conftest import FAMILIES, SHARED, tokenizer
 
 
 def write(folder, category: str, name: str, labels: list[str], rows: list[dict]) -> None:
@@ -120,7 +121,7 @@ def test_a_file_and_its_test_file(tmp_path) -> None:
 def test_what_is_neither_file_nor_dataset(tmp_path) -> None:
     with pytest.raises(PmLlmError, match="does not exist"):
         user_tasks(str(tmp_path / "none.jsonl"))
-    with pytest.raises(PmLlmError, match="no file here, and no dataset to be had"):
+    with pytest.raises(PmLlmError, match="neither a file here nor a dataset to be had"):
         user_tasks("org/no-such-dataset")
     (tmp_path / "a.txt").write_text("x")
     Dataset.from_list(ROWS).to_json(str(tmp_path / "a.jsonl"))
@@ -191,7 +192,7 @@ def test_longest_answer(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batched_generation_is_one_by_one_generation(family: str) -> None:
-    model = make_model(family).eval()
+    model = load_base(f"embedded:{family}").model.eval()
     encoder = Encoder(tokenizer(family), family == "t5", 64, 6)
     rows = [*make_task("sentiment", 6, 1).train, *make_task("puzzle", 6, 1).train]
     together = generate(model, encoder, rows, batch_size=5)

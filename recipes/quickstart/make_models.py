@@ -3,8 +3,8 @@
     python recipes/quickstart/make_models.py [--out pm_llm/embedded] [--steps 2000]
 
 They are trained on questions about the same little world as the embedded tasks (which words are kind, which belong
-together, what animals eat), in other wordings and partly with other answers, so that the tasks are still to be learnt. Seed
-0; about ten minutes on two CPU cores. The files in `pm_llm/embedded` were made by this script with its defaults.
+together, what animals eat), in other wordings and partly with other answers, so that the tasks are still to be learnt.
+Seed 0; about ten minutes on two CPU cores. The files in `pm_llm/embedded` were made by this script with its defaults.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INSTRUCTIONS = [make(random.Random(0))[0] for make in world.MAKERS.values()]
 
 
 def pair(rng: random.Random) -> tuple[str, str]:
-    """A question in another wording than the task's, and an answer: bare where one word is asked for, else a phrase."""
+    """A question in another wording than the task's, and its answer: a phrase, or bare where one word is asked for."""
     kind = rng.choice(["mood", "page", "fact", "list", "desk"])
     if kind == "mood":
         _, text, label = world.sentiment(rng)

@@ -1,0 +1,97 @@
+"""Every command and every piece of code in the README, run as it stands there.
+
+The names it uses (a model and a dataset on the Hub, the user's files) are folders and files of those names here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from tests.conftest import ROOT, features, make_model, tokenizer
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    return [line.partition(" #")[0].strip() for line in lines if line.strip()]
+
+
+def test_make_commands_are_what_ci_runs() -> None:
+    ci = (ROOT / ".ci/run").read_text()
+    inline = re.findall(r"`(make [^`]+)`", README)
+    for command in [c for c in commands() if c.startswith("make")] + inline:
+        assert command in ci.splitlines(), command
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A working folder in which the README's names exist."""
+    cwd = tmp_path_factory.mktemp("readme")
+    base = cwd / "HuggingFaceTB/SmolLM2-135M-Instruct"
+    make_model("llama").save_pretrained(base)
+    tokenizer("llama").save_pretrained(base)
+    rows = [{"prompt": f"is {i} even ?", "completion": "yes" if i % 2 == 0 else "no"} for i in range(20)]
+    Dataset.from_list(rows).to_json(str(cwd / "support.jsonl"))
+    (cwd / "legal").mkdir()
+    law = Dataset.from_list([{"question": r["prompt"], "answer": r["completion"]} for r in rows])
+    law.to_csv(str(cwd / "legal/train.csv"))
+    law.to_csv(str(cwd / "legal/test.csv"))
+    both = DatasetDict(train=Dataset.from_list(rows[:15]), validation=Dataset.from_list(rows[15:]))
+    both.save_to_disk(str(cwd / "my-org/medical"))
+    (recipe,) = [text for kind, text in BLOCKS if kind == "yaml"]
+    (cwd / "my.yaml").write_text(recipe)
+    for name in ("recipes", "accelerate_configs"):
+        (cwd / name).symlink_to(ROOT / name)
+    (cwd / "A").symlink_to("runs/mine/stages/01-support/adapter")
+    (cwd / "B").symlink_to("runs/mine/stages/02-law/task_adapter")
+    return cwd
+
+
+@pytest.mark.slow
+def test_commands_and_code(place: Path, monkeypatch) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = [c for c in commands() if not c.startswith("make")]
+    assert len(run) >= 7
+    for command in run:
+        done = subprocess.run(
+            shlex.split(command), cwd=place, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    for folder in ("mine", "mine-seqlora"):
+        assert json.loads((place / f"runs/{folder}/results.json").read_text())["tasks"] == [
+            "support",
+            "law",
+            "medical",
+        ]
+    listed = set(re.findall(r"^    (\w[\w./-]*?)(?:,| |/ )", README, re.M))
+    for name in listed:
+        assert (place / "runs/mine" / name).exists(), name
+
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig
+
+    monkeypatch.chdir(place)
+    use, parts = [text for kind, text in BLOCKS if kind == "python"]
+    names: dict = {}
+    exec(use, names)
+    assert names["model"].active_adapters == ["default"]
+    base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+    names = {
+        "model": get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")),
+        "args": SFTConfig(output_dir="out", max_steps=2, bf16=False, use_cpu=True, report_to="none", max_length=None),
+        "rows": Dataset.from_list(features("llama")),
+    }
+    exec(parts, names)
+    assert (place / "merged/adapter_model.safetensors").is_file()
