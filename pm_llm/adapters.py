@@ -154,8 +154,17 @@ class Adapter:
         state = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
         return cls.from_state(state, model.peft_config[name], where=f"adapter {name!r}")
 
-    def attach(self, model: PeftModel, name: str, dropout: float = 0.0) -> None:
+    def attach(
+        self, model: PeftModel, name: str, dropout: float = 0.0, scaling: dict[str, float] | None = None
+    ) -> None:
         """Put this adapter into `model` under `name`, replacing one of that name. Call :func:`set_active` afterwards.
+
+        Args:
+            model: The model.
+            name: The adapter's name there.
+            dropout: LoRA dropout, if it is to be trained.
+            scaling: LoRA scaling per module, if it is to be trained (default 1). The update stays the same (B is
+                divided by it), but the step of an optimizer such as Adam counts `scaling` times.
 
         Raises:
             PmLlmError: If the model does not have the adapter's modules, or has others of its target modules.
@@ -163,8 +172,12 @@ class Adapter:
         remove(model, name)
         config = self.peft_config()
         config.lora_dropout = dropout
+        state = self
+        if scaling is not None:
+            config.alpha_pattern = {module: scaling[module] * x.rank for module, x in self.factors.items()}
+            state = self.replace_factors({module: x.scale(1 / scaling[module]) for module, x in self.factors.items()})
         model.add_adapter(name, config)
-        result: Any = set_peft_model_state_dict(model, self.peft_state(), adapter_name=name)
+        result: Any = set_peft_model_state_dict(model, state.peft_state(), adapter_name=name)
         missing = [key for key in result.missing_keys if f".{name}." in key]
         if missing or result.unexpected_keys:
             raise PmLlmError(

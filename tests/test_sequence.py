@@ -93,6 +93,11 @@ def test_going_on_after_a_stop_changes_nothing(family: str, method: str, pico_fo
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_evaluate_all_fills_the_matrix(pico_folders, tmp_path) -> None:
+    config = config_for(pico_folders["t5"], tmp_path / "run", **{"evaluation.what": "all", "train.max_steps": 1})
+    assert all(x is not None for row in ContinualSequence(config).run()["matrix"] for x in row)
+
+
 def test_plain_peft_loads_the_result(pico_folders, tmp_path) -> None:
     ContinualSequence(config_for(pico_folders["llama"], tmp_path / "run")).run()
     base = AutoModelForCausalLM.from_pretrained(pico_folders["llama"])

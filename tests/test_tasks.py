@@ -14,6 +14,7 @@ from pm_llm.models import load_base
 from pm_llm.tasks import Example, load_tasks
 from pm_llm.tasks.embedded import MAKERS, make_task
 from pm_llm.tasks.encode import Encoder, longest_answer
+from pm_llm.tasks.user import UserTask, _from_hub
 from tests.conftest import FAMILIES, SHARED, tokenizer
 
 
@@ -109,6 +110,15 @@ def test_saved_dataset(tmp_path) -> None:
     )
     (task,) = user_tasks(str(tmp_path / "saved"))
     assert (len(task.train), len(task.test)) == (12, 8)  # validation stands in for test
+
+
+def test_the_hub_code_path_on_a_local_repository(tmp_path) -> None:
+    """`load_dataset` itself, as for an id on the Hub, given a folder laid out like a dataset repository."""
+    for split, rows in (("train", ROWS[:12]), ("test", ROWS[12:])):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Dataset.from_list(rows).to_parquet(str(tmp_path / "data" / f"{split}-00000.parquet"))
+    splits = _from_hub(UserTask(str(tmp_path)), "medical")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 12, "test": 8}
 
 
 def test_a_file_and_its_test_file(tmp_path) -> None:

@@ -76,6 +76,15 @@ def test_gradient_checkpointing_gives_the_same_gradient(family: str, tmp_path) -
     assert_same(without[1], with_it[1], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_curvature_is_logged(family: str, tmp_path) -> None:
+    trainer = make_trainer(family, str(tmp_path), 4, 2, Perturb(), max_steps=12, learning_rate=1e-3)
+    trainer.train()
+    values = [log["curvature"] for log in trainer.state.log_history if "curvature" in log]
+    assert len(values) >= 3
+    assert all(torch.isfinite(torch.tensor(v)) for v in values)
+
+
 def scalings(model) -> list[dict[str, float]]:
     return [dict(layer.scaling) for layer in lora_layers(model).values()]
 
