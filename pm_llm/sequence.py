@@ -19,9 +19,8 @@ from trl import SFTConfig
 from pm_llm.adapters import Adapter, remove, set_active
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.matrix import Matrix
-from pm_llm.evaluation.scorers import score
+from pm_llm.evaluation.run import encoder_for, score_task
 from pm_llm.fisher import Fisher, diagonal_fisher
 from pm_llm.merges import Merger
 from pm_llm.models import load_base
@@ -30,7 +29,6 @@ from pm_llm.progress import TrainingBar, bar, say
 from pm_llm.run_dir import ADAPTER, TASK_ADAPTER, RunDir
 from pm_llm.starts import RUNNING, TASK
 from pm_llm.tasks import Task, load_tasks
-from pm_llm.tasks.encode import Encoder, longest_answer
 from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
 
 VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -57,7 +55,7 @@ class ContinualSequence:
         self._on_main(lambda: self.run_dir.create(self.config, names, _versions()))
         self.base = load_base(self.config.model, self.config.dtype)
         self.model: Any = self.base.model.to(self.state.device)
-        self.encoders = {task.name: self._encoder(task) for task in self.tasks}
+        self.encoders = {task.name: encoder_for(self.base, task, self.config) for task in self.tasks}
         merger, running, done = self._resume()
         with bar(len(self.tasks), self.config.method, "task") as progress:
             progress.update(done)
@@ -158,19 +156,9 @@ class ContinualSequence:
         tasks = self.tasks if self.config.evaluation.what == "all" else self.tasks[:number]
         scores, predictions = {}, []
         for task in tasks:
-            with bar(len(task.test), f"evaluate {task.name}", "row") as progress:
-                answers = generate(
-                    self.model,
-                    self.encoders[task.name],
-                    task.test,
-                    self.config.evaluation.batch_size,
-                    progress.update,
-                )
-            references = [row.completion for row in task.test]
-            scores[task.name] = score(task.scorer, answers, references)
-            predictions += [
-                {"task": task.name, "prediction": a, "reference": r} for a, r in zip(answers, references, strict=True)
-            ]
+            encoder, size = self.encoders[task.name], self.config.evaluation.batch_size
+            scores[task.name], rows = score_task(self.model, encoder, task, size)
+            predictions += rows
         return scores, predictions
 
     def _commit(
@@ -224,11 +212,6 @@ class ContinualSequence:
         }
         self._on_main(lambda: self.run_dir.write_results(results))
         return results
-
-    def _encoder(self, task: Task) -> Encoder:
-        tokenizer, seq2seq = self.base.tokenizer, self.base.seq2seq
-        answer = self.config.max_new_tokens or longest_answer(tokenizer, seq2seq, task)
-        return Encoder(tokenizer, seq2seq, self.config.max_length, answer)
 
     def _collator(self) -> DataCollatorForSeq2Seq:
         return DataCollatorForSeq2Seq(self.base.tokenizer, self.model)
