@@ -104,6 +104,19 @@ def test_folder_columns_splits_and_names(tmp_path) -> None:
         user_tasks({"data": "legal", "promt": "q"})
 
 
+def test_a_folder_of_tasks(tmp_path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "b").mkdir(parents=True)
+    for place in (folder / "c.jsonl", folder / "a.csv", folder / "b" / "train.jsonl"):
+        rows = Dataset.from_list(ROWS)
+        (rows.to_csv if place.suffix == ".csv" else rows.to_json)(str(place))
+    for entry, options in ((str(folder), {}), ("mine", {"data_dir": str(tmp_path)})):
+        assert [task.name for task in user_tasks(entry, **options)] == ["a", "b", "c"]
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(PmLlmError, match=r"holds no \.jsonl"):
+        user_tasks(str(tmp_path / "nothing"))
+
+
 def test_saved_dataset(tmp_path) -> None:
     DatasetDict(train=Dataset.from_list(ROWS[:12]), validation=Dataset.from_list(ROWS[12:])).save_to_disk(
         str(tmp_path / "saved")

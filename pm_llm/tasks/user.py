@@ -38,8 +38,29 @@ class UserTask:
 
 
 def load_user_tasks(entries: Sequence[Any], folder: Path | None) -> list[Task]:
-    """The tasks named by `entries` (strings or mappings); relative paths are looked up in `folder`, if given."""
-    return [_load(_parse(entry), folder) for entry in entries]
+    """The tasks named by `entries` (strings or mappings); relative paths are looked up in `folder`, if given.
+
+    A folder without a `train.*` file (and no saved dataset) is a folder of tasks: one a file or subfolder, by name.
+    """
+    return [_load(_parse(one), folder) for entry in entries for one in _expand(entry, folder)]
+
+
+def _expand(entry: Any, folder: Path | None) -> list[Any]:
+    path = _place(entry, folder) if isinstance(entry, str) else None
+    if path is None or not path.is_dir() or _is_saved(path):
+        return [entry]
+    children = sorted(child for child in path.iterdir() if child.is_dir() or child.suffix in _READERS)
+    if not children or any(child.stem == "train" for child in children):
+        return [entry]
+    return [str(child.absolute()) for child in children]
+
+
+def _place(name: str, folder: Path | None) -> Path:
+    return Path(name) if folder is None else folder / name  # an absolute name stays as it is
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
 def _parse(entry: Any) -> UserTask:
@@ -55,7 +76,7 @@ def _parse(entry: Any) -> UserTask:
 
 
 def _load(spec: UserTask, folder: Path | None) -> Task:
-    path = Path(spec.data) if folder is None or Path(spec.data).is_absolute() else folder / spec.data
+    path = _place(spec.data, folder)
     name = spec.name or (path.stem if path.suffix in _READERS else path.name)
     if path.exists():
         splits = _from_path(path, spec, folder)
@@ -79,10 +100,9 @@ def _from_path(path: Path, spec: UserTask, folder: Path | None) -> dict[str, Any
     if path.is_file():
         splits = {spec.train_split: _read(path)}
         if spec.test_data is not None:
-            test = Path(spec.test_data)
-            splits[spec.test_split] = _read(test if folder is None or test.is_absolute() else folder / test)
+            splits[spec.test_split] = _read(_place(spec.test_data, folder))
         return splits
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+    if _is_saved(path):
         loaded = load_from_disk(str(path))
         return dict(loaded) if isinstance(loaded, dict) else {spec.train_split: loaded}
     files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _READERS}

@@ -52,7 +52,15 @@ def main() -> None:
     rows = [{"prompt": row.prompt} for task in load_tasks(config) for row in task.test]
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     last = sorted((out / "stages").iterdir())[-1]
-    command = [sys.executable, HERE / "reload.py", config_model(config), out / "adapter", out / "prompts.jsonl"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::FutureWarning",
+        HERE / "reload.py",
+        config_model(config),
+        out / "adapter",
+        out / "prompts.jsonl",
+    ]
     subprocess.run([*map(str, command), str(last / "predictions.jsonl")], check=True)
     print(f"adapter: {out / 'adapter'}\nmatrices: {', '.join(str(out.parent / m / 'matrix.png') for m in METHODS)}")
     print(f"done in {time.monotonic() - started:.0f} s")
