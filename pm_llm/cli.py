@@ -118,6 +118,7 @@ def run(config: RunConfig) -> int:
     from pm_llm.progress import quiet_libraries, say
 
     quiet_libraries()
+    from pm_llm.processes import shut_down
     from pm_llm.report import describe, draw_matrix
     from pm_llm.sequence import ContinualSequence
 
@@ -127,6 +128,7 @@ def run(config: RunConfig) -> int:
         draw_matrix(results, sequence.run_dir.path / "matrix.png")
         say("\n" + describe(results))
         say(f"\nadapter: {sequence.run_dir.adapter}\nresults: {sequence.run_dir.path / 'results.json'}")
+    shut_down()
     return 0
 
 
@@ -136,11 +138,13 @@ def evaluate(adapter: str | None, config: RunConfig) -> int:
 
     quiet_libraries()
     from pm_llm.evaluation.run import evaluate_adapter
+    from pm_llm.processes import shut_down
 
     scores = evaluate_adapter(adapter, config.check())
     for name, value in scores.items():
         say(f"{name}\t{value:.2f}")
     say(f"mean\t{sum(scores.values()) / len(scores):.2f}")
+    shut_down()
     return 0
 
 

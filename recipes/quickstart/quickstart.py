@@ -29,10 +29,10 @@ def main() -> None:
     given = parser.parse_args()
 
     from pm_llm.config import load_config
+    from pm_llm.models import resolve
     from pm_llm.progress import quiet_libraries
     from pm_llm.report import compare, describe, draw_matrix
     from pm_llm.sequence import ContinualSequence
-    from pm_llm.tasks import load_tasks
 
     quiet_libraries()
     started = time.monotonic()
@@ -43,34 +43,25 @@ def main() -> None:
         overrides = {"model": f"embedded:{given.model}", "output_dir": str(out)}
         config = load_config(HERE / f"{method}.yaml", overrides)
         print(f"\n{method} on the embedded {given.model}", flush=True)
-        results[method] = ContinualSequence(config).run()
+        sequence = ContinualSequence(config)
+        results[method] = sequence.run()
         draw_matrix(results[method], out / "matrix.png")
     print()
     print_side_by_side([describe(results[method]) for method in METHODS])
     print("\n" + compare(list(results.values())))
 
-    rows = [{"prompt": row.prompt} for task in load_tasks(config) for row in task.test]
+    rows = [
+        {"prompt": row.prompt, "max_new_tokens": sequence.encoders[task.name].max_new_tokens}
+        for task in sequence.tasks
+        for row in task.test
+    ]
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     last = sorted((out / "stages").iterdir())[-1]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::FutureWarning",
-        HERE / "reload.py",
-        config_model(config),
-        out / "adapter",
-        out / "prompts.jsonl",
-    ]
-    subprocess.run([*map(str, command), str(last / "predictions.jsonl")], check=True)
+    files = (resolve(config.model), out / "adapter", out / "prompts.jsonl", last / "predictions.jsonl")
+    python = [sys.executable, "-W", "ignore::FutureWarning"]
+    subprocess.run([*python, str(HERE / "reload.py"), *map(str, files)], check=True)
     print(f"adapter: {out / 'adapter'}\nmatrices: {', '.join(str(out.parent / m / 'matrix.png') for m in METHODS)}")
     print(f"done in {time.monotonic() - started:.0f} s")
-
-
-def config_model(config) -> str:
-    """The folder of the embedded model."""
-    from pm_llm.models import resolve
-
-    return resolve(config.model)
 
 
 def print_side_by_side(texts: list[str]) -> None:

@@ -5,6 +5,7 @@ python reload.py BASE ADAPTER PROMPTS.jsonl PREDICTIONS.jsonl
 
 import json
 import sys
+from itertools import groupby
 
 import torch
 from peft import PeftModel
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 def main(base: str, adapter: str, prompts_file: str, predictions_file: str) -> None:
     """Exit with 1 if any answer differs."""
     with open(prompts_file) as file:
-        prompts = [json.loads(line)["prompt"] for line in file]
+        rows = [json.loads(line) for line in file]
     with open(predictions_file) as file:
         expected = [json.loads(line)["prediction"] for line in file]
     seq2seq = AutoConfig.from_pretrained(base).is_encoder_decoder
@@ -22,10 +23,11 @@ def main(base: str, adapter: str, prompts_file: str, predictions_file: str) -> N
     model = PeftModel.from_pretrained(auto.from_pretrained(base), adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right" if seq2seq else "left")
     answers = []
-    for at in range(0, len(prompts), 60):
-        batch = tokenizer(prompts[at : at + 60], padding=True, return_tensors="pt", return_token_type_ids=False)
+    for limit, group in groupby(rows, key=lambda row: row["max_new_tokens"]):
+        prompts = [row["prompt"] for row in group]
+        batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
-            output = model.generate(**batch, max_new_tokens=8, do_sample=False)
+            output = model.generate(**batch, max_new_tokens=limit, do_sample=False)
         output = output if seq2seq else output[:, batch["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
     assert not any(name.split(".")[0] == "pm_llm" for name in sys.modules)

@@ -11,6 +11,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 from trl import SFTConfig, SFTTrainer
 
 from pm_llm import ContinualSeq2SeqTrainer, ContinualSFTTrainer, Perturb
+from pm_llm.processes import shut_down
 from tests.conftest import features, make_peft, tokenizer
 
 
@@ -63,3 +64,4 @@ if __name__ == "__main__":
     result = one_step(trainer)
     if PartialState().is_main_process:
         torch.save(result, f"{out}/step.pt")
+    shut_down()

@@ -48,7 +48,7 @@ def test_recipe(path: Path, tmp_path) -> None:
     if config.benchmark == "standard_cl":
         from pm_llm.tasks.standard_cl import CATEGORY, ORDERS
 
-        assert config.order in ORDERS or set(config.order) <= set(CATEGORY)
+        assert config.order in list(ORDERS) or set(config.order) <= set(CATEGORY)
     # the Trainer's arguments, in full
     fields = {k: v for k, v in vars(config.train).items() if k != "extra"} | config.train.extra
     options = {"bf16": False, "use_cpu": True, "report_to": "none"}
