@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from accelerate import PartialState
 
@@ -12,8 +14,13 @@ def process_state() -> PartialState:
 
 
 def shut_down() -> None:
-    """Wait for the other processes and close the connections; left open, gloo's threads can abort a process at exit."""
+    """Wait for the other processes and close the connections.
+
+    A gloo group that is still alive when the interpreter ends now and then aborts the process ("terminate called
+    without an active exception"), and a wrapped model keeps its group alive: drop the Trainer first.
+    """
     state = process_state()
     if state.num_processes > 1:
         state.wait_for_everyone()
         state.destroy_process_group()
+        gc.collect()  # a Trainer is full of cycles

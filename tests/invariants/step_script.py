@@ -64,4 +64,5 @@ if __name__ == "__main__":
     result = one_step(trainer)
     if PartialState().is_main_process:
         torch.save(result, f"{out}/step.pt")
+    del trainer
     shut_down()
