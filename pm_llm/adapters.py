@@ -60,6 +60,15 @@ class Adapter:
         """The largest rank over the modules."""
         return max(x.rank for x in self.factors.values())
 
+    def check_finite(self, which: str) -> None:
+        """Raise PmLlmError if a weight is NaN or infinite: merged, it would spoil the running adapter for good."""
+        for name, x in self.factors.items():
+            if not (torch.isfinite(x.A).all() and torch.isfinite(x.B).all()):
+                raise PmLlmError(
+                    f"the {which} adapter has weights that are NaN or infinite in {name}. "
+                    "Training diverged: lower the learning rate. Nothing was merged."
+                )
+
     def replace_factors(self, factors: dict[str, LowRank]) -> Adapter:
         """The same adapter with other matrices."""
         return dataclasses.replace(self, factors=factors)
@@ -114,10 +123,9 @@ class Adapter:
             state = load_file(folder / WEIGHTS_FILE)
         except (json.JSONDecodeError, SafetensorError) as error:
             raise PmLlmError(f"{folder} is damaged: {error}. Write the adapter again.") from error
-        if raw.get("peft_type") != "LORA":
-            raise PmLlmError(
-                f"{folder} holds a {raw.get('peft_type')} adapter; only LORA adapters can be merged here."
-            )
+        kind = raw.get("peft_type") if isinstance(raw, dict) else None
+        if kind != "LORA":
+            raise PmLlmError(f"{folder} holds an adapter of type {kind}; only LORA can be merged here.")
         return cls.from_state(state, PeftConfig.from_pretrained(str(folder)), where=str(folder))
 
     @classmethod
@@ -167,7 +175,8 @@ class Adapter:
                 divided by it), but the step of an optimizer such as Adam counts `scaling` times.
 
         Raises:
-            PmLlmError: If the model does not have the adapter's modules, or has others of its target modules.
+            PmLlmError: If the model has other modules of these names than the adapter.
+            RuntimeError: If their shapes differ.
         """
         remove(model, name)
         config = self.peft_config()

@@ -9,6 +9,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class RunConfig:
     start: Any = option(None, "Replaces the preset's start.")
     constrain: Any = option(None, "Replaces the preset's constraints: a name, a mapping, a list, or none.")
     merge: Any = option(None, "Replaces the preset's merge: a name, or a mapping with its options.")
-    max_rank: int | None = option(64, "Rank the running adapter is truncated to; none: it grows with every task.")
+    max_rank: int | None = option(64, "Rank the running adapter is truncated to; none: never, it grows.")
     max_train_samples: int | None = option(None, "At most this many training rows a task.")
     max_test_samples: int | None = option(None, "At most this many test rows a task.")
     max_length: int = option(512, "Longest input in tokens; prompts are shortened inside their answer frame.")
@@ -119,8 +120,13 @@ class RunConfig:
             if value is not None and value < 1:
                 raise PmLlmError(f"{name} is {value}; it must be at least 1.")
         method = self.parsed_method()
-        method.start.build("start")
+        start = method.start.build("start")
         method.merge.build("merge")
+        if start.continues and any(choice.name == "perturb" for choice in method.constrain):
+            raise PmLlmError(
+                "constrain perturb with start continue would perturb the past tasks too, since one adapter holds them "
+                "all. Use start fresh, or constrain none."
+            )
         for choice in method.constrain:
             choice.build("constrain")
         return self
@@ -195,15 +201,18 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return value
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if is_union else (hint,)
+    if type(None) in options and (value is None or value == "none"):
+        return None
     for one in options:
         plain = typing.get_origin(one) or one
-        if plain is type(None) and (value is None or value == "none"):
-            return None
         if plain is float and not isinstance(value, bool):
             try:
-                return float(value)
+                number = float(value)
             except (TypeError, ValueError):
                 continue
+            if not isfinite(number):
+                continue
+            return number
         if plain is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):

@@ -23,7 +23,7 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
         PmLlmError: If the run is not finished, the name is no repository name, or the Hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     from pm_llm.report.card import write_card
@@ -50,15 +50,21 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
         api = HfApi()
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.repo_info(repo_id).private:
+                raise PmLlmError(
+                    f"{repo_id} exists and is public. Make it private on the Hub, or leave out --private."
+                )
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(results['tasks'])} tasks"
             )
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except PmLlmError:
+            raise
+        except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise PmLlmError(
                 f"the Hub did not take {repo_id}: {reason}. Check the name and your login (`hf auth whoami`)."
             ) from error
-    return f"uploaded {sizes} to {commit.repo_url if hasattr(commit, 'repo_url') else repo_id}"
+    return f"uploaded {sizes} to {commit.repo_url}"
 
 
 def _rank(config: dict) -> int:

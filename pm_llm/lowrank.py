@@ -1,7 +1,7 @@
 """Exact algebra on W = B A, without ever forming W (d_out x d_in).
 
 Every function takes and returns :class:`LowRank`; inner products are Frobenius inner products of the products B A.
-Sums are taken in float64: folding fifteen adapters must not lose the first one to rounding.
+Inner products and truncation are computed in float64; the factors keep their own type.
 """
 
 from __future__ import annotations

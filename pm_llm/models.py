@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -74,30 +75,35 @@ def load_base(name: str, dtype: str = "float32") -> Base:
         tokenizer = AutoTokenizer.from_pretrained(path)
         auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
         model = auto.from_pretrained(path, dtype=getattr(torch, dtype))
-    except OSError as error:
+    except PmLlmError:
+        raise
+    except (OSError, ValueError) as error:
         raise PmLlmError(f"cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise PmLlmError(f"the tokenizer of {name!r} has no end-of-sequence token, so answers could not end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
-        for config in (model.config, model.generation_config):
-            if name != "eos_token_id" or config.eos_token_id is None:
-                setattr(config, name, getattr(tokenizer, name))
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
+        setattr(model.config, token, getattr(tokenizer, token))
+    # plain greedy decoding: no penalties or forced tokens that the model may ship; its own end tokens still end
+    ends = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])}),
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+    )
     return Base(model, tokenizer, seq2seq)
 
 
-def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) -> PeftModel:
-    """A fresh adapter (B = 0) under `name`: on a base model, or next to the others of a PeftModel.
-
-    Raises:
-        PmLlmError: If `target_modules` matches nothing.
-    """
-    targets = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
-    if targets == ["all-linear"]:  # PEFT knows the word as a string only
+def lora_config(lora: LoraSection, targets: list[str] | str, seq2seq: bool) -> LoraConfig:
+    """PEFT's configuration of a task's adapter."""
+    if isinstance(targets, str) and targets.isidentifier():  # to PEFT a string is a pattern for whole names
+        targets = [targets]
+    if targets == ["all-linear"]:  # this word it knows as a string only
         targets = "all-linear"
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
@@ -108,9 +114,21 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
         alpha_pattern=dict(lora.alpha_pattern),
         task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
     )
+
+
+def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) -> PeftModel:
+    """A fresh adapter (B = 0) under `name`: on a base model, or next to the others of a PeftModel.
+
+    Raises:
+        PmLlmError: If `target_modules` matches nothing.
+    """
+    targets = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
+    config = lora_config(lora, targets, seq2seq)
     try:
         if not isinstance(model, PeftModel):
             return get_peft_model(model, config, adapter_name=name)
+        # PEFT notes the base model's name in the first adapter only
+        config.base_model_name_or_path = str(model.get_base_model().name_or_path)
         model.add_adapter(name, config)
         return model
     except ValueError as error:

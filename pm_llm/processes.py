@@ -6,11 +6,12 @@ import gc
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 
 def process_state() -> PartialState:
     """Accelerate's state of this process. Without an accelerator it must be told so, or it sees one process."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def shut_down() -> None:

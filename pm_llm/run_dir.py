@@ -47,16 +47,21 @@ class RunDir:
             PmLlmError: If the folder holds a run with another configuration (the differences are shown), holds
                 something else, or cannot be written.
         """
-        plain = {**config.plain(), "output_dir": None}
+        plain = config.plain()
+        del plain["output_dir"]
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         try:
-            if (self.path / "state.json").is_file():
-                self._check_same(plain)
+            if (self.path / "state.json").is_file() and self.state()["stages"]:
+                self._check_same(plain, tasks)
                 self._sweep()
                 return
-            if self.path.exists() and any(self.path.iterdir()):
+            # a run that never finished a task may be begun anew with another configuration
+            others = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
+            if others - {"stages", "config.yaml", "state.json"}:
                 raise PmLlmError(f"{self.path} is not empty and holds no run. Choose another output_dir.")
-            (self.path / "stages").mkdir(parents=True, exist_ok=True)
-            self._write_text("config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+            shutil.rmtree(self.path / "stages", ignore_errors=True)
+            (self.path / "stages").mkdir(parents=True)
+            self._write_text("config.yaml", text)
             self.write_state({"tasks": tasks, "stages": [], "versions": versions})
         except OSError as error:
             raise PmLlmError(f"cannot write to {self.path}: {error.strerror}. Choose another output_dir.") from error
@@ -68,8 +73,8 @@ class RunDir:
             raise PmLlmError(f"{path} is not a run folder: state.json is missing.")
         return cls(path)
 
-    def _check_same(self, plain: dict[str, Any]) -> None:
-        old, new = _flat(self.config()), _flat(plain)
+    def _check_same(self, plain: dict[str, Any], tasks: list[str]) -> None:
+        old, new = _flat({**self.config(), "its tasks": self.state()["tasks"]}), _flat({**plain, "its tasks": tasks})
         differences = [
             f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)
         ]

@@ -16,7 +16,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_s
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
-from pm_llm.adapters import Adapter, remove, set_active
+from pm_llm.adapters import Adapter, lora_layers, remove, set_active
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import Matrix
@@ -51,6 +51,11 @@ class ContinualSequence:
 
     def run(self) -> dict[str, Any]:
         """Train everything that is not done yet and return the results (as in `results.json`)."""
+        if self.state.num_processes == 1 and self.state.device.type == "cuda" and torch.cuda.device_count() > 1:
+            raise PmLlmError(
+                "several GPUs are visible to one process. Use `accelerate launch recipes/continual.py`, "
+                "or show it one with CUDA_VISIBLE_DEVICES."
+            )
         names = [task.name for task in self.tasks]
         self._on_main(lambda: self.run_dir.create(self.config, names, _versions()))
         self.base = load_base(self.config.model, self.config.dtype)
@@ -105,7 +110,9 @@ class ContinualSequence:
         with tempfile.TemporaryDirectory() as scratch, original_forward(self.model):
             trainer = trainer_class(
                 self.model,
-                args=self._arguments(scratch, number),
+                args=training_arguments(
+                    self.config, self.base.seq2seq, scratch, self.config.seed * 1000 + number, self.state.device.type
+                ),
                 train_dataset=Dataset.from_list(rows),
                 data_collator=self._collator(),
                 processing_class=self.base.tokenizer,
@@ -116,26 +123,6 @@ class ContinualSequence:
                 trainer.remove_callback(callback)
             result = trainer.train()
         return shown.logs, result.metrics["train_runtime"]
-
-    def _arguments(self, scratch: str, number: int) -> Any:
-        train = self.config.train
-        fields = {key: value for key, value in vars(train).items() if key != "extra"}
-        fields |= {
-            "output_dir": scratch,
-            "seed": self.config.seed * 1000 + number,
-            "bf16": self.config.dtype == "bfloat16",
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": self.state.device.type == "cpu",
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": self.state.device.type == "cuda",
-        }
-        if not self.base.seq2seq:
-            fields["max_length"] = None  # rows are cut inside their frame already
-        try:
-            return (Seq2SeqTrainingArguments if self.base.seq2seq else SFTConfig)(**{**fields, **train.extra})
-        except (TypeError, ValueError) as error:
-            raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error
 
     def _fisher(self, number: int, task: Task, rows: list[dict[str, Any]]) -> Fisher:
         size = self.config.fisher.batch_size
@@ -149,8 +136,14 @@ class ContinualSequence:
         with bar(len(mine), f"Fisher {task.name}", "row") as progress:
             sums, _ = diagonal_fisher(self.model, batches, progress.update)
         if self.state.num_processes > 1:
-            sums = {name: reduce(x.to(self.state.device), "sum").cpu() for name, x in sums.items()}
+            sums = {name: self._summed(sums.get(name), layer) for name, layer in lora_layers(self.model).items()}
         return {name: x / len(chosen) for name, x in sums.items()}
+
+    def _summed(self, mine: torch.Tensor | None, layer: Any) -> torch.Tensor:
+        """Over all processes; one that had no row must take part with zeros, or the others wait for it."""
+        if mine is None:
+            mine = torch.zeros(layer.out_features, layer.in_features)
+        return reduce(mine.to(self.state.device), "sum").cpu()
 
     def _evaluate(self, number: int) -> tuple[dict[str, float], list[dict[str, str]]]:
         tasks = self.tasks if self.config.evaluation.what == "all" else self.tasks[:number]
@@ -231,6 +224,27 @@ class ContinualSequence:
             raise failed
         if box[0] is not None:
             raise PmLlmError(box[0])
+
+
+def training_arguments(config: RunConfig, seq2seq: bool, scratch: str, seed: int, device: str) -> Any:
+    """The Trainer's arguments for one task. Raises PmLlmError if transformers does not take them."""
+    fields = {key: value for key, value in vars(config.train).items() if key != "extra"}
+    fields |= {
+        "output_dir": scratch,
+        "seed": seed,
+        "bf16": config.dtype == "bfloat16",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": device == "cpu",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device == "cuda",
+    }
+    if not seq2seq:
+        fields["max_length"] = None  # rows are cut inside their frame already
+    try:
+        return (Seq2SeqTrainingArguments if seq2seq else SFTConfig)(**{**fields, **config.train.extra})
+    except (TypeError, ValueError) as error:
+        raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error
 
 
 def _stage_line(number: int, total: int, entry: dict[str, Any], seconds: float) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 from trl import SFTTrainer
 
-from pm_llm.adapters import lora_layers, scaled, trainable_adapter
+from pm_llm.adapters import lora_layers, scaled, set_active, trainable_adapter
 from pm_llm.constraints import Constraint, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 
@@ -36,6 +36,11 @@ class ConstraintMixin:
             raise PmLlmError(f"the model is a {type(model).__name__}; give a PeftModel with a LoRA adapter.")
         self.adapter_name = trainable_adapter(model)
         self._layers = list(lora_layers(model).values())
+        if any(self.adapter_name in layer.lora_variant for layer in self._layers):
+            raise PmLlmError(
+                f"adapter {self.adapter_name!r} is a variant of LoRA (such as DoRA), whose update is not its scaling "
+                "times B A. Use plain LoRA or rsLoRA."
+            )
         self._at = (-1, 0)  # (optimizer step, passes already made in it)
         self._unfinite: Tensor | None = None
 
@@ -58,8 +63,27 @@ class ConstraintMixin:
             sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state().items()}  # type: ignore[attr-defined]
             if sums:
                 sums = self.accelerator.reduce(sums, "sum")  # type: ignore[attr-defined]
-            logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))
+            if self.model.training:  # type: ignore[attr-defined]
+                logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._same_activation():
+            super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        with self._same_activation():
+            super()._load_best_model()  # type: ignore[misc]
+
+    @contextmanager
+    def _same_activation(self) -> Iterator[None]:
+        """Transformers loads a checkpoint's adapters and leaves the first of them active and trainable."""
+        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        active = list(model.active_adapters)
+        try:
+            yield
+        finally:
+            set_active(model, active, trainable=self.adapter_name)
 
     def _next_step(self) -> Step:
         step = self.state.global_step  # type: ignore[attr-defined]
@@ -126,8 +150,10 @@ class ContinualSeq2SeqTrainer(ConstraintMixin, Seq2SeqTrainer):
         if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise PmLlmError(f"{type(model).__name__} is no encoder-decoder. Use ContinualSFTTrainer.")
         super().__init__(model, *args, **kwargs)
-        if self.args.label_smoothing_factor:
-            raise PmLlmError("label_smoothing_factor is not supported by ContinualSeq2SeqTrainer. Set it to 0.")
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise PmLlmError(
+                "ContinualSeq2SeqTrainer supports neither label_smoothing_factor nor compute_loss_func. Unset them."
+            )
         self.model_accepts_loss_kwargs = True  # the Trainer counts the step's tokens and leaves scaling to the loss
 
     def compute_loss(

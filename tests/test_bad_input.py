@@ -16,8 +16,14 @@ import torch
 import yaml
 from transformers import BertConfig, BertLMHeadModel
 
+from pm_llm.adapters import Adapter
 from pm_llm.cli import main
-from tests.conftest import ROOT, make_peft, pm_llm
+from pm_llm.config import load_config
+from pm_llm.errors import NonFiniteLossError, PmLlmError
+from pm_llm.merges import Merger
+from pm_llm.sequence import ContinualSequence
+from pm_llm.tasks import Example, Task
+from tests.conftest import ROOT, make_peft, pm_llm, small_tasks
 
 
 @pytest.fixture
@@ -99,8 +105,49 @@ def jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def test_a_task_without_rows(run, tmp_path) -> None:
-    one_line(*run("--tasks", jsonl(tmp_path / "empty.jsonl", [])), "empty")
+@pytest.mark.parametrize(("name", "text"), [("t.jsonl", ""), ("t.jsonl", "\n\n"), ("t.csv", "prompt,completion\n")])
+def test_a_task_without_rows(name: str, text: str, run, tmp_path) -> None:
+    (tmp_path / name).write_text(text)
+    one_line(*run("--tasks", tmp_path / name), "task 't' has no train rows")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_split_without_rows() -> None:
+    with pytest.raises(PmLlmError, match="task 'a' has no test rows"):
+        Task("a", [Example("x", "y")], []).checked()
+
+
+def test_a_failed_start_can_be_corrected(run, tmp_path) -> None:
+    one_line(*run("--lora.target_modules", "query"), "match nothing")
+    assert run()[0] == 0
+
+
+def test_other_tasks_in_the_same_folder(pico_folders, tmp_path) -> None:
+    overrides = {"model": pico_folders["llama"], "output_dir": str(tmp_path / "run"), "train.max_steps": 1}
+    config = load_config(None, {**overrides, "fisher.samples": 2, "max_length": 96})
+    ContinualSequence(config, small_tasks("sentiment")).run()
+    with pytest.raises(PmLlmError, match=r"its tasks: \['sentiment'\] -> \['topic'\]"):
+        ContinualSequence(config, small_tasks("topic")).run()
+
+
+def test_perturb_with_continue_is_refused(run) -> None:
+    one_line(*run("--start", "continue"), "would perturb the past tasks too")
+
+
+def test_a_target_module_may_be_a_plain_word(run, tmp_path) -> None:
+    (tmp_path / "r.yaml").write_text("lora: {target_modules: q_proj}\n")
+    assert run("--config", tmp_path / "r.yaml")[0] == 0
+
+
+@pytest.mark.parametrize("rule", ["sum", "replace", "constant"])
+def test_weights_that_are_not_finite_are_never_merged(rule: str) -> None:
+    good = Adapter.from_model(make_peft("llama", random_b=True), "default")
+    name = next(iter(good.factors))
+    bad = good.replace_factors({**good.factors, name: good.factors[name].scale(float("nan"))})
+    with pytest.raises(PmLlmError, match=f"the new adapter has weights that are NaN.*{name}"):
+        Merger(rule).fold(good, bad)
+    with pytest.raises(PmLlmError, match="the running adapter"):
+        Merger(rule).fold(bad, good)
 
 
 def test_an_empty_label(run, tmp_path) -> None:
@@ -130,13 +177,7 @@ def test_a_folder_that_holds_something_else(run, tmp_path) -> None:
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_nan_loss_stops_and_leaves_the_running_adapter(run, tmp_path, pico_folders) -> None:
-    assert run()[0] == 0
-    kept = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
-    # the same run, stopped after its first task, whose second task diverges
-    state = json.loads((tmp_path / "run/state.json").read_text())
-    first = (tmp_path / "run/stages" / state["stages"][0]["folder"] / "adapter/adapter_model.safetensors").read_bytes()
-    assert first != kept
+def test_nan_loss_stops_the_run(run, tmp_path) -> None:
     out = tmp_path / "nan"
     # a learning rate that overflows float32 within a few steps
     arguments = ["--output_dir", out, "--train.learning_rate", "1e30", "--train.max_steps", "6"]
@@ -147,18 +188,16 @@ def test_nan_loss_stops_and_leaves_the_running_adapter(run, tmp_path, pico_folde
 
 
 def test_nan_in_a_later_task_keeps_the_adapter_of_the_first(pico_folders, tmp_path) -> None:
-    from pm_llm.config import load_config
-    from pm_llm.errors import NonFiniteLossError
-    from pm_llm.sequence import ContinualSequence
-    from tests.conftest import small_tasks
-
     overrides = {"model": pico_folders["llama"], "output_dir": str(tmp_path / "run"), "train.max_steps": 2}
     config = load_config(None, {**overrides, "fisher.samples": 2, "max_length": 96, "train.logging_steps": 1})
     sequence = ContinualSequence(config, small_tasks("sentiment", "topic"))
     original = sequence._train
 
+    kept = []
+
     def poisoned(number, task, rows):
         if number == 2:
+            kept.append((tmp_path / "run/adapter/adapter_model.safetensors").read_bytes())
             for name, p in sequence.model.named_parameters():
                 if ".task." in name:
                     p.data.fill_(float("nan"))
@@ -167,8 +206,7 @@ def test_nan_in_a_later_task_keeps_the_adapter_of_the_first(pico_folders, tmp_pa
     sequence._train = poisoned
     with pytest.raises(NonFiniteLossError, match="running adapter is untouched"):
         sequence.run()
-    from pm_llm.adapters import Adapter
-
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == kept[0]
     assert all(torch.isfinite(x.B).all() for x in Adapter.load(tmp_path / "run/adapter").factors.values())
     assert len(json.loads((tmp_path / "run/state.json").read_text())["stages"]) == 1
 

@@ -48,6 +48,8 @@ def test_every_preset_on_both_families(family: str, method: str, pico_folders, t
     else:
         assert coefficients == [1, 1, 1]
     merged = Adapter.load(run / "adapter")
+    assert merged.base_model == pico_folders[family]  # in every task's adapter, not the first one's alone
+    assert merged.task_type == ("CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM")
     assert merged.rank == (4 if method == "seqlora" else 6)
     task = Adapter.load(run / "stages/03-question/task_adapter")
     if method == "seqlora":
@@ -111,7 +113,7 @@ def test_accelerate_launch_with_two_processes_is_the_same_run(family: str, pico_
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {pico_folders[family]}\nbenchmark: embedded\norder: [sentiment, topic]\nmax_train_samples: 16\n"
-        "max_test_samples: 5\nmax_length: 96\nmethod: pm\nlora: {r: 4}\nfisher: {samples: 7, batch_size: 2}\n"
+        "max_test_samples: 5\nmax_length: 96\nmethod: pm\nlora: {r: 4}\nfisher: {samples: 1, batch_size: 2}\n"
     )
     common = ["--config", str(recipe), "--train.max_steps", "2", "--train.learning_rate", "0.01"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
@@ -125,7 +127,10 @@ def test_accelerate_launch_with_two_processes_is_the_same_run(family: str, pico_
     assert main(["run", *map(str, arguments)]) == 0
     one, both = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("one", "two"))
     assert both["coefficients"] == pytest.approx(one["coefficients"], rel=1e-3)
-    assert [len(row) for row in both["matrix"]] == [2, 2]
+    assert both["matrix"] == one["matrix"]
+    said = [(tmp_path / d / "stages/02-topic/predictions.jsonl").read_text().splitlines() for d in ("one", "two")]
+    assert len(said[0]) == len(said[1]) == 10
+    assert [json.loads(x)["reference"] for x in said[0]] == [json.loads(x)["reference"] for x in said[1]]
     a, b = (Adapter.load(tmp_path / d / "adapter").factors for d in ("one", "two"))
     for name in a:
         torch.testing.assert_close(a[name].dense(), b[name].dense(), atol=2e-3, rtol=5e-2)

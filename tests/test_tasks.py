@@ -205,6 +205,42 @@ def test_the_answer_frame_survives(family: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_without_frame_loses_its_middle(family: str) -> None:
+    t = tokenizer(family)
+    row = Example("read this : " + "word " * 300 + "\nwhat does the cat eat ?\nanswer :", "fish")
+    text = t.decode(Encoder(t, family == "t5", 48, 5).prompt(row), skip_special_tokens=True)
+    assert text.startswith("read this : word")
+    assert text.endswith("word \nwhat does the cat eat ?\nanswer :")
+
+
+def test_labels_that_pandas_takes_for_missing(tmp_path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\n" + "x,None\ny,NA\n" * 6)
+    (task,) = user_tasks(str(tmp_path / "a.csv"))
+    assert {row.completion for row in task.train} == {"None", "NA"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"data": 5}, "data is 5"),
+        ({"data": "a.jsonl", "test_size": "0.1"}, "test_size is '0.1'"),
+        ({"data": "a.jsonl", "scorer": "rougel"}, r"unknown scorer of task 'a': 'rougel'.*exact_match"),
+    ],
+)
+def test_entries_that_cannot_be(entry: dict, expected: str, tmp_path) -> None:
+    Dataset.from_list(ROWS).to_json(str(tmp_path / "a.jsonl"))
+    with pytest.raises(PmLlmError, match=expected):
+        user_tasks(entry, data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("messages", [None, [{"role": "user"}], [{"role": "user", "content": "x"}]])
+def test_chats_that_cannot_be(messages, tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 12)
+    with pytest.raises(PmLlmError, match=r"needs `role` and `content`|must end with an assistant turn"):
+        user_tasks(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_longest_answer(family: str) -> None:
     t = tokenizer(family)
     task = make_task("topic", 50, 2)

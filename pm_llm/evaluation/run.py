@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
@@ -44,7 +45,7 @@ def evaluate_adapter(adapter: str | None, config: RunConfig) -> dict[str, float]
     if adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, adapter)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise PmLlmError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
     model = model.to(process_state().device)
     size = config.evaluation.batch_size

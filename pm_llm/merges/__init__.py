@@ -142,6 +142,9 @@ class Merger:
         """
         running = Adapter.load(running) if isinstance(running, (str, Path)) else running
         new = Adapter.load(new) if isinstance(new, (str, Path)) else new
+        for which, adapter in (("running", running), ("new", new)):
+            if adapter is not None:
+                adapter.check_finite(which)
         if running is not None:
             check_same_place(running, new)
         if self.rule.needs_fisher and fisher is None:

@@ -117,7 +117,7 @@ def _serving(repo_id: str, base_model: str, rank: int, task_type: str | None) ->
     if not fits:
         return f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}; this one has rank {rank}. Truncate it first."
     name = repo_id.rpartition("/")[2]
-    return f"""With vLLM:
+    return f"""With vLLM, where it serves this architecture with LoRA:
 
 ```bash
 vllm serve {base_model} --enable-lora --max-lora-rank {fits[0]} --lora-modules {name}={repo_id}

@@ -25,6 +25,8 @@ BENCHMARKS = {
 class Example:
     """One row. The prompt is `head + body + tail`; only `body` may be shortened to fit, so the answer frame stays.
 
+    Where head and tail are empty (the user's own prompts), the middle of the body is what goes.
+
     `messages` replaces the three for chat data: the turns before the answer, rendered by the chat template.
     """
 
@@ -51,7 +53,11 @@ class Task:
     labels: tuple[str, ...] = ()
 
     def checked(self) -> Task:
-        """This task. Raises PmLlmError if a split has no rows or a completion is empty."""
+        """This task. Raises PmLlmError if the scorer is unknown, a split has no rows or a completion is empty."""
+        from pm_llm.evaluation.scorers import SCORERS
+
+        if self.scorer not in SCORERS:
+            raise unknown_name(f"scorer of task {self.name!r}:", self.scorer, SCORERS)
         for split, rows in (("train", self.train), ("test", self.test)):
             if not rows:
                 raise PmLlmError(f"task {self.name!r} has no {split} rows. Check its file, split name and filters.")

@@ -32,7 +32,8 @@ class Encoder:
         return self.max_length if self.seq2seq else self.max_length - self.max_new_tokens
 
     def prompt(self, example: Example) -> list[int]:
-        """Token ids of the prompt. Only its body (or the last turn of a chat) is shortened where it is too long."""
+        """Token ids of the prompt, shortened where it is too long: the end of a framed row's body, the middle of a
+        prompt without frame or of a chat's last turn."""
         body = example.messages[-1]["content"] if example.messages else example.body
         ids = self._render(example, body)
         while len(ids) > self.prompt_budget:
@@ -43,7 +44,10 @@ class Encoder:
                     f"the prompt's frame alone has {len(ids)} tokens, and max_length leaves {self.prompt_budget} "
                     "for it. Raise max_length."
                 )
-            shorter = self.tokenizer.decode(pieces[: max(keep, 0)], skip_special_tokens=True)
+            # without a frame the question may stand at either end: cut out the middle
+            back = max(keep, 0) // 2 if example.messages or not (example.head or example.tail) else 0
+            front = pieces[: max(keep, 0) - back]
+            shorter = self.tokenizer.decode([*front, *pieces[len(pieces) - back :]], skip_special_tokens=True)
             body = shorter if len(shorter) < len(body) else body[: len(body) // 2]
             ids = self._render(example, body)
         return ids

@@ -72,6 +72,11 @@ def _parse(entry: Any) -> UserTask:
     for key in entry:
         if key not in allowed:
             raise unknown_name("key of a task:", key, allowed)
+    for f in fields(UserTask):
+        if entry.get(f.name) is not None and not isinstance(
+            entry[f.name], type(f.default) if f.name in ("test_size", "seed") else str
+        ):
+            raise PmLlmError(f"tasks: {f.name} is {entry[f.name]!r}, which is no {f.type}.")
     return UserTask(**entry)
 
 
@@ -85,6 +90,8 @@ def _load(spec: UserTask, folder: Path | None) -> Task:
     else:
         splits = _from_hub(spec, name)
     train = _split(splits, spec.train_split, (), name)
+    if not len(train):
+        raise PmLlmError(f"task {name!r} has no train rows. Check {spec.data} and its split {spec.train_split!r}.")
     test = _split(splits, spec.test_split, _TEST_ALIASES, name, optional=True)
     if test is None:
         if not 0 < spec.test_size < 1 or len(train) < 2:
@@ -114,6 +121,7 @@ def _from_path(path: Path, spec: UserTask, folder: Path | None) -> dict[str, Any
 def _read(path: Path) -> Any:
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException
 
     if path.suffix not in _READERS:
         raise PmLlmError(f"{path}: files of kind {path.suffix!r} cannot be read. Allowed: {', '.join(_READERS)}.")
@@ -121,9 +129,13 @@ def _read(path: Path) -> Any:
         raise PmLlmError(f"{path} does not exist.")
     if path.stat().st_size == 0:
         return Dataset.from_dict({})
+    # to pandas the words None and NA would be missing values; here they are labels
+    options = {"keep_default_na": False} if path.suffix == ".csv" else {}
     try:
-        return getattr(Dataset, f"from_{_READERS[path.suffix]}")(str(path))
-    except DatasetGenerationError as error:
+        return getattr(Dataset, f"from_{_READERS[path.suffix]}")(str(path), **options)
+    except (DatasetGenerationError, ValueError, ArrowException) as error:
+        if "no data" in str(error):
+            return Dataset.from_dict({})
         raise PmLlmError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
 
 
@@ -163,7 +175,9 @@ def _examples(rows: Any, spec: UserTask, task: str) -> list[Example]:
 
 
 def _chat(messages: Any, task: str) -> Example:
-    turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+    if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages or ()):
+        raise PmLlmError(f"task {task!r}: each chat message needs `role` and `content`; one is {messages!r:.80}.")
+    turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages or ()]
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise PmLlmError(f"task {task!r}: a chat row must end with an assistant turn after at least one other.")
     return Example("", turns[-1]["content"], messages=tuple(turns[:-1]))

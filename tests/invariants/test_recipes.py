@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import Seq2SeqTrainingArguments
-from trl import SFTConfig
 
 from pm_llm.config import flags, load_config
-from pm_llm.models import resolve
+from pm_llm.models import lora_config, resolve
+from pm_llm.sequence import training_arguments
 from pm_llm.tasks import BENCHMARKS
 from tests.conftest import ROOT
 
@@ -49,10 +48,11 @@ def test_recipe(path: Path, tmp_path) -> None:
         from pm_llm.tasks.standard_cl import CATEGORY, ORDERS
 
         assert config.order in list(ORDERS) or set(config.order) <= set(CATEGORY)
-    # the Trainer's arguments, in full
-    fields = {k: v for k, v in vars(config.train).items() if k != "extra"} | config.train.extra
-    options = {"bf16": False, "use_cpu": True, "report_to": "none"}
-    (Seq2SeqTrainingArguments if seq2seq else SFTConfig)(output_dir=str(tmp_path), **fields, **options)
+    # what the sequence itself builds from it
+    arguments = training_arguments(config, seq2seq, str(tmp_path), 0, "cpu")
+    assert arguments.learning_rate == config.train.learning_rate
+    assert arguments.bf16 == (config.dtype == "bfloat16")
+    assert lora_config(config.lora, targets or ["q"], seq2seq).r == config.lora.r
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda p: p.name)

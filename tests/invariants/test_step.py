@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pm_llm import Perturb
-from pm_llm.adapters import lora_layers
+from pm_llm.adapters import lora_layers, set_active
 from tests.conftest import FAMILIES, ROOT
 from tests.invariants.step_script import make_trainer, one_step, weights
 
@@ -83,6 +83,42 @@ def test_curvature_is_logged(family: str, tmp_path) -> None:
     values = [log["curvature"] for log in trainer.state.log_history if "curvature" in log]
     assert len(values) >= 3
     assert all(torch.isfinite(torch.tensor(v)) for v in values)
+
+
+def test_observed_loss_does_not_depend_on_the_split(tmp_path) -> None:
+    means = []
+    for batch, accumulation in ((16, 1), (4, 4)):
+        seen = []
+        constraint = SimpleNamespace(
+            scale=lambda step: 1.0, observe=lambda step, loss, seen=seen: seen.append(loss), state=dict, logs=dict
+        )
+        trainer = make_trainer("t5", str(tmp_path), batch, accumulation)
+        trainer.constraints = [constraint]
+        trainer.train()
+        means.append(float(torch.stack(seen).mean()))
+    assert means[0] == pytest.approx(means[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resuming_with_a_frozen_running_adapter(family: str, tmp_path) -> None:
+    """Transformers comes back with the first adapter alone active, and trainable."""
+    from tests.invariants.test_identity import two_adapters
+
+    options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2}
+
+    def trainer(steps: int):
+        model, _ = two_adapters(family, "plain")
+        set_active(model, ["running", "new"], trainable="new")
+        return make_trainer(family, str(tmp_path), 4, 1, Perturb(**ALWAYS), model=model, max_steps=steps, **options)
+
+    whole = trainer(4)
+    whole.train()
+    resumed = trainer(4)
+    running = {n: p.detach().clone() for n, p in resumed.model.named_parameters() if ".running." in n}
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.model.active_adapters == ["running", "new"]
+    assert_same(running, {n: p for n, p in resumed.model.named_parameters() if ".running." in n}, atol=0, rtol=0)
+    assert_same(weights(whole.model), weights(resumed.model), atol=1e-6, rtol=1e-5)
 
 
 def scalings(model) -> list[dict[str, float]]:
