@@ -20,7 +20,7 @@ from pm_llm.adapters import Adapter
 from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.methods import PRESETS
-from tests.conftest import FAMILIES, ROOT, make_peft, pm_llm, small_tasks
+from tests.conftest import FAMILIES, ROOT, batch_of, features, make_peft, pm_llm, small_tasks
 
 TASKS = ("sentiment", "topic", "question")
 
@@ -101,10 +101,16 @@ def test_evaluate_all_fills_the_matrix(pico_folders, tmp_path) -> None:
 
 
 def test_plain_peft_loads_the_result(pico_folders, tmp_path) -> None:
-    ContinualSequence(config_for(pico_folders["llama"], tmp_path / "run")).run()
+    sequence = ContinualSequence(config_for(pico_folders["llama"], tmp_path / "run"))
+    sequence.run()
     base = AutoModelForCausalLM.from_pretrained(pico_folders["llama"])
-    model = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter"))
-    assert model.active_adapters == ["default"]
+    model = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).eval()
+    batch = batch_of("llama", features("llama", 4))
+    with torch.no_grad():
+        with_it = model(**batch).logits
+        torch.testing.assert_close(with_it, sequence.model.eval()(**batch).logits, atol=0, rtol=0)
+        with model.disable_adapter():
+            assert not torch.allclose(with_it, model(**batch).logits, atol=1e-4)
 
 
 @pytest.mark.slow

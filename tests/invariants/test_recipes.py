@@ -12,7 +12,7 @@ from pm_llm.config import flags, load_config
 from pm_llm.models import lora_config, resolve
 from pm_llm.sequence import training_arguments
 from pm_llm.tasks import BENCHMARKS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, pm_llm
 
 RECIPES = sorted(p for kind in ("*.yaml", "*.yml") for p in (ROOT / "recipes").rglob(kind))
 LAUNCHERS = sorted(p for kind in ("*.yaml", "*.yml") for p in (ROOT / "accelerate_configs").rglob(kind))
@@ -71,6 +71,8 @@ def test_help_lists_every_key() -> None:
     keys = [key for key, _ in flags()]
     assert len(keys) == len(set(keys))
     assert {"model", "lora.r", "train.learning_rate", "fisher.samples", "evaluation.what"} <= set(keys)
+    text = pm_llm("run", "--help").stdout
+    assert all(f"  --{key}\n" in text for key in keys)
 
 
 def test_unused_yaml_does_not_slip_through(tmp_path) -> None:
