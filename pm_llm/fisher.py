@@ -40,10 +40,11 @@ def diagonal_fisher(
         progress: Called with the number of examples after each batch.
 
     Returns:
-        The sums (divide by the total over all processes for the mean) and the count of examples seen.
+        The sums (divide by the total over all processes for the mean; empty without examples) and the count of
+        examples seen.
 
     Raises:
-        PmLlmError: If there is no example, or an example has no answer token.
+        PmLlmError: If an example has no answer token.
     """
     sums: Fisher = {}
     count, was_training = 0, model.training

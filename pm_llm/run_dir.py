@@ -51,18 +51,19 @@ class RunDir:
         del plain["output_dir"]
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         try:
-            if (self.path / "state.json").is_file() and self.state()["stages"]:
-                self._check_same(plain, tasks)
+            if (self.path / "state.json").is_file():
+                finished = self.state()["stages"]
+                if finished:  # a run that never finished a task may be begun anew with another configuration
+                    self._check_same(plain, tasks)
                 self._sweep()
-                return
-            # a run that never finished a task may be begun anew with another configuration
-            others = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
-            if others - {"stages", "config.yaml", "state.json"}:
+                if finished:
+                    return
+            elif self._holds_something():
                 raise PmLlmError(f"{self.path} is not empty and holds no run. Choose another output_dir.")
-            shutil.rmtree(self.path / "stages", ignore_errors=True)
-            (self.path / "stages").mkdir(parents=True)
-            self._write_text("config.yaml", text)
+            (self.path / "stages").mkdir(parents=True, exist_ok=True)
+            # the state comes first: from then on the folder is known as a run's
             self.write_state({"tasks": tasks, "stages": [], "versions": versions})
+            self._write_text("config.yaml", text)
         except OSError as error:
             raise PmLlmError(f"cannot write to {self.path}: {error.strerror}. Choose another output_dir.") from error
 
@@ -72,6 +73,14 @@ class RunDir:
         if not (Path(path) / "state.json").is_file():
             raise PmLlmError(f"{path} is not a run folder: state.json is missing.")
         return cls(path)
+
+    def _holds_something(self) -> bool:
+        """Whether there is more than a start leaves that was killed before it wrote its state."""
+        if not self.path.exists():
+            return False
+        names = {p.name for p in self.path.iterdir()}
+        stages = self.path / "stages"
+        return bool(names - {"stages", ".state.json.tmp"}) or (stages.is_dir() and any(stages.iterdir()))
 
     def _check_same(self, plain: dict[str, Any], tasks: list[str]) -> None:
         old, new = _flat({**self.config(), "its tasks": self.state()["tasks"]}), _flat({**plain, "its tasks": tasks})

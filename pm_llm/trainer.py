@@ -59,12 +59,11 @@ class ConstraintMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._check_finite()
-        for constraint in self.constraints:
+        for constraint in self.constraints if self.model.training else ():  # type: ignore[attr-defined]
             sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state().items()}  # type: ignore[attr-defined]
             if sums:
                 sums = self.accelerator.reduce(sums, "sum")  # type: ignore[attr-defined]
-            if self.model.training:  # type: ignore[attr-defined]
-                logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))
+            logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:

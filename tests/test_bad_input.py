@@ -177,6 +177,21 @@ def test_a_folder_that_holds_something_else(run, tmp_path) -> None:
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("name", ["stages/notes.txt", "config.yaml"])
+def test_files_of_others_under_our_names_are_left_alone(name: str, run, tmp_path) -> None:
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("dear")
+    one_line(*run(), "is not empty and holds no run")
+    assert file.read_text() == "dear"
+
+
+def test_a_start_killed_before_its_state_was_written(run, tmp_path) -> None:
+    (tmp_path / "run/stages").mkdir(parents=True)
+    (tmp_path / "run/.state.json.tmp").write_text("{")
+    assert run()[0] == 0
+
+
 def test_nan_loss_stops_the_run(run, tmp_path) -> None:
     out = tmp_path / "nan"
     # a learning rate that overflows float32 within a few steps
