@@ -1,10 +1,12 @@
-"""The command line: pm-llm run, merge, evaluate, report, push. Heavy imports happen inside the commands."""
+"""The command line: pm-llm run, tasks, evaluate, score, report, merge, push. Heavy imports wait for the commands."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -50,9 +52,31 @@ def make_parser() -> argparse.ArgumentParser:
         "--adapter", metavar="DIR_OR_ID", help="adapter folder or Hub id; none: the base model alone"
     )
     evaluate.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+    evaluate.add_argument("--predictions", metavar="FILE.jsonl", help="keep the predictions, to score them again")
 
-    report = commands.add_parser("report", help="print a finished run's tables and draw its matrix again")
+    tasks = commands.add_parser("tasks", help="look at tasks before training on them")
+    check = tasks.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
+        "check",
+        help="sizes, label balance, token lengths, shared rows, examples",
+        description="Print what a run would train on, or everything that is wrong with it, with file and line. "
+        "Tasks are given as files or dataset ids, or by --config, --benchmark, --order, --data_dir, --tasks ...; "
+        "--model names the tokenizer.",
+    )
+    check.add_argument("files", nargs="*", metavar="TASK", help="files, folders or dataset ids")
+    check.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+
+    score = commands.add_parser(
+        "score",
+        help="score saved predictions, without the model",
+        description="Score saved predictions again: those after a run's last task, or of one file.",
+    )
+    score.add_argument("predictions", metavar="RUN_DIR_OR_FILE")
+    score.add_argument("--scorer", help="another scorer than the tasks' own")
+
+    report = commands.add_parser("report", help="print finished runs' tables and write them as one HTML page")
     report.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="one run, or several to compare")
+    report.add_argument("--out", metavar="DIR", help="folder for report.html and figures (default: the first run's)")
+    report.add_argument("--joint", type=float, help="final average of joint training, for the gap closed")
 
     push = commands.add_parser("push", help="upload a run's adapter with a model card to the Hub")
     push.add_argument("run_dir", metavar="RUN_DIR")
@@ -68,12 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     given, rest = parser.parse_known_args(arguments)
     try:
-        if given.command in ("run", "evaluate"):
-            config = load_config(given.config, parse_overrides(rest))
-            return run(config) if given.command == "run" else evaluate(given.adapter, config)
+        if given.command in ("run", "evaluate", "tasks"):
+            overrides = parse_overrides(rest)
+            if given.command == "tasks" and given.files:
+                overrides["tasks"] = given.files
+            config = load_config(given.config, overrides).check()
+            return {"run": run, "evaluate": evaluate, "tasks": check_tasks}[given.command](given, config)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return {"merge": merge, "report": report, "push": push}[given.command](given)
+        return {"merge": merge, "score": score, "report": report, "push": push}[given.command](given)
     except PmLlmError as error:
         print(f"pm-llm: error: {error}", file=sys.stderr)
         return 2
@@ -113,13 +140,13 @@ def _yaml(text: str) -> Any:
         return text
 
 
-def run(config: RunConfig) -> int:
+def run(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm run`: train, then print the matrix and what follows from it."""
     from pm_llm.progress import quiet_libraries, say
 
     quiet_libraries()
     from pm_llm.processes import shut_down
-    from pm_llm.report import describe, draw_matrix
+    from pm_llm.report import describe
     from pm_llm.sequence import ContinualSequence
 
     sequence = ContinualSequence(config)
@@ -127,27 +154,69 @@ def run(config: RunConfig) -> int:
     if sequence.state.is_main_process:
         say("\n" + describe(results))
         try:
-            draw_matrix(results, sequence.run_dir.path / "matrix.png")
-        except PmLlmError as error:  # matplotlib is an extra; the results are there all the same
-            say(str(error))
+            from pm_llm.report.figures import save_matrix
+
+            save_matrix(results, sequence.run_dir.path / "matrix.png")
+        except ImportError:  # matplotlib is an extra; the results are there all the same
+            say('for a picture of the matrix: pip install "pm_llm[report]"')
         say(f"\nadapter: {sequence.run_dir.adapter}\nresults: {sequence.run_dir.path / 'results.json'}")
     shut_down()
     return 0
 
 
-def evaluate(adapter: str | None, config: RunConfig) -> int:
-    """`pm-llm evaluate`: one line a task, and their mean."""
+def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
+    """`pm-llm evaluate`: one line a task with its 95 % bootstrap interval, and their mean."""
     from pm_llm.progress import quiet_libraries, say
 
     quiet_libraries()
     from pm_llm.evaluation.run import evaluate_adapter
-    from pm_llm.processes import shut_down
+    from pm_llm.processes import process_state, shut_down
+    from pm_llm.run_dir import write_jsonl
 
-    scores = evaluate_adapter(adapter, config.check())
-    for name, value in scores.items():
-        say(f"{name}\t{value:.2f}")
-    say(f"mean\t{sum(scores.values()) / len(scores):.2f}")
+    if given.predictions and not Path(given.predictions).absolute().parent.is_dir():
+        raise PmLlmError(f"the folder of --predictions {given.predictions} does not exist.")
+    found = evaluate_adapter(given.adapter, config)
+    if given.predictions and process_state().is_main_process:
+        write_jsonl(Path(given.predictions), [line for one in found for line in one.lines()])
+    for line in _score_lines(found):
+        say(line)
     shut_down()
+    return 0
+
+
+def _score_lines(found: Sequence[Any], scorer: str | None = None) -> list[str]:
+    from pm_llm.evaluation.bootstrap import interval, mean_interval
+
+    if scorer is not None:
+        found = [dataclasses.replace(one, scorer=scorer) for one in found]
+    named = [(one.task, interval(one)) for one in found]
+    return [
+        f"{name}\t{x.value:.2f}\t({x.low:.2f} to {x.high:.2f})" for name, x in [*named, ("mean", mean_interval(found))]
+    ]
+
+
+def check_tasks(given: argparse.Namespace, config: RunConfig) -> int:
+    """`pm-llm tasks check`: what a run would train on."""
+    from pm_llm.progress import quiet_libraries
+
+    quiet_libraries()
+    from pm_llm.tasks.check import describe_tasks
+
+    print(describe_tasks(config))
+    return 0
+
+
+def score(given: argparse.Namespace) -> int:
+    """`pm-llm score`: scores of saved predictions."""
+    from pm_llm.evaluation.predictions import read_predictions
+    from pm_llm.run_dir import RunDir
+
+    path = Path(given.predictions)
+    if path.is_dir():
+        run_dir = RunDir.open(path)
+        path = run_dir.predictions(len(run_dir.state()["stages"]) - 1)
+    found = read_predictions(path)
+    print("\n".join(_score_lines(list(found.values()), given.scorer)))
     return 0
 
 
@@ -161,17 +230,20 @@ def merge(given: argparse.Namespace) -> int:
 
 
 def report(given: argparse.Namespace) -> int:
-    """`pm-llm report`: tables, and the heat map beside each run."""
-    from pm_llm.report import compare, describe, draw_matrix
-    from pm_llm.run_dir import RunDir
+    """`pm-llm report`: tables here, and the page with its figures in a folder."""
+    from pm_llm.report import compare, describe
+    from pm_llm.report.data import open_run
 
-    runs = [RunDir.open(path) for path in given.run_dir]
-    found = [run.results() for run in runs]
-    for run_dir, results in zip(runs, found, strict=True):
-        draw_matrix(results, run_dir.path / "matrix.png")
-        print(f"{run_dir.path}\n{describe(results)}\n")
-    if len(found) > 1:
-        print(compare(found))
+    runs = [open_run(path) for path in given.run_dir]
+    for one in runs:
+        print(f"{one.path}\n{describe(one.results)}\n")
+    if len(runs) > 1:
+        print(compare([one.results for one in runs], given.joint) + "\n")
+    try:
+        from pm_llm.report.page import write_report
+    except ImportError as error:
+        raise PmLlmError(f'the page needs matplotlib: pip install "pm_llm[report]" ({error})') from error
+    print(f"page: {write_report(runs, given.out or given.run_dir[0], given.joint)}")
     return 0
 
 

@@ -26,6 +26,15 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+ALLOWED = {
+    "dtype": ("float32", "bfloat16"),
+    "bad_rows": ("error", "drop"),
+    "evaluate": ("seen", "final", "diagonal+final", "all"),
+    "evaluation.mode": ("generate", "labels"),
+    "evaluation.split": ("test", "validation"),
+}
+
+
 @dataclass
 class LoraSection:
     """The task adapter, with PEFT's names."""
@@ -69,10 +78,14 @@ class FisherSection:
 
 @dataclass
 class EvaluationSection:
-    """Generation on the test rows after each task."""
+    """How the test rows are answered."""
 
-    what: str = option("seen", "After each task, score the tasks `seen` so far, or `all` of them.")
-    batch_size: int = option(16, "Prompts decoded together.")
+    mode: str = option(
+        "generate", "generate: greedy answers; labels: the most likely option, where a task has labels."
+    )
+    split: str = option("test", "Rows that are scored: test, or validation.")
+    batch_size: int = option(64, "At most this many prompts decoded together.")
+    batch_tokens: int = option(8192, "At most this many tokens, prompts with padding and answers, decoded together.")
 
 
 @dataclass
@@ -81,8 +94,11 @@ class RunConfig:
 
     model: str = option("embedded:llama", "Hub id or folder of the base model, or embedded:llama, embedded:t5.")
     dtype: str = option("float32", "Weights and compute: float32 or bfloat16.")
-    benchmark: str | None = option(None, "A benchmark: embedded, standard_cl.")
-    order: Any = option(None, "The benchmark's order by name, or a list of its task names.")
+    benchmark: str | None = option(None, "A benchmark: embedded, standard_cl, long_sequence, superni, trace.")
+    order: Any = option(None, "An order of the benchmark by name, a list of task names, or random:SEED.")
+    repeat: int = option(1, "How many times the sequence is gone through.")
+    blur: float = option(0.0, "Share of each task's training rows that come from its neighbours in the sequence.")
+    bad_rows: str = option("error", "Rows that cannot be used: error (all are shown), or drop.")
     data_dir: str | None = option(None, "Folder with the benchmark's rows, or that `tasks` are relative to.")
     tasks: list[Any] = option([], "Your own tasks: files, folders, dataset ids, or mappings with `data`.")
     method: str = option("pm", "Preset: " + ", ".join(PRESETS) + ".")
@@ -97,6 +113,7 @@ class RunConfig:
     lora: LoraSection = field(default_factory=LoraSection)
     train: TrainSection = field(default_factory=TrainSection)
     fisher: FisherSection = field(default_factory=FisherSection)
+    evaluate: str = option("seen", "Scored after each task: seen (tasks so far), final, diagonal+final, all.")
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     seed: int = option(0, "Seed of rows, initial adapters, batches and perturbations.")
     output_dir: str = option("runs/default", "The run's folder.")
@@ -107,14 +124,16 @@ class RunConfig:
 
     def check(self) -> RunConfig:
         """This configuration. Raises PmLlmError on a value out of range or a choice that cannot be built."""
-        for name, allowed in (("dtype", ("float32", "bfloat16")), ("evaluation.what", ("seen", "all"))):
+        for name, allowed in ALLOWED.items():
             value = _get(self, name)
             if value not in allowed:
                 raise PmLlmError(f"{name} is {value!r}; it must be {' or '.join(allowed)}.")
+        if not 0 <= self.blur < 1:
+            raise PmLlmError(f"blur is {self.blur}; it is a share from 0 to below 1.")
         for name in (
             *("max_rank", "max_train_samples", "max_test_samples", "max_length", "max_new_tokens", "lora.r"),
             *("fisher.samples", "fisher.batch_size", "evaluation.batch_size", "train.per_device_train_batch_size"),
-            *("train.gradient_accumulation_steps", "train.logging_steps"),
+            *("train.gradient_accumulation_steps", "train.logging_steps", "evaluation.batch_tokens", "repeat"),
         ):
             value = _get(self, name)
             if value is not None and value < 1:
@@ -159,7 +178,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
         if not isinstance(target, dict):
             raise PmLlmError(f"{section!r} is {target!r}, so {key!r} cannot be set.")
         target[name] = value
-    return _build(RunConfig, values, "")
+    return build(RunConfig, values, "")
 
 
 def flags() -> list[tuple[str, str]]:
@@ -179,7 +198,8 @@ def _help(f: dataclasses.Field) -> str:
     return f"{f.metadata['help']} (default: {shown})"
 
 
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    """The dataclass `cls` from a mapping. Raises PmLlmError on an unknown key or a value of the wrong type."""
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     built = {}
@@ -189,7 +209,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise PmLlmError(f"{prefix}{key} is {value!r}; it must be a mapping.")
-            built[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
+            built[key] = build(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
         else:
             built[key] = _convert(value, hints[key], prefix + key)
     return cls(**built)

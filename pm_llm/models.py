@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,24 +68,30 @@ def is_seq2seq(config: Any) -> bool:
     )
 
 
-def load_base(name: str, dtype: str = "float32") -> Base:
-    """Load model and tokenizer. Raises PmLlmError if there is no such model, or it cannot generate."""
+def load_tokenizer(name: str) -> tuple[Any, bool]:
+    """A model's tokenizer, and whether the model is an encoder-decoder.
+
+    Raises:
+        PmLlmError: If there is no such model, it cannot generate, or its answers could not end.
+    """
     path = resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        seq2seq = is_seq2seq(config)
+    with _told(name):
+        seq2seq = is_seq2seq(AutoConfig.from_pretrained(path))
         tokenizer = AutoTokenizer.from_pretrained(path)
-        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        model = auto.from_pretrained(path, dtype=getattr(torch, dtype))
-    except PmLlmError:
-        raise
-    except (OSError, ValueError) as error:
-        raise PmLlmError(f"cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise PmLlmError(f"the tokenizer of {name!r} has no end-of-sequence token, so answers could not end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    return tokenizer, seq2seq
+
+
+def load_base(name: str, dtype: str = "float32") -> Base:
+    """Load model and tokenizer. Raises PmLlmError if there is no such model, or it cannot generate."""
+    tokenizer, seq2seq = load_tokenizer(name)
+    with _told(name):
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        model = auto.from_pretrained(resolve(name), dtype=getattr(torch, dtype))
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
         setattr(model.config, token, getattr(tokenizer, token))
     # plain greedy decoding: no penalties or forced tokens that the model may ship; its own end tokens still end
@@ -95,6 +103,17 @@ def load_base(name: str, dtype: str = "float32") -> Base:
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
     return Base(model, tokenizer, seq2seq)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What the libraries say of a model that is not there, in one line."""
+    try:
+        yield
+    except PmLlmError:
+        raise
+    except (OSError, ValueError) as error:
+        raise PmLlmError(f"cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def lora_config(lora: LoraSection, targets: list[str] | str, seq2seq: bool) -> LoraConfig:

@@ -5,7 +5,8 @@
     stages/01-agnews/      adapter/ (merged, standard PEFT), task_adapter/ (as trained), predictions.jsonl, log.jsonl
     curvature.safetensors  in the last stage's folder only: what the merge rule remembers
     adapter -> stages/..   the merged adapter after the last finished task, at a stable path
-    results.json, matrix.png, README.md
+    untrained.jsonl        predictions before the first task, where they were asked for
+    results.json, matrix.png, report.html, README.md
 
 A stage is written under a temporary name and renamed when whole; then `state.json` is replaced, then the link.
 """
@@ -27,6 +28,7 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 
 ADAPTER, TASK_ADAPTER, CURVATURE = "adapter", "task_adapter", "curvature.safetensors"
+PREDICTIONS, UNTRAINED = "predictions.jsonl", "untrained.jsonl"
 
 
 class RunDir:
@@ -131,7 +133,23 @@ class RunDir:
         file = self.path / "stages" / stages[-1]["folder"] / CURVATURE
         return load_file(file) if file.is_file() else {}
 
+    def predictions(self, stage: int) -> Path:
+        """The predictions after stage `stage` (from 0), or -1 for those of the untrained model."""
+        if stage < 0:
+            return self.path / UNTRAINED
+        return self.path / "stages" / self.state()["stages"][stage]["folder"] / PREDICTIONS
+
+    def log(self, stage: int) -> list[dict[str, Any]]:
+        """The training log of stage `stage` (from 0)."""
+        text = (self.path / "stages" / self.state()["stages"][stage]["folder"] / "log.jsonl").read_text("utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
     # ---- writing ----
+    def note_untrained(self, scores: dict[str, float], predictions: list[dict[str, Any]]) -> None:
+        """Keep what the model scored before the first task."""
+        write_jsonl(self.path / UNTRAINED, predictions)
+        self.write_state({**self.state(), "untrained": scores})
+
     def new_stage(self, number: int, task: str) -> Path:
         """A temporary folder for stage `number` (from 1), to be filled and then committed."""
         folder = self.path / "stages" / f".{number:02d}-{_safe(task)}.tmp"
@@ -175,6 +193,11 @@ class RunDir:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(Path("stages") / stage / ADAPTER, target_is_directory=True)
         temporary.replace(self.path / ADAPTER)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A line a row."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _safe(name: str) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +17,18 @@ from trl import SFTConfig
 from pm_llm.adapters import Adapter, lora_layers, remove, set_active
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.matrix import Matrix
-from pm_llm.evaluation.run import encoder_for, score_task
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix
+from pm_llm.evaluation.predictions import Predictions
+from pm_llm.evaluation.run import answer_task, encoder_for
+from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.fisher import Fisher, diagonal_fisher
 from pm_llm.merges import Merger
 from pm_llm.models import load_base
-from pm_llm.processes import process_state
+from pm_llm.processes import Clock, process_state
 from pm_llm.progress import TrainingBar, bar, say
-from pm_llm.run_dir import ADAPTER, TASK_ADAPTER, RunDir
+from pm_llm.run_dir import ADAPTER, PREDICTIONS, TASK_ADAPTER, RunDir, write_jsonl
 from pm_llm.starts import RUNNING, TASK
-from pm_llm.tasks import Task, load_tasks
+from pm_llm.tasks import Task, checked, load_tasks
 from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
 
 VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -44,7 +44,9 @@ class ContinualSequence:
 
     def __init__(self, config: RunConfig, tasks: list[Task] | None = None) -> None:
         self.config = config.check()
-        self.tasks = tasks if tasks is not None else load_tasks(config)
+        self.tasks = load_tasks(config) if tasks is None else checked(tasks)  # a stage each; a task may recur
+        self.distinct = {task.name: task for task in reversed(self.tasks)}
+        self.distinct = {name: self.distinct[name] for name in dict.fromkeys(task.name for task in self.tasks)}
         self.method = config.parsed_method()
         self.state = process_state()
         self.run_dir = RunDir(config.output_dir)
@@ -60,8 +62,13 @@ class ContinualSequence:
         self._on_main(lambda: self.run_dir.create(self.config, names, _versions()))
         self.base = load_base(self.config.model, self.config.dtype)
         self.model: Any = self.base.model.to(self.state.device)
-        self.encoders = {task.name: encoder_for(self.base, task, self.config) for task in self.tasks}
+        self.encoders = {name: encoder_for(self.base, task, self.config) for name, task in self.distinct.items()}
         merger, running, done = self._resume()
+        if self.config.evaluate == "all" and not done:
+            untrained = self._evaluate(list(self.distinct))
+            self._on_main(
+                lambda: self.run_dir.note_untrained({p.task: p.score() for p in untrained}, _lines(untrained))
+            )
         with bar(len(self.tasks), self.config.method, "task") as progress:
             progress.update(done)
             for number, task in enumerate(self.tasks[done:], start=done + 1):
@@ -76,20 +83,25 @@ class ContinualSequence:
         self, number: int, task: Task, merger: Merger, running: Adapter | None
     ) -> tuple[Adapter, dict[str, Any]]:
         set_seed(self.config.seed * 1000 + number)
+        clock = Clock(self.state.device)
         start = self.method.start.build("start")
         self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
-        rows = self.encoders[task.name].features(task.train)
-        logs, seconds = self._train(number, task, rows)
+        rows = encoder_for(self.base, task, self.config).features(task.train)
+        logs = self._train(number, task, rows)
+        clock.stop("train")
         new = Adapter.from_model(self.model, TASK)
         fisher = self._fisher(number, task, rows) if merger.rule.needs_fisher else None
+        clock.stop("fisher")
         merged = merger.fold(running, new, fisher, continues=start.continues)
         merged.attach(self.model, RUNNING)
         remove(self.model, TASK)
         set_active(self.model, [RUNNING], trainable=None)
-        scores, predictions = self._evaluate(number)
+        clock.stop("merge")
+        predictions = self._evaluate(self._to_score(number))
+        clock.stop("evaluate")
         entry = {
             "task": task.name,
-            "scores": scores,
+            "scores": {found.task: found.score() for found in predictions},
             "coefficient": merger.report.coefficient,
             "raw_coefficient": merger.report.raw_coefficient,
             "clipped": merger.report.clipped,
@@ -98,12 +110,13 @@ class ContinualSequence:
             "truncation_error": merger.report.truncation_error,
             "rank": merger.report.rank,
             "curvature": next((log["curvature"] for log in reversed(logs) if "curvature" in log), None),
-            "train_seconds": seconds,
+            "seconds": clock.seconds,
+            "peak_memory_bytes": clock.peak_memory(),
         }
-        self._on_main(lambda: self._commit(number, task, merged, new, merger, predictions, logs, entry))
+        self._on_main(lambda: self._commit(number, task, merged, new, merger, _lines(predictions), logs, entry))
         return merged, entry
 
-    def _train(self, number: int, task: Task, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+    def _train(self, number: int, task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         constraints = [choice.build("constrain") for choice in self.method.constrain]
         shown = TrainingBar(f"train {task.name}")
         trainer_class = ContinualSeq2SeqTrainer if self.base.seq2seq else ContinualSFTTrainer
@@ -121,8 +134,8 @@ class ContinualSequence:
             )
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
-            result = trainer.train()
-        return shown.logs, result.metrics["train_runtime"]
+            trainer.train()
+        return shown.logs
 
     def _fisher(self, number: int, task: Task, rows: list[dict[str, Any]]) -> Fisher:
         size = self.config.fisher.batch_size
@@ -145,14 +158,17 @@ class ContinualSequence:
             mine = torch.zeros(layer.out_features, layer.in_features)
         return reduce(mine.to(self.state.device), "sum").cpu()
 
-    def _evaluate(self, number: int) -> tuple[dict[str, float], list[dict[str, str]]]:
-        tasks = self.tasks if self.config.evaluation.what == "all" else self.tasks[:number]
-        scores, predictions = {}, []
-        for task in tasks:
-            encoder, size = self.encoders[task.name], self.config.evaluation.batch_size
-            scores[task.name], rows = score_task(self.model, encoder, task, size)
-            predictions += rows
-        return scores, predictions
+    def _to_score(self, number: int) -> list[str]:
+        """The tasks that are scored after stage `number` (from 1)."""
+        what, every = self.config.evaluate, list(self.distinct)
+        if what == "all" or (what != "seen" and number == len(self.tasks)):
+            return every
+        seen = list(dict.fromkeys(task.name for task in self.tasks[:number]))
+        return {"seen": seen, "final": [], "diagonal+final": [self.tasks[number - 1].name]}[what]
+
+    def _evaluate(self, names: list[str]) -> list[Predictions]:
+        how = self.config.evaluation
+        return [answer_task(self.model, self.encoders[name], self.distinct[name], how) for name in names]
 
     def _commit(
         self,
@@ -161,15 +177,15 @@ class ContinualSequence:
         merged: Adapter,
         new: Adapter,
         merger: Merger,
-        predictions: list[dict[str, str]],
+        predictions: list[dict[str, Any]],
         logs: list[dict[str, Any]],
         entry: dict[str, Any],
     ) -> None:
         folder = self.run_dir.new_stage(number, task.name)
         merged.save(folder / ADAPTER)
         new.save(folder / TASK_ADAPTER)
-        _write_jsonl(folder / "predictions.jsonl", predictions)
-        _write_jsonl(folder / "log.jsonl", logs)
+        write_jsonl(folder / PREDICTIONS, predictions)
+        write_jsonl(folder / "log.jsonl", logs)
         self.run_dir.commit(folder, entry, merger.state())
 
     # ---- around the tasks ----
@@ -184,24 +200,38 @@ class ContinualSequence:
         return merger, running, len(stages)
 
     def _finish(self) -> dict[str, Any]:
-        stages = self.run_dir.state()["stages"]
-        matrix = Matrix([task.name for task in self.tasks])
+        state, scorers = self.run_dir.state(), [task.scorer for task in self.distinct.values()]
+        stages = state["stages"]
+        matrix = Matrix(
+            list(self.distinct),
+            stages=[task.name for task in self.tasks],
+            lower_is_better=SCORERS[scorers[0]].lower_is_better,
+        )
         for i, stage in enumerate(stages):
             for name, value in stage["scores"].items():
                 matrix.set(i, name, value)
+        for name, value in state.get("untrained", {}).items():
+            matrix.set(UNTRAINED, name, value)
         results = {
             "config": self.run_dir.config(),
             "method": self.method.plain(),
-            "versions": self.run_dir.state()["versions"],
+            "versions": state["versions"],
             "tasks": matrix.tasks,
-            "scorers": [task.scorer for task in self.tasks],
-            "test_rows": [len(task.test) for task in self.tasks],
+            "stages": matrix.stages,
+            "scorers": scorers,
+            "lower_is_better": matrix.lower_is_better,
+            "test_rows": [len(task.test) for task in self.distinct.values()],
             "matrix": matrix.rows(),
+            "untrained": state.get("untrained"),
             "coefficients": [stage["coefficient"] for stage in stages],
             "raw_coefficients": [stage["raw_coefficient"] for stage in stages],
+            "module_coefficients": [stage["coefficients"] for stage in stages],
             "truncation_errors": [stage["truncation_error"] for stage in stages],
-            "train_seconds": [stage["train_seconds"] for stage in stages],
-            **matrix.summary(),
+            "ranks": [stage["rank"] for stage in stages],
+            "curvatures": [stage["curvature"] for stage in stages],
+            "seconds": [stage["seconds"] for stage in stages],
+            "peak_memory_bytes": [stage["peak_memory_bytes"] for stage in stages],
+            **matrix.summary(self.config.evaluate),
         }
         self._on_main(lambda: self.run_dir.write_results(results))
         return results
@@ -248,7 +278,7 @@ def training_arguments(config: RunConfig, seq2seq: bool, scratch: str, seed: int
 
 
 def _stage_line(number: int, total: int, entry: dict[str, Any], seconds: float) -> str:
-    scores = " ".join(f"{name} {value:.1f}" for name, value in entry["scores"].items())
+    scores = " ".join(f"{name} {value:.1f}" for name, value in entry["scores"].items()) or "(not scored)"
     clipped = f" (raw {entry['raw_coefficient']:.3f})" if entry["clipped"] else ""
     return (
         f"[{number}/{total}] {entry['task']}: coefficient {entry['coefficient']:.3f}{clipped}, rank {entry['rank']}, "
@@ -256,8 +286,8 @@ def _stage_line(number: int, total: int, entry: dict[str, Any], seconds: float) 
     )
 
 
-def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def _lines(found: list[Predictions]) -> list[dict[str, Any]]:
+    return [line for one in found for line in one.lines()]
 
 
 def _versions() -> dict[str, str]:

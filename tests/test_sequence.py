@@ -96,7 +96,7 @@ def test_going_on_after_a_stop_changes_nothing(family: str, method: str, pico_fo
 
 
 def test_evaluate_all_fills_the_matrix(pico_folders, tmp_path) -> None:
-    config = config_for(pico_folders["t5"], tmp_path / "run", **{"evaluation.what": "all", "train.max_steps": 1})
+    config = config_for(pico_folders["t5"], tmp_path / "run", **{"evaluate": "all", "train.max_steps": 1})
     assert all(x is not None for row in ContinualSequence(config).run()["matrix"] for x in row)
 
 

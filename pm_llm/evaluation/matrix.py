@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
+
+from pm_llm.errors import PmLlmError
+
+UNTRAINED = -1  # the stage before the first task
+# what can be said where only so much was measured (`evaluate`)
+NUMBERS = {
+    "final": ("average_accuracy",),
+    "diagonal+final": ("average_accuracy", "plasticity", "backward_transfer"),
+    "seen": ("average_accuracy", "average_over_time", "plasticity", "backward_transfer", "forgetting"),
+    "all": (
+        *("average_accuracy", "average_over_time", "plasticity", "backward_transfer", "forgetting"),
+        "forward_transfer",
+    ),
+}
+NEED_TWO = ("backward_transfer", "forgetting", "forward_transfer")
 
 
 class MissingScoreError(KeyError):
@@ -16,16 +32,28 @@ class MissingScoreError(KeyError):
 
 @dataclass
 class Matrix:
-    """`a[i][j]`: the score (0 to 100) on task j after training task i, both counted from 0 in `tasks`' order.
+    """`a[i][j]`: the score on task j after stage i, both counted from 0; stage -1 is the untrained model.
 
-    Definitions as in GEM (Lopez-Paz and Ranzato, arXiv 1706.08840) and RWalk (Chaudhry et al., arXiv 1801.10112).
+    Definitions as in GEM (Lopez-Paz and Ranzato, arXiv 1706.08840) and RWalk (Chaudhry et al., arXiv 1801.10112),
+    where stage i trains task i. In a recurring sequence a task counts as learned at its last stage so far.
+
+    Args:
+        tasks: The distinct tasks, a column each.
+        scores: (stage, column) -> score.
+        stages: The task trained at each stage; by default `tasks`.
+        lower_is_better: For perplexity: the best earlier score is then the lowest.
     """
 
     tasks: list[str]
     scores: dict[tuple[int, int], float] = field(default_factory=dict)
+    stages: list[str] = field(default_factory=list)
+    lower_is_better: bool = False
+
+    def __post_init__(self) -> None:
+        self.stages = self.stages or list(self.tasks)
 
     def set(self, stage: int, task: str, score: float) -> None:
-        """Note the score on `task` after training task number `stage`."""
+        """Note the score on `task` after stage number `stage`."""
         self.scores[stage, self.tasks.index(task)] = score
 
     def get(self, stage: int, j: int) -> float:
@@ -33,75 +61,134 @@ class Matrix:
         try:
             return self.scores[stage, j]
         except KeyError:
-            raise MissingScoreError(
-                f"the score on task {self.tasks[j]!r} after stage {stage + 1} was not measured."
-            ) from None
+            when = "before training" if stage == UNTRAINED else f"after stage {stage + 1}"
+            raise MissingScoreError(f"the score on task {self.tasks[j]!r} {when} was not measured.") from None
+
+    def learned(self, stage: int) -> dict[int, int]:
+        """Column -> its last training stage, of the tasks trained by `stage`."""
+        return {self.tasks.index(name): i for i, name in enumerate(self.stages[: stage + 1])}
 
     def average_accuracy(self, stage: int | None = None) -> float:
         """`AA_t = mean_{j<=t} a[t][j]`; by default after the last task."""
-        stage = len(self.tasks) - 1 if stage is None else stage
-        return fmean(self.get(stage, j) for j in range(stage + 1))
+        stage = len(self.stages) - 1 if stage is None else stage
+        return fmean(self.get(stage, j) for j in self.learned(stage))
 
     def average_over_time(self) -> float:
         """`AAA = mean_t AA_t`."""
-        return fmean(self.average_accuracy(t) for t in range(len(self.tasks)))
+        return fmean(self.average_accuracy(t) for t in range(len(self.stages)))
 
     def backward_transfer(self) -> float:
         """`BWT = mean_{j<T} (a[T][j] - a[j][j])`; needs two tasks."""
         last = self._last_of_several()
-        return fmean(self.get(last, j) - self.get(j, j) for j in range(last))
+        return fmean(self.get(last, j) - self.get(i, j) for j, i in self.learned(last).items() if i < last)
 
     def forgetting(self) -> float:
         """`mean_{j<T} (max_{j<=i<T} a[i][j] - a[T][j])`; needs two tasks."""
-        last = self._last_of_several()
-        return fmean(max(self.get(i, j) for i in range(j, last)) - self.get(last, j) for j in range(last))
+        last, best = self._last_of_several(), min if self.lower_is_better else max
+        gaps = []
+        for j, i in self.learned(last).items():
+            if i < last:
+                gaps.append(best(self.get(k, j) for k in range(i, last)) - self.get(last, j))
+        return -fmean(gaps) if self.lower_is_better else fmean(gaps)
+
+    def forward_transfer(self) -> float:
+        """`FWT = mean_{j>1} (a[j-1][j] - b[j])`, `b` the untrained model's scores; needs two tasks."""
+        self._last_of_several()
+        first = {name: self.stages.index(name) for name in self.stages}
+        return fmean(
+            self.get(i - 1, self.tasks.index(name)) - self.get(UNTRAINED, self.tasks.index(name))
+            for name, i in first.items()
+            if i > 0
+        )
 
     def plasticity(self) -> float:
         """`mean_j a[j][j]`."""
-        return fmean(self.get(j, j) for j in range(len(self.tasks)))
+        return fmean(self.get(i, self.tasks.index(name)) for i, name in enumerate(self.stages))
+
+    def fuar(self, kept: Sequence[str], updated: str, acquired: str) -> float | None:
+        """Forgotten / (Updated + Acquired) Ratio of continual knowledge learning (Jang et al., arXiv 2110.03215).
+
+        With corpora D_0 (the untrained model's) to D_n (the last stage's), `kept[i]` measures invariant knowledge of
+        D_i, `updated` and `acquired` knowledge that D_n changes and brings:
+        `sum_i max(0, a[D_i][kept_i] - a[D_n][kept_i])` over
+        `sum_i max(0, a[D_n][updated] - a[D_i][updated]) + max(0, a[D_n][acquired] - a[D_i][acquired])`.
+
+        Args:
+            kept: A task for each of D_0 ... D_{n-1}; the same one may occur several times.
+
+        Returns:
+            The ratio (below 1: more gained than forgotten), or None where nothing was gained.
+        """
+        last = len(self.stages) - 1
+        if len(kept) != last + 1:
+            raise PmLlmError(
+                f"fuar needs a kept task for each of {last + 1} states before the last; {len(kept)} given."
+            )
+        sign = -1 if self.lower_is_better else 1
+
+        def gap(task: str, a: int, b: int) -> float:
+            j = self.tasks.index(task)
+            return max(0.0, sign * (self.get(a, j) - self.get(b, j)))
+
+        before = range(UNTRAINED, last)
+        forgotten = sum(gap(task, i, last) for i, task in zip(before, kept, strict=True))
+        gained = sum(gap(task, last, i) for i in before for task in (updated, acquired))
+        return forgotten / gained if gained > 0 else None
 
     def _last_of_several(self) -> int:
-        if len(self.tasks) < 2:
+        if len(set(self.stages)) < 2:
             raise MissingScoreError("transfer and forgetting need at least two tasks.")
-        return len(self.tasks) - 1
+        return len(self.stages) - 1
 
-    def summary(self) -> dict[str, float]:
-        """All of the above by name; transfer and forgetting only where there are two tasks."""
-        numbers = {
-            "average_accuracy": self.average_accuracy(),
-            "average_over_time": self.average_over_time(),
-            "plasticity": self.plasticity(),
-        }
-        if len(self.tasks) > 1:
-            numbers["backward_transfer"] = self.backward_transfer()
-            numbers["forgetting"] = self.forgetting()
-        return numbers
+    def summary(self, evaluate: str = "seen") -> dict[str, float]:
+        """The numbers that `evaluate` (seen, final, diagonal+final, all) measures, by name; some need two tasks.
+
+        Raises:
+            MissingScoreError: If one of their scores was not measured.
+        """
+        several = len(set(self.stages)) > 1
+        return {name: getattr(self, name)() for name in NUMBERS[evaluate] if several or name not in NEED_TWO}
 
     def rows(self) -> list[list[float | None]]:
-        """The matrix as lists, None where nothing was measured."""
-        n = len(self.tasks)
-        return [[self.scores.get((i, j)) for j in range(n)] for i in range(n)]
+        """The matrix as lists, a row a stage, None where nothing was measured."""
+        return [[self.scores.get((i, j)) for j in range(len(self.tasks))] for i in range(len(self.stages))]
 
     @classmethod
-    def from_rows(cls, tasks: list[str], rows: list[list[float | None]]) -> Matrix:
-        """The inverse of :meth:`rows`."""
-        return cls(tasks, {(i, j): x for i, row in enumerate(rows) for j, x in enumerate(row) if x is not None})
+    def from_results(cls, results: dict[str, Any]) -> Matrix:
+        """The matrix of a run's `results.json`."""
+        scores = {(i, j): x for i, row in enumerate(results["matrix"]) for j, x in enumerate(row) if x is not None}
+        matrix = cls(results["tasks"], scores, results["stages"], results["lower_is_better"])
+        for name, value in (results["untrained"] or {}).items():
+            matrix.set(UNTRAINED, name, value)
+        return matrix
 
     def table(self, coefficients: list[float] | None = None) -> str:
         """As a Markdown table, a row a stage, with the merge coefficients if given."""
         extra = ["coefficient"] if coefficients is not None else []
         lines = ["| after | " + " | ".join([*self.tasks, "average", *extra]) + " |"]
         lines.append("|---|" + "---:|" * (len(self.tasks) + 1 + len(extra)))
-        for i, name in enumerate(self.tasks):
-            if not any((i, j) in self.scores for j in range(i + 1)):
+        names = {UNTRAINED: "(untrained)", **dict(enumerate(self.stages))}
+        for i, name in names.items():
+            cells = [self.scores.get((i, j)) for j in range(len(self.tasks))]
+            if all(cell is None for cell in cells):
                 continue
-            cells = [_cell(self.scores.get((i, j))) for j in range(len(self.tasks))]
-            whole = all((i, j) in self.scores for j in range(i + 1))
-            cells.append(_cell(self.average_accuracy(i) if whole else None))
+            whole = i != UNTRAINED and all(cells[j] is not None for j in self.learned(i))
+            shown = [_cell(cell) for cell in (*cells, self.average_accuracy(i) if whole else None)]
             if coefficients is not None:
-                cells.append(f"{coefficients[i]:.3f}")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+                shown.append("" if i == UNTRAINED else f"{coefficients[i]:.3f}")
+            lines.append(f"| {name} | " + " | ".join(shown) + " |")
         return "\n".join(lines)
+
+
+def gap_closed(method: float, seqlora: float, joint: float) -> float:
+    """`(method - seqlora) / (joint - seqlora)` of final averages: 0 is plain sequential fine-tuning, 1 joint training.
+
+    Raises:
+        PmLlmError: If `joint` and `seqlora` are equal: there is no gap.
+    """
+    if joint == seqlora:
+        raise PmLlmError(f"joint and seqlora both score {joint}: there is no gap to close.")
+    return (method - seqlora) / (joint - seqlora)
 
 
 def _cell(value: Any) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from pm_llm.config import RunConfig
+from pm_llm.config import EvaluationSection, RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
-from pm_llm.evaluation.scorers import score
+from pm_llm.evaluation.likelihood import answer_losses, choose_labels
+from pm_llm.evaluation.predictions import Predictions
+from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.models import Base, load_base
 from pm_llm.processes import process_state
 from pm_llm.progress import bar
@@ -24,22 +27,30 @@ def encoder_for(base: Base, task: Task, config: RunConfig) -> Encoder:
     return Encoder(base.tokenizer, base.seq2seq, config.max_length, answer)
 
 
-def score_task(model: Any, encoder: Encoder, task: Task, batch_size: int) -> tuple[float, list[dict[str, str]]]:
-    """The score on the task's test rows, and each row's prediction beside its reference."""
+def answer_task(model: Any, encoder: Encoder, task: Task, how: EvaluationSection) -> Predictions:
+    """The model's predictions on the task's test rows: generated, chosen among the labels, or likelihoods."""
+    sizes = (how.batch_size, how.batch_tokens)
+    references: list[list[Any]] = [row.references for row in task.test]
+    answers: Sequence[Any]
     with bar(len(task.test), f"evaluate {task.name}", "row") as progress:
-        answers = generate(model, encoder, task.test, batch_size, progress.update)
-    references = [row.completion for row in task.test]
-    rows = [{"task": task.name, "prediction": a, "reference": r} for a, r in zip(answers, references, strict=True)]
-    return score(task.scorer, answers, references), rows
+        if task.scorer == "perplexity":
+            answers, tokens = answer_losses(model, encoder, task.test, *sizes, progress.update)
+            references = [[n] for n in tokens]
+        elif how.mode == "labels" and task.labels:
+            answers = choose_labels(model, encoder, task.test, task.labels, *sizes, progress.update)
+        else:
+            answers = generate(model, encoder, task.test, *sizes, progress.update)
+    sources = [row.source or row.prompt if SCORERS[task.scorer].needs_source else None for row in task.test]
+    return Predictions(task.name, task.scorer, answers, references, sources)
 
 
-def evaluate_adapter(adapter: str | None, config: RunConfig) -> dict[str, float]:
-    """Task name -> score of `config.model` with `adapter` (a folder or Hub id; None: the base model alone).
+def evaluate_adapter(adapter: str | None, config: RunConfig) -> list[Predictions]:
+    """The predictions of `config.model` with `adapter` (a folder or Hub id; None: the base model alone), by task.
 
     Raises:
         PmLlmError: If the adapter cannot be loaded onto the model.
     """
-    tasks = load_tasks(config)
+    tasks = {task.name: task for task in load_tasks(config)}
     base = load_base(config.model, config.dtype)
     model = base.model
     if adapter is not None:
@@ -48,5 +59,4 @@ def evaluate_adapter(adapter: str | None, config: RunConfig) -> dict[str, float]
         except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise PmLlmError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
     model = model.to(process_state().device)
-    size = config.evaluation.batch_size
-    return {task.name: score_task(model, encoder_for(base, task, config), task, size)[0] for task in tasks}
+    return [answer_task(model, encoder_for(base, task, config), task, config.evaluation) for task in tasks.values()]

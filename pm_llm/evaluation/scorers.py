@@ -1,13 +1,21 @@
-"""Scorers: subclasses of `evaluate.Metric` that work without a network."""
+"""Scorers: subclasses of `evaluate.Metric` that work without a network, all on a scale of 0 to 100 but perplexity.
+
+A scorer turns each row into a few numbers and a set of rows into one score by way of the rows' sums, so that the same
+code gives the score and its bootstrap. Where a row has several references, the best one counts.
+"""
 
 from __future__ import annotations
 
 import re
 import string
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 
 from pm_llm.errors import unknown_name
 
@@ -19,34 +27,213 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", text.lower().translate(_PUNCTUATION)).strip()
 
 
-class ExactMatch(evaluate.Metric):
-    """Share, in percent, of predictions equal to their reference after :func:`normalise`."""
+class Scorer(evaluate.Metric):
+    """One way to score. Subclasses define :meth:`row`, and :meth:`total` where the score is no mean."""
+
+    name = ""
+    lower_is_better = False
+    needs_source = False
+    prediction, reference = "string", "string"
 
     def __init__(self) -> None:
         super().__init__(keep_in_memory=True)
 
+    def row(self, prediction: Any, reference: Any, source: str | None) -> tuple[float, ...]:
+        """The row's numbers against one reference."""
+        raise NotImplementedError
+
+    def best(self, prediction: Any, references: Sequence[Any], source: str | None) -> tuple[float, ...]:
+        """The row's numbers against all its references."""
+        return max(self.row(prediction, reference, source) for reference in references)
+
+    def total(self, sums: np.ndarray, rows: int) -> np.ndarray:
+        """Scores from sums over `rows` rows: shape (..., k) to (...)."""
+        return sums[..., 0] / rows
+
+    def numbers(self, predictions: Sequence[Any], references: Sequence[Any], sources: Any = None) -> np.ndarray:
+        """Each row's numbers, shape (rows, k). Raises ValueError where nothing or not everything is given."""
+        if not len(predictions):
+            raise ValueError("there is no prediction to score")
+        sources = [None] * len(predictions) if sources is None else sources
+        if not len(predictions) == len(references) == len(sources):
+            raise ValueError(
+                f"{len(predictions)} predictions, {len(references)} references and {len(sources)} sources do not "
+                "belong together"
+            )
+        if self.needs_source and None in sources:
+            raise ValueError(f"{self.name} compares with the source text, and some rows have none")
+        lists = [r if isinstance(r, (list, tuple)) else [r] for r in references]
+        return np.array([self.best(*row) for row in zip(predictions, lists, sources, strict=True)], dtype=float)
+
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        columns = {"predictions": datasets.Value(self.prediction), "references": datasets.Value(self.reference)}
+        if self.needs_source:
+            columns["sources"] = datasets.Value("string")
+        several = {**columns, "references": datasets.Sequence(columns["references"])}
         return evaluate.MetricInfo(
-            description="Exact match after lower-casing, stripping punctuation and collapsing white space.",
+            description=self.__doc__ or "",
             citation="",
-            features=features,
+            features=[datasets.Features(several), datasets.Features(columns)],
         )
 
-    def _compute(self, predictions: list[str], references: list[str], **_: Any) -> dict[str, float]:
-        hits = [normalise(p) == normalise(r) for p, r in zip(predictions, references, strict=True)]
-        return {"exact_match": 100.0 * sum(hits) / len(hits)}
+    def _compute(self, predictions: Any, references: Any, sources: Any = None, **_: Any) -> dict[str, float]:
+        rows = self.numbers(predictions, references, sources)
+        return {self.name: float(self.total(rows.sum(axis=0), len(rows)))}
 
 
-SCORERS: dict[str, type[evaluate.Metric]] = {"exact_match": ExactMatch}
+class ExactMatch(Scorer):
+    """Share, in percent, of predictions equal to their reference after :func:`normalise`."""
+
+    name = "exact_match"
+
+    def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
+        return (100.0 * (normalise(prediction) == normalise(reference)),)
 
 
-def score(scorer: str, predictions: list[str], references: list[str]) -> float:
-    """One number, 0 to 100. Raises PmLlmError on an unknown scorer, ValueError where there is nothing to score."""
-    if scorer not in SCORERS:
-        raise unknown_name("scorer", scorer, SCORERS)
-    if not predictions:
-        raise ValueError("there is no prediction to score")
-    result = SCORERS[scorer]().compute(predictions=predictions, references=references)
-    assert result is not None
-    return float(result[scorer])
+class Accuracy(Scorer):
+    """Share, in percent, of predictions equal to their reference as they stand (TRACE); an empty one is wrong."""
+
+    name = "accuracy"
+
+    def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
+        return (100.0 * (prediction == reference != ""),)
+
+
+class FirstCharacter(Scorer):
+    """Share, in percent, of predictions that begin with their reference's first character (TRACE's ScienceQA)."""
+
+    name = "first_character"
+
+    def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
+        return (100.0 * (prediction[:1] == reference[:1] != ""),)
+
+
+class RougeL(Scorer):
+    """ROUGE-L F-measure with stemming (Lin 2004; SuperNI, SAPT), of rouge-score; it reads Latin letters only."""
+
+    name = "rougeL"
+
+    @cached_property
+    def _rouge(self) -> Any:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        return RougeScorer(["rougeL"], use_stemmer=True)
+
+    def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
+        return (100.0 * self._rouge.score(reference, prediction)["rougeL"].fmeasure,)
+
+
+class Sari(Scorer):
+    """SARI of simplified text against its source (:mod:`pm_llm.evaluation.sari`), a row's references together."""
+
+    name = "sari"
+    needs_source = True
+
+    def best(self, prediction: str, references: Sequence[str], source: str | None) -> tuple[float, ...]:
+        from pm_llm.evaluation.sari import sari
+
+        assert source is not None  # seen to in numbers()
+        return (sari(source, prediction, references),)
+
+
+class Bleu(Scorer):
+    """Corpus BLEU of sacrebleu (13a, exponential smoothing, 4-grams), a row's references together."""
+
+    name = "bleu"
+
+    @cached_property
+    def _bleu(self) -> Any:
+        from sacrebleu.metrics import BLEU
+
+        return BLEU()
+
+    def best(self, prediction: str, references: Sequence[str], source: str | None) -> tuple[float, ...]:
+        found = self._bleu.corpus_score([prediction], [[reference] for reference in references])
+        return (*found.counts, *found.totals, found.sys_len, found.ref_len)
+
+    def total(self, sums: np.ndarray, rows: int) -> np.ndarray:
+        flat = sums.reshape(-1, 10).astype(int).tolist()
+        scores = [self._bleu.compute_bleu(row[:4], row[4:8], row[8], row[9]).score for row in flat]
+        return np.array(scores).reshape(sums.shape[:-1])
+
+
+class Fuzzy(Scorer):
+    """Fuzzy ratio of two strings, 100 times twice the common letters over all letters, rounded; empty is 0."""
+
+    name = "fuzzy"
+
+    def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
+        from rapidfuzz.fuzz import ratio
+
+        return (float(round(ratio(prediction, reference))) if prediction and reference else 0.0,)
+
+
+class FuzzyCode(Fuzzy):
+    """Fuzzy ratio after the literals' placeholders (`<STR_LIT:x>`) give way to the literals (TRACE's Py150)."""
+
+    name = "fuzzy_code"
+
+    def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
+        return super().row(self._plain(prediction), self._plain(reference), source)
+
+    @staticmethod
+    def _plain(code: str) -> str:
+        code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+        return re.sub(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", r"\1", code, flags=re.S)
+
+
+class TokenF1(Scorer):
+    """F1 of the words that prediction and reference share (SQuAD 2.0): no case, punctuation or articles."""
+
+    name = "token_f1"
+
+    def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
+        said, wanted = self._words(prediction), self._words(reference)
+        if not said or not wanted:
+            return (100.0 * (said == wanted),)
+        common = sum((Counter(said) & Counter(wanted)).values())
+        return (200.0 * common / (len(said) + len(wanted)),)
+
+    @staticmethod
+    def _words(text: str) -> list[str]:
+        return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
+
+
+class Perplexity(Scorer):
+    """exp of the mean negative log-likelihood of the answers' tokens, end of sequence included; lower is better.
+
+    A row's prediction is the sum of its tokens' negative log-likelihoods, its reference their number.
+    """
+
+    name = "perplexity"
+    lower_is_better = True
+    prediction, reference = "float64", "int64"
+
+    def row(self, prediction: float, reference: int, source: str | None) -> tuple[float, ...]:
+        return (prediction, reference)
+
+    def total(self, sums: np.ndarray, rows: int) -> np.ndarray:
+        return np.exp(sums[..., 0] / sums[..., 1])
+
+
+SCORERS: dict[str, type[Scorer]] = {
+    scorer.name: scorer
+    for scorer in (
+        *(ExactMatch, Accuracy, FirstCharacter, RougeL, Sari, Bleu, Fuzzy, FuzzyCode, TokenF1),
+        Perplexity,
+    )
+}
+
+
+def scorer_named(name: str) -> Scorer:
+    """A scorer by its name. Raises PmLlmError if there is none."""
+    if name not in SCORERS:
+        raise unknown_name("scorer", name, SCORERS)
+    return SCORERS[name]()
+
+
+def score(scorer: str, predictions: Sequence[Any], references: Sequence[Any], sources: Any = None) -> float:
+    """One number. Raises PmLlmError on an unknown scorer, ValueError where nothing or not everything is given."""
+    found = scorer_named(scorer)
+    rows = found.numbers(predictions, references, sources)
+    return float(found.total(rows.sum(axis=0), len(rows)))

@@ -1,17 +1,17 @@
-"""Tables and the heat map of a run, from its `results.json` alone."""
+"""A run's tables as text, from its `results.json` alone. The page is in `page.py`, the figures in `figures.py`."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.matrix import Matrix
+from pm_llm.evaluation.matrix import Matrix, gap_closed
 
 LABELS = {
     "average_accuracy": "average accuracy",
     "average_over_time": "average over time",
     "backward_transfer": "backward transfer",
+    "forward_transfer": "forward transfer",
     "forgetting": "forgetting",
     "plasticity": "plasticity",
 }
@@ -19,47 +19,35 @@ LABELS = {
 
 def describe(results: dict[str, Any]) -> str:
     """The matrix with coefficients, and the numbers below it."""
-    matrix = Matrix.from_rows(results["tasks"], results["matrix"])
-    lines = [f"method {results['config']['method']}", "", matrix.table(results["coefficients"]), ""]
+    lines = [f"method {results['config']['method']}", ""]
+    lines += [Matrix.from_results(results).table(results["coefficients"]), ""]
     lines += [f"{label}: {results[key]:.2f}" for key, label in LABELS.items() if key in results]
     return "\n".join(lines)
 
 
-def compare(runs: list[dict[str, Any]]) -> str:
-    """A row a run, side by side."""
+def compare(runs: Sequence[dict[str, Any]], joint: float | None = None) -> str:
+    """A row a run, side by side, as Markdown."""
+    header, rows = comparison(runs, joint)
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def comparison(runs: Sequence[dict[str, Any]], joint: float | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of methods: the numbers all runs have, and the gap closed where it can be had.
+
+    Args:
+        runs: Their `results.json`.
+        joint: Final average of joint training; by default that of a run of the method `joint`, if there is one.
+    """
     keys = [key for key in LABELS if all(key in run for run in runs)]
-    lines = ["| method | " + " | ".join(LABELS[key] for key in keys) + " | coefficients |"]
-    lines.append("|---|" + "---:|" * len(keys) + "---|")
+    finals = {run["config"]["method"]: run["average_accuracy"] for run in runs}
+    upper = finals.get("joint") if joint is None else joint
+    gap = upper is not None and "seqlora" in finals
+    header = ["method", *(LABELS[key] for key in keys), *(["gap closed"] if gap else []), "coefficients"]
+    rows = []
     for run in runs:
-        numbers = " | ".join(f"{run[key]:.1f}" for key in keys)
-        coefficients = ", ".join(f"{c:.2f}" for c in run["coefficients"])
-        lines.append(f"| {run['config']['method']} | {numbers} | {coefficients} |")
-    return "\n".join(lines)
-
-
-def draw_matrix(results: dict[str, Any], path: str | Path) -> None:
-    """The matrix as a heat map PNG. Raises PmLlmError if matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PmLlmError('the heat map needs matplotlib: pip install "pm_llm[report]"') from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names, rows = results["tasks"], results["matrix"]
-    values = [[float("nan") if x is None else x for x in row] for row in rows]
-    side = 1.6 + 0.75 * len(names)
-    figure, axes = pyplot.subplots(figsize=(side + 1, side), layout="constrained")
-    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("score on")
-    axes.set_ylabel("after training")
-    axes.set_title(f"{results['config']['method']}: average {results['average_accuracy']:.1f}")
-    for i, row in enumerate(rows):
-        for j, x in enumerate(row):
-            if x is not None:
-                axes.text(j, i, f"{x:.0f}", ha="center", va="center", color="white" if x < 60 else "black")
-    figure.colorbar(image, shrink=0.8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+        row = [run["config"]["method"], *(f"{run[key]:.1f}" for key in keys)]
+        if gap and upper is not None:
+            row.append(f"{gap_closed(run['average_accuracy'], finals['seqlora'], upper):.2f}")
+        rows.append([*row, ", ".join(f"{c:.2f}" for c in run["coefficients"])])
+    return header, rows

@@ -38,8 +38,8 @@ def write_card(
 
 
 def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardData:
-    matrix = Matrix.from_rows(results["tasks"], results["matrix"])
-    last = len(matrix.tasks) - 1
+    matrix = Matrix.from_results(results)
+    last = len(matrix.stages) - 1
     name = repo_id.rpartition("/")[2]
     found = [
         EvalResult(
@@ -63,19 +63,19 @@ def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardDa
 
 
 def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:
-    matrix = Matrix.from_rows(results["tasks"], results["matrix"])
+    matrix = Matrix.from_results(results)
     method = results["method"]
     words = ", ".join(f"{key}: {_words(method[key])}" for key in ("start", "constrain", "merge"))
     coefficients = ", ".join(
-        f"{task} {c:.3f}" for task, c in zip(results["tasks"], results["coefficients"], strict=True)
+        f"{task} {c:.3f}" for task, c in zip(results["stages"], results["coefficients"], strict=True)
     )
     numbers = "\n".join(f"- {label}: {results[key]:.2f}" for key, label in LABELS.items() if key in results)
     auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
     shown = base_model if _is_hub_id(base_model) else "BASE_MODEL"
     return f"""# {repo_id.rpartition("/")[2]}
 
-One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.tasks)} tasks one after the other, without
-keeping old data: {", ".join(matrix.tasks)}.
+One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.stages)} tasks one after the other, without
+keeping old data: {", ".join(matrix.stages)}.
 
 ## Method
 
@@ -83,7 +83,7 @@ keeping old data: {", ".join(matrix.tasks)}.
 
 ## Results
 
-Scores after each task ({", ".join(sorted(set(results["scorers"])))}, 0 to 100; rows: the task just trained):
+Scores after each task ({", ".join(sorted(set(results["scorers"])))}, rows: the task just trained):
 
 {matrix.table(results["coefficients"])}
 

@@ -7,18 +7,24 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.tasks.problems import Problems
 
 if TYPE_CHECKING:
     from pm_llm.config import RunConfig
 
-# benchmark name -> module with `load(order, data_dir) -> list[Task]` and ORDERS
+# benchmark name -> module with ORDERS, TASKS (all names) and `load_task(name, data_dir, problems) -> Task`
 BENCHMARKS = {
     "embedded": "pm_llm.tasks.embedded",
     "standard_cl": "pm_llm.tasks.standard_cl",
+    "long_sequence": "pm_llm.tasks.long_sequence",
+    "superni": "pm_llm.tasks.superni",
+    "trace": "pm_llm.tasks.trace",
 }
+MAX_CHARACTERS = 1_000_000  # of one prompt: more is a file in a cell, not a prompt
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Example:
     Where head and tail are empty (the user's own prompts), the middle of the body is what goes.
 
     `messages` replaces the three for chat data: the turns before the answer, rendered by the chat template.
+    `alternatives` are other right answers besides the completion; `source` is the text that SARI compares with.
     """
 
     body: str
@@ -35,11 +42,22 @@ class Example:
     head: str = ""
     tail: str = ""
     messages: tuple[dict[str, str], ...] | None = None
+    alternatives: tuple[str, ...] = ()
+    source: str | None = None
+    id: str | None = None
+    place: str = ""
 
     @property
     def prompt(self) -> str:
-        """The whole prompt, before any shortening."""
+        """The whole prompt, before any shortening and without the chat template."""
+        if self.messages is not None:
+            return "\n".join(turn["content"] for turn in self.messages)
         return self.head + self.body + self.tail
+
+    @property
+    def references(self) -> list[str]:
+        """All right answers."""
+        return [self.completion, *self.alternatives]
 
 
 @dataclass(frozen=True)
@@ -51,68 +69,133 @@ class Task:
     test: Sequence[Example]
     scorer: str = "exact_match"
     labels: tuple[str, ...] = ()
+    validation: Sequence[Example] = ()
 
-    def checked(self) -> Task:
-        """This task. Raises PmLlmError if the scorer is unknown, a split has no rows or a completion is empty."""
+    def checked(self, problems: Problems) -> Task:
+        """This task, without the rows that `problems` says to drop; what is wrong is added to `problems`."""
         from pm_llm.evaluation.scorers import SCORERS
 
         if self.scorer not in SCORERS:
             raise unknown_name(f"scorer of task {self.name!r}:", self.scorer, SCORERS)
-        for split, rows in (("train", self.train), ("test", self.test)):
-            if not rows:
-                raise PmLlmError(f"task {self.name!r} has no {split} rows. Check its file, split name and filters.")
-            for number, row in enumerate(rows):
-                if not row.completion.strip():
-                    raise PmLlmError(
-                        f"task {self.name!r}: the label of {split} row {number} is empty. "
-                        "Every row needs an answer; drop or fill it."
-                    )
-        return self
+        kept: dict[str, Any] = {split: self._good(split, problems) for split in SPLITS}
+        for split in ("train", "test"):
+            if not kept[split]:
+                problems.add(
+                    f"task {self.name!r}", f"has no {split} rows. Check its file, split name, filters and rows."
+                )
+        return replace(self, **kept)
+
+    def _good(self, split: str, problems: Problems) -> list[Example]:
+        kept: list[Example] = []
+        seen: dict[str | None, str] = {}
+        for number, row in enumerate(getattr(self, split), start=1):
+            place = row.place or f"task {self.name!r}, {split}:row {number}"
+            wrong = self._wrong(row)
+            if wrong is None and row.id is not None and row.id in seen:
+                wrong = f"its id {row.id!r} is that of {seen[row.id]} too."
+            if wrong is None:
+                kept.append(row)
+                seen.setdefault(row.id, place)
+            else:
+                problems.row(place, wrong)
+        return kept
+
+    def _wrong(self, row: Example) -> str | None:
+        if not all(reference.strip() for reference in row.references):
+            return "its answer (completion or label) is empty. Every row needs one."
+        if not row.prompt.strip():
+            return "its prompt is empty."
+        if len(row.prompt) > MAX_CHARACTERS:
+            return f"its prompt has {len(row.prompt):,} characters; at most {MAX_CHARACTERS:,} are taken."
+        if self.labels and row.completion not in self.labels:
+            return f"its label {row.completion!r} is none of the task's: {', '.join(self.labels)}."
+        return None
 
     def subset(self, train: int | None, test: int | None, seed: int) -> Task:
-        """At most `train` and `test` rows, drawn without replacement by `seed` and the task's name."""
+        """At most `train` and `test` rows (`test` of validation too), drawn by `seed` and the task's name."""
 
-        def draw(rows: Sequence[Example], n: int | None, split: str) -> Sequence[Example]:
+        def draw(split: str, n: int | None) -> Sequence[Example]:
+            rows = getattr(self, split)
             if n is None or n >= len(rows):
                 return rows
             return random.Random(f"{seed} {self.name} {split}").sample(list(rows), n)
 
-        return replace(self, train=draw(self.train, train, "train"), test=draw(self.test, test, "test"))
+        return replace(self, train=draw("train", train), test=draw("test", test), validation=draw("validation", test))
 
 
 def load_tasks(config: RunConfig) -> list[Task]:
-    """The tasks of a run, in order, checked and cut to `max_train_samples` and `max_test_samples`.
+    """The tasks of a run, in the order they are trained, checked and cut to `max_train_samples`, `max_test_samples`.
+
+    With `repeat` a task occurs several times. With `evaluation.split: validation` the `test` rows are the validation
+    rows.
 
     Raises:
-        PmLlmError: If neither or both of `benchmark` and `tasks` are given, a name is unknown, a name occurs twice,
-            data is missing, or a task has no rows or an empty answer.
+        PmLlmError: If neither or both of `benchmark` and `tasks` are given, a name is unknown or occurs twice, or with
+            everything that is wrong with files and rows, each with file and line.
     """
+    from pm_llm.tasks.order import blurred, pick_order
+
     if (config.benchmark is None) == (not config.tasks):
         raise PmLlmError("give either `benchmark` (with `order`) or `tasks` (files or dataset ids), and not both.")
+    problems = Problems(drop=config.bad_rows == "drop")
     if config.benchmark is not None:
-        if config.benchmark not in BENCHMARKS:
-            raise unknown_name("benchmark", config.benchmark, BENCHMARKS)
-        tasks = importlib.import_module(BENCHMARKS[config.benchmark]).load(config.order, config.data_dir)
+        module = load_benchmark(config.benchmark)
+        names = pick_order(config.order, module.ORDERS, list(module.TASKS))
+        tasks = {name: module.load_task(name, config.data_dir, problems) for name in dict.fromkeys(names)}
     else:
         from pm_llm.tasks.user import load_user_tasks
 
-        tasks = load_user_tasks(config.tasks, Path(config.data_dir) if config.data_dir else None)
-    names = [task.name for task in tasks]
-    if len(set(names)) != len(names):
-        raise PmLlmError(f"two tasks have one name: {', '.join(names)}. Give each its own `name`.")
-    return [task.checked().subset(config.max_train_samples, config.max_test_samples, config.seed) for task in tasks]
+        own = load_user_tasks(config.tasks, Path(config.data_dir) if config.data_dir else None, problems)
+        tasks = {task.name: task for task in own}
+        if len(tasks) != len(own):
+            raise PmLlmError(
+                f"two tasks have one name: {', '.join(task.name for task in own)}. Give each its own `name`."
+            )
+        names = pick_order(config.order, {"as given": list(tasks)}, list(tasks))
+    tasks = {name: task.checked(problems) for name, task in tasks.items()}
+    if config.evaluation.split == "validation":
+        tasks = {name: _on_validation(task, problems) for name, task in tasks.items()}
+    problems.check()
+    for line in problems.summary():
+        from pm_llm.progress import say
+
+        say(line)
+    _one_direction(tasks.values())
+    cut = {
+        name: task.subset(config.max_train_samples, config.max_test_samples, config.seed)
+        for name, task in tasks.items()
+    }
+    return blurred([cut[name] for name in names * config.repeat], config.blur, config.seed)
 
 
-def pick_order(order: str | Sequence[str] | None, orders: dict[str, list[str]], known: Sequence[str]) -> list[str]:
-    """The task names of a named order, or a list (or comma-separated string) of names themselves."""
-    if order is None:
-        return next(iter(orders.values()))
-    if isinstance(order, str) and order in orders:
-        return orders[order]
-    names = order.split(",") if isinstance(order, str) else list(order)
-    if isinstance(order, str) and len(names) == 1 and order not in known:
-        raise unknown_name("order", order, [*orders, *known])
-    for name in names:
-        if name not in known:
-            raise unknown_name("task in `order`", name, known)
-    return names
+def checked(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks made in Python, checked like those from files. Raises PmLlmError with all that is wrong."""
+    problems = Problems()
+    found = [task.checked(problems) for task in tasks]
+    problems.check()
+    _one_direction(found)
+    return found
+
+
+def load_benchmark(name: str) -> Any:
+    """The benchmark's module. Raises PmLlmError if there is none of that name."""
+    if name not in BENCHMARKS:
+        raise unknown_name("benchmark", name, BENCHMARKS)
+    return importlib.import_module(BENCHMARKS[name])
+
+
+def _on_validation(task: Task, problems: Problems) -> Task:
+    if not task.validation:
+        problems.add(f"task {task.name!r}", "has no validation rows. Give some, or split off with `validation_size`.")
+    return replace(task, test=task.validation)
+
+
+def _one_direction(tasks: Any) -> None:
+    """An average over scores of which some are better high and some low would mean nothing."""
+    from pm_llm.evaluation.scorers import SCORERS
+
+    if len({SCORERS[task.scorer].lower_is_better for task in tasks}) > 1:
+        raise PmLlmError(
+            "some tasks have a scorer where lower is better (perplexity) and some where higher is; their average "
+            "would mean nothing. Run them apart, or give all tasks scorers of one kind."
+        )

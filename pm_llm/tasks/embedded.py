@@ -8,9 +8,10 @@ distinct, so train and test are disjoint.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from pm_llm.tasks import Example, Task, pick_order
+from pm_llm.tasks import Example, Task
+from pm_llm.tasks.problems import Problems
 
 TRAIN, TEST, SEED = 480, 120, 20250522
 
@@ -126,12 +127,13 @@ MAKERS: dict[str, Callable[[random.Random], tuple[str, str, str]]] = {
     "puzzle": puzzle,
     "intent": intent,
 }
+TASKS = tuple(MAKERS)
 ORDERS = {"default": list(MAKERS), "reversed": list(MAKERS)[::-1]}
 
 
-def load(order: str | Sequence[str] | None, data_dir: str | None = None) -> list[Task]:
-    """The tasks of `default` or `reversed`, or of a list of names. Always the same rows."""
-    return [make_task(name) for name in pick_order(order, ORDERS, list(MAKERS))]
+def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
+    """One task, always with the same rows."""
+    return make_task(name)
 
 
 def make_task(name: str, train: int = TRAIN, test: int = TEST) -> Task:
@@ -142,4 +144,5 @@ def make_task(name: str, train: int = TRAIN, test: int = TEST) -> Task:
         instruction, text, label = MAKERS[name](rng)
         rows[text] = Example(text, label, f"{instruction}\n", "\nanswer :")
     examples = list(rows.values())
-    return Task(name, examples[:train], examples[train:], "exact_match")
+    labels = tuple(sorted({row.completion for row in examples}))
+    return Task(name, examples[:train], examples[train:], "exact_match", labels)

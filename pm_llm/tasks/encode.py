@@ -34,8 +34,7 @@ class Encoder:
     def prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt, shortened where it is too long: the end of a framed row's body, the middle of a
         prompt without frame or of a chat's last turn."""
-        body = example.messages[-1]["content"] if example.messages else example.body
-        ids = self._render(example, body)
+        body, ids = _body(example), self.whole_prompt(example)
         while len(ids) > self.prompt_budget:
             pieces = self.tokenizer(body, add_special_tokens=False)["input_ids"]
             keep = len(pieces) - max(1, len(ids) - self.prompt_budget)
@@ -52,9 +51,17 @@ class Encoder:
             ids = self._render(example, body)
         return ids
 
+    def whole_prompt(self, example: Example) -> list[int]:
+        """Token ids of the prompt as it is."""
+        return self._render(example, _body(example))
+
     def answer(self, example: Example) -> list[int]:
         """Token ids of the answer with end of sequence, cut at `max_new_tokens`."""
-        return answer_ids(self.tokenizer, self.seq2seq, example)[: self.max_new_tokens]
+        return self.whole_answer(example)[: self.max_new_tokens]
+
+    def whole_answer(self, example: Example) -> list[int]:
+        """Token ids of the whole answer with end of sequence."""
+        return answer_ids(self.tokenizer, self.seq2seq, example)
 
     def features(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
         """`input_ids` and `labels` of each example; a decoder's labels are -100 on the prompt."""
@@ -77,6 +84,11 @@ class Encoder:
         if not self.seq2seq and ids and ids[-1] == self.tokenizer.eos_token_id and example.messages is None:
             ids = ids[:-1]
         return ids
+
+
+def _body(example: Example) -> str:
+    """What may be shortened."""
+    return example.messages[-1]["content"] if example.messages else example.body
 
 
 def answer_ids(tokenizer: Any, seq2seq: bool, example: Example) -> list[int]:

@@ -1,18 +1,18 @@
-"""Standard CL (orders 1-3) and the long sequence (orders 4-6) of 15 classification tasks, in O-LoRA's layout.
+"""Standard CL (orders 1-3) of text classification, with O-LoRA's prompts; orders 4-6 are the long sequence's.
 
-`<data_dir>/<CATEGORY>/<DATASET>/{train,dev,test,labels}.json`; rows are `{"label": str, "sentence": str}`. Upstream
-(O-LoRA, arXiv 2310.14152) uses its dev as test; here the files are taken by their names.
+From a folder, the upstream layout is read: `<data_dir>/<CATEGORY>/<DATASET>/{train,dev,test,labels}.json` with rows
+`{"label": str, "sentence": str}`. Upstream (O-LoRA, arXiv 2310.14152) uses its dev as test; here the files are taken
+by their names. Without a folder, the rows come from the datasets' ids on the Hub (`hub_rows.py`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pm_llm.errors import PmLlmError
-from pm_llm.tasks import Example, Task, pick_order
+from pm_llm.tasks import Example, Task
+from pm_llm.tasks.hub_rows import CLASSIFICATION, load_rows
+from pm_llm.tasks.problems import Problems
+from pm_llm.tasks.rows import json_array, read_json
 
 CATEGORY = {
     **dict.fromkeys(("yelp", "amazon", "IMDB", "SST-2"), "SC"),
@@ -20,6 +20,7 @@ CATEGORY = {
     **dict.fromkeys(("MNLI", "CB", "RTE"), "NLI"),
     **{name: name for name in ("QQP", "WiC", "COPA", "BoolQA", "MultiRC")},
 }
+TASKS = tuple(CATEGORY)
 ORDERS = {
     "order1": ["dbpedia", "amazon", "yahoo", "agnews"],
     "order2": ["dbpedia", "amazon", "agnews", "yahoo"],
@@ -38,46 +39,47 @@ INSTRUCTIONS = {
     "MultiRC": "According to the following passage and question, is the candidate answer true or false? " + _CHOOSE,
     "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence? " + _CHOOSE,
 }
+ADVICE = (
+    "--data_dir must name the CL_Benchmark folder of a clone of the O-LoRA repository, with <CATEGORY>/<DATASET>/ "
+    "train.json, test.json and labels.json; without --data_dir the rows come from the Hub."
+)
 
 
-def load(order: str | Sequence[str] | None, data_dir: str | None) -> list[Task]:
-    """The tasks of an order (`order1` ... `order6`, or a list of dataset names) from `data_dir`."""
-    names = pick_order(order, ORDERS, list(CATEGORY))
+def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
+    """One task, from `data_dir` or from the Hub."""
     if data_dir is None:
-        raise PmLlmError(
-            "benchmark standard_cl reads its rows from a folder: give --data-dir "
-            "(the CL_Benchmark folder of a clone of the O-LoRA repository)."
-        )
-    folder = Path(data_dir)
-    if (folder / "CL_Benchmark").is_dir():
-        folder = folder / "CL_Benchmark"
-    return [_load_task(folder, name) for name in names]
+        source = CLASSIFICATION[name]
+        labels = source.labels
+        splits = {
+            split: [example(name, labels, row.values["text"], row.values["answer"], row.place) for row in rows]
+            for split, rows in load_rows(source, problems).items()
+        }
+    else:
+        folder = Path(data_dir)
+        folder = (folder / "CL_Benchmark" if (folder / "CL_Benchmark").is_dir() else folder) / CATEGORY[name] / name
+        found = read_json(folder / "labels.json", problems)
+        labels = tuple(str(label) for label in found or ())
+        splits = {split: _read(folder / f"{split}.json", name, labels, problems) for split in ("train", "dev", "test")}
+    return Task(name, splits["train"], splits["test"], "exact_match", labels, splits.get("dev", []))
 
 
-def _load_task(folder: Path, name: str) -> Task:
+def example(name: str, labels: tuple[str, ...], sentence: str, label: str, place: str) -> Example:
+    """One row in its frame; COPA has neither instruction nor option line."""
     category = CATEGORY[name]
-    place = folder / category / name
-    labels = tuple(str(label) for label in _read(place / "labels.json"))
-    # COPA has neither instruction nor option line
-    framed = category in INSTRUCTIONS
     head = f"Task:{category}\nDataset:{name}\n"
-    head += f"{INSTRUCTIONS[category]}Option: {', '.join(labels)} \n" if framed else ""
-
-    def rows(split: str) -> list[Example]:
-        return [
-            Example(str(row["sentence"]), str(row["label"]), head, "\nAnswer:")
-            for row in _read(place / f"{split}.json")
-        ]
-
-    return Task(name, rows("train"), rows("test"), "exact_match", labels)
+    if category in INSTRUCTIONS:
+        head += f"{INSTRUCTIONS[category]}Option: {', '.join(labels)} \n"
+    return Example(sentence, label, head, "\nAnswer:", place=place)
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PmLlmError(
-            f"{path} is missing. --data-dir must hold <CATEGORY>/<DATASET>/train.json, test.json, labels.json."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise PmLlmError(f"{path} is not valid JSON: {error}.") from error
+def _read(path: Path, name: str, labels: tuple[str, ...], problems: Problems) -> list[Example]:
+    if not path.is_file():
+        if path.stem != "dev":
+            problems.add(str(path), f"is missing. {ADVICE}")
+        return []
+    examples = []
+    for row in json_array(path, problems):
+        sentence, label = row.text("sentence", problems), row.text("label", problems)
+        if sentence is not None and label is not None:
+            examples.append(example(name, labels, sentence, label, row.place))
+    return examples

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.config import build
+from pm_llm.errors import PmLlmError
 from pm_llm.tasks import Example, Task
+from pm_llm.tasks.hub_rows import load_hub_dataset
+from pm_llm.tasks.problems import Problems
+from pm_llm.tasks.rows import READERS, Row, dataset_rows, read_rows
 
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _TEST_ALIASES = ("validation", "dev", "eval")
+# columns that are found without being named, the first pair that is there; `input` joins `instruction`
+PAIRS = (
+    *(("prompt", answer) for answer in ("completion", "answer", "response", "label")),
+    *(("instruction", answer) for answer in ("output", "response", "answer")),
+    *(("question", answer) for answer in ("answer", "response")),
+    *(("input", answer) for answer in ("output", "label", "target")),
+    *(("text", answer) for answer in ("label", "target")),
+    *(("sentence", answer) for answer in ("label",)),
+)
+CHATS = ("messages", "conversations", "conversation")
+_ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT's `from` names them
 
 
 @dataclass(frozen=True)
@@ -21,35 +35,43 @@ class UserTask:
     `data` is a file (with `test_data`, or a share `test_size` split off), a folder with `train.*` and `test.*`, a
     folder written by `Dataset.save_to_disk`, or a dataset id on the Hub (with its configuration in `subset`).
     `prompt` and `completion` name the columns; `messages` names a chat column, whose last turn is the answer.
+    Without names, common ones are found (prompt/completion, instruction/output, question/answer, text/label,
+    messages ...). `labels` makes it a classification task: every other answer is an error. `validation_size` splits
+    a share off the training rows, for choosing settings without the test rows.
     """
 
     data: str
     name: str | None = None
     test_data: str | None = None
+    validation_data: str | None = None
     subset: str | None = None
     train_split: str = "train"
     test_split: str = "test"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
+    validation_split: str = "validation"
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    id: str = "id"
+    labels: list[Any] = field(default_factory=list)
     scorer: str = "exact_match"
     test_size: float = 0.1
+    validation_size: float = 0.0
     seed: int = 0
 
 
-def load_user_tasks(entries: Sequence[Any], folder: Path | None) -> list[Task]:
+def load_user_tasks(entries: Sequence[Any], folder: Path | None, problems: Problems) -> list[Task]:
     """The tasks named by `entries` (strings or mappings); relative paths are looked up in `folder`, if given.
 
     A folder without a `train.*` file (and no saved dataset) is a folder of tasks: one a file or subfolder, by name.
     """
-    return [_load(_parse(one), folder) for entry in entries for one in _expand(entry, folder)]
+    return [_load(_parse(one), folder, problems) for entry in entries for one in _expand(entry, folder)]
 
 
 def _expand(entry: Any, folder: Path | None) -> list[Any]:
     path = _place(entry, folder) if isinstance(entry, str) else None
     if path is None or not path.is_dir() or _is_saved(path):
         return [entry]
-    children = sorted(child for child in path.iterdir() if child.is_dir() or child.suffix in _READERS)
+    children = sorted(child for child in path.iterdir() if child.is_dir() or child.suffix in READERS)
     if not children or any(child.stem == "train" for child in children):
         return [entry]
     return [str(child.absolute()) for child in children]
@@ -66,122 +88,134 @@ def _is_saved(path: Path) -> bool:
 def _parse(entry: Any) -> UserTask:
     if isinstance(entry, str):
         return UserTask(entry)
-    allowed = {f.name for f in fields(UserTask)}
     if not isinstance(entry, dict) or "data" not in entry:
         raise PmLlmError(f"tasks: {entry!r} is not a task. Give a path, a dataset id, or a mapping with `data`.")
-    for key in entry:
-        if key not in allowed:
-            raise unknown_name("key of a task:", key, allowed)
-    for f in fields(UserTask):
-        if entry.get(f.name) is not None and not isinstance(
-            entry[f.name], type(f.default) if f.name in ("test_size", "seed") else str
-        ):
-            raise PmLlmError(f"tasks: {f.name} is {entry[f.name]!r}, which is no {f.type}.")
-    return UserTask(**entry)
+    return build(UserTask, entry, "")
 
 
-def _load(spec: UserTask, folder: Path | None) -> Task:
+def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
     path = _place(spec.data, folder)
-    name = spec.name or (path.stem if path.suffix in _READERS else path.name)
-    if path.exists():
-        splits = _from_path(path, spec, folder)
-    elif path.suffix in _READERS or spec.data.startswith((".", "/")):
-        raise PmLlmError(f"task {name!r}: {path} does not exist.")
+    name = spec.name or (path.stem if path.suffix in READERS else path.name)
+    if path.is_dir():
+        splits = _from_folder(path, spec, problems)
+    elif path.suffix in READERS or path.is_file() or spec.data.startswith((".", "/")):
+        splits = {spec.train_split: read_rows(path, problems)}
     else:
-        splits = _from_hub(spec, name)
-    train = _split(splits, spec.train_split, (), name)
-    if not len(train):
-        raise PmLlmError(f"task {name!r} has no train rows. Check {spec.data} and its split {spec.train_split!r}.")
-    test = _split(splits, spec.test_split, _TEST_ALIASES, name, optional=True)
+        loaded = load_hub_dataset(spec.data, spec.subset)
+        splits = {split: list(dataset_rows(rows, f"{spec.data}/{split}")) for split, rows in loaded.items()}
+    for split, file in ((spec.test_split, spec.test_data), (spec.validation_split, spec.validation_data)):
+        if file is not None:
+            splits[split] = read_rows(_place(file, folder), problems)
+    if spec.train_split not in splits:
+        problems.add(
+            f"task {name!r}",
+            f"has no split {spec.train_split!r}; it has {', '.join(splits)}. Name it with `train_split`.",
+        )
+        return Task(name, [], [], spec.scorer)
+    examples = {split: _examples(rows, spec, problems) for split, rows in splits.items()}
+    return Task(name, *_divide(examples, spec, name, problems))
+
+
+def _divide(
+    examples: dict[str, list[Example]], spec: UserTask, name: str, problems: Problems
+) -> tuple[list[Example], list[Example], str, tuple[str, ...], list[Example]]:
+    """Train and test rows, scorer, labels, validation rows; missing splits are split off the training rows."""
+    train = examples[spec.train_split]
+    validation = examples.get(spec.validation_split)
+    test = examples.get(spec.test_split)
+    if test is None:  # validation stands in for test
+        alias = next((a for a in (spec.validation_split, *_TEST_ALIASES) if a in examples), None)
+        test = examples[alias] if alias else None
+        validation = None
     if test is None:
-        if not 0 < spec.test_size < 1 or len(train) < 2:
-            raise PmLlmError(f"task {name!r} has no test split and test_size={spec.test_size} cannot make one.")
-        halves = train.train_test_split(test_size=spec.test_size, seed=spec.seed)
-        train, test = halves["train"], halves["test"]
-    return Task(name, _examples(train, spec, name), _examples(test, spec, name), spec.scorer)
+        train, test = _split_off(train, spec.test_size, spec.seed, f"task {name!r} has no test split and test_size")
+    if spec.validation_size and validation is None:
+        train, validation = _split_off(train, spec.validation_size, spec.seed + 1, f"task {name!r}: validation_size")
+    return train, test, spec.scorer, tuple(str(label) for label in spec.labels), validation or []
 
 
-def _from_path(path: Path, spec: UserTask, folder: Path | None) -> dict[str, Any]:
+def _split_off(rows: list[Example], share: float, seed: int, what: str) -> tuple[list[Example], list[Example]]:
+    from datasets import Dataset
+
+    if not rows:
+        return [], []
+    if not 0 < share < 1 or len(rows) < 2:
+        raise PmLlmError(f"{what}={share} of {len(rows)} row(s) cannot make one; it must lie between 0 and 1.")
+    halves = Dataset.from_dict({"at": list(range(len(rows)))}).train_test_split(test_size=share, seed=seed)
+    return [rows[i] for i in halves["train"]["at"]], [rows[i] for i in halves["test"]["at"]]
+
+
+def _from_folder(path: Path, spec: UserTask, problems: Problems) -> dict[str, list[Row]]:
     from datasets import load_from_disk
 
-    if path.is_file():
-        splits = {spec.train_split: _read(path)}
-        if spec.test_data is not None:
-            splits[spec.test_split] = _read(_place(spec.test_data, folder))
-        return splits
     if _is_saved(path):
         loaded = load_from_disk(str(path))
-        return dict(loaded) if isinstance(loaded, dict) else {spec.train_split: loaded}
-    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _READERS}
+        splits = dict(loaded) if isinstance(loaded, dict) else {spec.train_split: loaded}
+        return {split: list(dataset_rows(rows, f"{path}/{split}")) for split, rows in splits.items()}
+    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in READERS}
     if not files:
-        raise PmLlmError(f"{path} holds no {', '.join(_READERS)} file and no saved dataset.")
-    return {split: _read(file) for split, file in files.items()}
+        raise PmLlmError(f"{path} holds no {', '.join(READERS)} file and no saved dataset.")
+    return {split: read_rows(file, problems) for split, file in files.items()}
 
 
-def _read(path: Path) -> Any:
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowException
-
-    if path.suffix not in _READERS:
-        raise PmLlmError(f"{path}: files of kind {path.suffix!r} cannot be read. Allowed: {', '.join(_READERS)}.")
-    if not path.is_file():
-        raise PmLlmError(f"{path} does not exist.")
-    if path.stat().st_size == 0:
-        return Dataset.from_dict({})
-    # to pandas the words None and NA would be missing values; here they are labels
-    options = {"keep_default_na": False} if path.suffix == ".csv" else {}
-    try:
-        return getattr(Dataset, f"from_{_READERS[path.suffix]}")(str(path), **options)
-    except (DatasetGenerationError, ValueError, ArrowException) as error:
-        if "no data" in str(error):
-            return Dataset.from_dict({})
-        raise PmLlmError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
-
-
-def _from_hub(spec: UserTask, name: str) -> dict[str, Any]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        return dict(load_dataset(spec.data, spec.subset))
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise PmLlmError(
-            f"task {name!r}: {spec.data!r} is neither a file here nor a dataset to be had: {error}"
-        ) from error
-
-
-def _split(splits: dict[str, Any], wanted: str, aliases: Sequence[str], task: str, optional: bool = False) -> Any:
-    for split in (wanted, *aliases):
-        if split in splits:
-            return splits[split]
-    if optional:
-        return None
-    raise PmLlmError(f"task {task!r} has no split {wanted!r}; it has {', '.join(splits)}. Name it with `train_split`.")
-
-
-def _examples(rows: Any, spec: UserTask, task: str) -> list[Example]:
-    columns = rows.column_names
-    if not len(rows):
+def _examples(rows: Iterable[Row], spec: UserTask, problems: Problems) -> list[Example]:
+    rows = list(rows)
+    if not rows:
         return []
-    if spec.prompt in columns and spec.completion in columns:
-        return [Example(str(row[spec.prompt]), _text(row[spec.completion])) for row in rows]
-    if spec.messages in columns:
-        return [_chat(row[spec.messages], task) for row in rows]
-    raise PmLlmError(
-        f"task {task!r} has columns {', '.join(columns)}; needed are {spec.prompt!r} and {spec.completion!r}, or "
-        f"{spec.messages!r}. Name yours with `prompt`, `completion` or `messages`."
-    )
+    found = [_columns(row, spec) for row in rows]
+    common = max(found, key=lambda columns: (columns is not None, found.count(columns)))
+    if common is None:
+        problems.add(
+            rows[0].place,
+            f"the columns are {', '.join(map(str, rows[0].values))}; needed are prompt and completion, or messages. "
+            "Name yours with `prompt` and `completion`, or `messages`.",
+        )
+        return []
+    examples = [_example(row, *common, spec, problems) for row in rows]
+    return [example for example in examples if example is not None]
 
 
-def _chat(messages: Any, task: str) -> Example:
-    if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages or ()):
-        raise PmLlmError(f"task {task!r}: each chat message needs `role` and `content`; one is {messages!r:.80}.")
-    turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages or ()]
+def _columns(row: Row, spec: UserTask) -> tuple[str, str | None] | None:
+    """(prompt, completion), or (messages, None); None if nothing is named and nothing known is found."""
+    if spec.messages is not None:
+        return spec.messages, None
+    if spec.prompt is not None or spec.completion is not None:
+        return spec.prompt or "prompt", spec.completion or "completion"
+    pair = next((pair for pair in PAIRS if row.values.keys() >= set(pair)), None)
+    return pair or next(((chat, None) for chat in CHATS if chat in row.values), None)
+
+
+def _example(row: Row, prompt: str, completion: str | None, spec: UserTask, problems: Problems) -> Example | None:
+    given = row.values.get(spec.id)
+    name = None if given is None else str(given)
+    if completion is None:
+        return _chat(row, prompt, name, problems)
+    body, answer = row.text(prompt, problems), row.text(completion, problems)
+    if body is None or answer is None:
+        return None
+    if prompt == "instruction" and spec.prompt is None and row.values.get("input"):
+        more = row.text("input", problems)
+        if more is None:
+            return None
+        body += f"\n\n{more}"
+    return Example(body, answer, id=name, place=row.place)
+
+
+def _chat(row: Row, column: str, name: str | None, problems: Problems) -> Example | None:
+    messages = row.values.get(column)
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        problems.row(row.place, f"{column} must be a list of turns with `role` and `content`.")
+        return None
+    turns = []
+    for message in messages:
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if role is None or content is None:
+            problems.row(row.place, f"each turn of {column} needs `role` and `content`; one is {message!r:.80}.")
+            return None
+        if row.check_text(role, "role", problems) is None or row.check_text(content, "content", problems) is None:
+            return None
+        turns.append({"role": _ROLES.get(role, role), "content": content})
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise PmLlmError(f"task {task!r}: a chat row must end with an assistant turn after at least one other.")
-    return Example("", turns[-1]["content"], messages=tuple(turns[:-1]))
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+        problems.row(row.place, "a chat must end with an assistant turn after at least one other.")
+        return None
+    return Example("", turns[-1]["content"], messages=tuple(turns[:-1]), id=name, place=row.place)

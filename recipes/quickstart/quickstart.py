@@ -31,7 +31,10 @@ def main() -> None:
     from pm_llm.config import load_config
     from pm_llm.models import resolve
     from pm_llm.progress import quiet_libraries
-    from pm_llm.report import compare, describe, draw_matrix
+    from pm_llm.report import compare, describe
+    from pm_llm.report.data import open_run
+    from pm_llm.report.figures import save_matrix
+    from pm_llm.report.page import write_report
     from pm_llm.sequence import ContinualSequence
 
     quiet_libraries()
@@ -45,10 +48,12 @@ def main() -> None:
         print(f"\n{method} on the embedded {given.model}", flush=True)
         sequence = ContinualSequence(config)
         results[method] = sequence.run()
-        draw_matrix(results[method], out / "matrix.png")
+        save_matrix(results[method], out / "matrix.png")
     print()
     print_side_by_side([describe(results[method]) for method in METHODS])
     print("\n" + compare(list(results.values())))
+    runs = [open_run(given.out / given.model / method) for method in METHODS]
+    print(f"\nreport with intervals and figures: {write_report(runs, given.out / given.model)}")
 
     rows = [
         {"prompt": row.prompt, "max_new_tokens": sequence.encoders[task.name].max_new_tokens}

@@ -70,7 +70,7 @@ def test_every_folder_of_recipes_has_a_readme() -> None:
 def test_help_lists_every_key() -> None:
     keys = [key for key, _ in flags()]
     assert len(keys) == len(set(keys))
-    assert {"model", "lora.r", "train.learning_rate", "fisher.samples", "evaluation.what"} <= set(keys)
+    assert {"model", "lora.r", "train.learning_rate", "fisher.samples", "evaluate"} <= set(keys)
     text = pm_llm("run", "--help").stdout
     assert all(f"  --{key}\n" in text for key in keys)
 

@@ -1,0 +1,81 @@
+"""Percentile bootstrap over test rows (Efron and Tibshirani 1993, ch. 13), of scores and of their differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.predictions import Predictions
+from pm_llm.evaluation.scorers import scorer_named
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with the interval that holds `level` of its bootstrap distribution."""
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+
+
+def interval(found: Predictions, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> Interval:
+    """The score of one set of predictions."""
+    return mean_interval([found], resamples, seed, level)
+
+
+def mean_interval(
+    found: Sequence[Predictions], resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """The mean score of several tasks (an average accuracy); rows are drawn within each task."""
+    draws = [_draws(one, resamples, seed + k) for k, one in enumerate(found)]
+    return _interval(
+        float(np.mean([value for value, _ in draws])), np.mean([scores for _, scores in draws], axis=0), level
+    )
+
+
+def paired_difference(
+    a: Sequence[Predictions],
+    b: Sequence[Predictions],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Mean score of `a` minus mean score of `b` on the same rows: each resample takes the same rows of both.
+
+    Raises:
+        PmLlmError: If the two are not about the same tasks, scorers and rows.
+    """
+    if [(x.task, x.scorer, list(x.sources)) for x in a] != [(x.task, x.scorer, list(x.sources)) for x in b] or any(
+        x.scorer != "perplexity" and [list(r) for r in x.references] != [list(r) for r in y.references]
+        for x, y in zip(a, b, strict=True)
+    ):
+        raise PmLlmError(
+            "the two runs were not scored on the same rows, so their difference cannot be paired. "
+            "Use the same tasks, max_test_samples and seed for both."
+        )
+    pairs = [
+        (_draws(x, resamples, seed + k), _draws(y, resamples, seed + k))
+        for k, (x, y) in enumerate(zip(a, b, strict=True))
+    ]
+    value = np.mean([x[0] - y[0] for x, y in pairs])
+    return _interval(float(value), np.mean([x[1] - y[1] for x, y in pairs], axis=0), level)
+
+
+def _draws(found: Predictions, resamples: int, seed: int) -> tuple[float, np.ndarray]:
+    """The score, and that of `resamples` draws of rows with replacement, shape (resamples,)."""
+    rows, scorer = found.numbers(), scorer_named(found.scorer)
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=resamples)
+    whole = float(scorer.total(rows.sum(axis=0), len(rows)))
+    return whole, scorer.total(times @ rows, len(rows))
+
+
+def _interval(value: float, draws: np.ndarray, level: float) -> Interval:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high), level)

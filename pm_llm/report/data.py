@@ -1,0 +1,92 @@
+"""What a report is made of: a finished run's results, with bootstrap intervals from its predictions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.bootstrap import Interval, interval, mean_interval, paired_difference
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix
+from pm_llm.evaluation.predictions import Predictions, read_predictions
+from pm_llm.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    path: Path
+    name: str
+    results: dict[str, Any]
+    logs: list[list[dict[str, Any]]]
+    predictions: dict[int, dict[str, Predictions]]  # stage (-1: untrained) -> task -> predictions
+
+    @cached_property
+    def matrix(self) -> Matrix:
+        """The scores."""
+        return Matrix.from_results(self.results)
+
+    @cached_property
+    def intervals(self) -> dict[tuple[int, int], Interval]:
+        """(stage, column) -> the score with its interval.
+
+        Raises:
+            PmLlmError: If predictions and results do not agree.
+        """
+        found = {}
+        for stage, tasks in self.predictions.items():
+            for name, predictions in tasks.items():
+                at = stage, self.matrix.tasks.index(name)
+                found[at] = interval(predictions)
+                if abs(found[at].value - self.matrix.get(*at)) > 1e-6:
+                    raise PmLlmError(
+                        f"{self.path}: predictions after stage {stage + 1} give {found[at].value:.3f} on {name!r}, "
+                        f"results.json says {self.matrix.get(*at):.3f}. The folder was changed; evaluate again."
+                    )
+        return found
+
+    @cached_property
+    def averages(self) -> dict[int, Interval]:
+        """Stage -> average accuracy with its interval, where all tasks so far were scored."""
+        found = {}
+        for stage, tasks in self.predictions.items():
+            names = [self.matrix.tasks[j] for j in self.matrix.learned(stage)]
+            if stage != UNTRAINED and all(name in tasks for name in names):
+                found[stage] = mean_interval([tasks[name] for name in names])
+        return found
+
+    @property
+    def final(self) -> list[Predictions]:
+        """The predictions after the last stage, in the tasks' order."""
+        last = self.predictions[len(self.matrix.stages) - 1]
+        return [last[name] for name in self.matrix.tasks]
+
+
+def open_run(path: str | Path) -> Run:
+    """A finished run. Raises PmLlmError if it is not finished or lacks a prediction."""
+    run_dir = RunDir.open(path)
+    results = run_dir.results()
+    stages = range(len(results["stages"]))
+    scored = [*([UNTRAINED] if results["untrained"] else []), *stages]
+    return Run(
+        run_dir.path,
+        f"{results['config']['method']} ({run_dir.path.name})",
+        results,
+        [run_dir.log(stage) for stage in stages],
+        {stage: read_predictions(run_dir.predictions(stage)) for stage in scored},
+    )
+
+
+def difference(a: Run, b: Run) -> Interval | None:
+    """Final average of `a` minus that of `b`, paired by rows; None if they were not scored on the same rows."""
+    tasks = sorted(a.matrix.tasks)
+    if sorted(b.matrix.tasks) != tasks:
+        return None
+    x, y = ({one.task: one for one in run.final} for run in (a, b))
+    try:
+        return paired_difference([x[name] for name in tasks], [y[name] for name in tasks])
+    except PmLlmError:  # other rows: there is no difference to give
+        return None

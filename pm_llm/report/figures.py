@@ -1,0 +1,174 @@
+"""The figures of a report. Each function draws one and returns it; nothing is shown on a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix
+from pm_llm.report.data import Run
+
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "pm_llm", "font.size": 10, "axes.spines.top": False}
+STYLE |= {"axes.spines.right": False, "axes.grid": False}
+
+
+def matrix(results: dict[str, Any]) -> Figure:
+    """The accuracy matrix as a heat map; lower scores are better where the scorer says so."""
+    found = Matrix.from_results(results)
+    names = [*(["(untrained)"] if results["untrained"] else []), *found.stages]
+    first = UNTRAINED if results["untrained"] else 0
+    nan = float("nan")
+    rows = [[found.scores.get((first + i, j), nan) for j in range(len(found.tasks))] for i in range(len(names))]
+    known = [x for row in rows for x in row if x == x]
+    top = max(known) if results["lower_is_better"] else 100
+    figure, axes = _new(1.9 + 0.62 * len(found.tasks), 1.5 + 0.42 * len(names))
+    image = axes.imshow(
+        rows, vmin=0, vmax=top, cmap="viridis_r" if results["lower_is_better"] else "viridis", aspect="auto"
+    )
+    axes.set_xticks(range(len(found.tasks)), [_short(name) for name in found.tasks], rotation=40, ha="right")
+    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_xlabel("score on")
+    axes.set_ylabel("after training")
+    for i, row in enumerate(rows):
+        for j, x in enumerate(row):
+            if x == x:
+                red, green, blue, _ = image.cmap(image.norm(x))
+                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+                axes.text(j, i, f"{x:.0f}", ha="center", va="center", color="white" if dark else "black")
+    return figure
+
+
+def accuracy_over_time(runs: Sequence[Run]) -> Figure:
+    """Average accuracy on the tasks so far, a line a run, with bands that hold 95 % of the bootstrap."""
+    figure, axes = _new(6.4, 3.6)
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        stages = sorted(run.averages)
+        at = [stage + 1 for stage in stages]
+        found = [run.averages[stage] for stage in stages]
+        axes.plot(at, [x.value for x in found], marker="o", color=colour, label=run.name)
+        axes.fill_between(at, [x.low for x in found], [x.high for x in found], color=colour, alpha=0.15, linewidth=0)
+    stages = list(range(1, max(len(run.matrix.stages) for run in runs) + 1))
+    same = len({tuple(run.matrix.stages) for run in runs}) == 1
+    labels = [_short(name) for name in runs[0].matrix.stages] if same else [str(n) for n in stages]
+    axes.set_xticks(stages, labels, rotation=40 if same else 0, ha="right" if same else "center")
+    axes.set_ylabel("average score on tasks so far")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="best")
+    return figure
+
+
+def coefficients(runs: Sequence[Run]) -> Figure:
+    """The merge coefficient of each task; where modules have their own, their range as a bar."""
+    figure, axes = _new(6.4, 3.0)
+    for k, (run, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True)):
+        values = run.results["coefficients"]
+        at = [i + (k - (len(runs) - 1) / 2) * 0.12 for i in range(len(values))]
+        axes.plot(at, values, marker="o", linestyle="none", color=colour, label=run.name)
+        for x, modules in zip(at, run.results["module_coefficients"], strict=True):
+            if modules and len(set(modules.values())) > 1:
+                axes.vlines(x, min(modules.values()), max(modules.values()), color=colour, linewidth=3, alpha=0.35)
+    _name_stages(axes, runs[0])
+    axes.set_ylabel("coefficient of the new adapter")
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    axes.legend(frameon=False)
+    return figure
+
+
+def module_coefficients(run: Run) -> Figure | None:
+    """Coefficients of single modules as a heat map; None where all modules share one."""
+    stages = run.results["module_coefficients"]
+    if not any(modules and len(set(modules.values())) > 1 for modules in stages):
+        return None
+    names = sorted({name for modules in stages for name in modules or {}})
+    rows = [[(modules or {}).get(name, float("nan")) for modules in stages] for name in names]
+    figure, axes = _new(2.6 + 0.6 * len(stages), 1.2 + 0.16 * len(names))
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0)
+    _name_stages(axes, run)
+    axes.set_yticks(range(len(names)), [_short(name, 34) for name in names], fontsize=6)
+    figure.colorbar(image, label="coefficient")
+    return figure
+
+
+def curvature(runs: Sequence[Run]) -> Figure | None:
+    """The estimated curvature along each task vector while it is trained; None where no run estimated it."""
+    figure, axes = _new(6.4, 3.2)
+    drawn = False
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        begin = 0
+        for k, log in enumerate(run.logs):
+            points = [(begin + line["step"], line["curvature"]) for line in log if "curvature" in line]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), color=colour, label=None if drawn and k else run.name, linewidth=1.2
+                )
+                drawn = True
+            begin += max((line["step"] for line in log), default=0)
+            axes.axvline(begin, color="#cccccc", linewidth=0.6, zorder=0)
+    axes.set_xlabel("step (lines: a task ends)")
+    axes.set_ylabel("curvature along the task vector")
+    axes.legend(frameon=False)
+    return figure if drawn else None
+
+
+def truncation(runs: Sequence[Run]) -> Figure | None:
+    """Relative error of the truncation to the running rank, a line a run; None where nothing was truncated."""
+    if not any(max(run.results["truncation_errors"]) > 1e-6 for run in runs):
+        return None
+    figure, axes = _new(6.4, 2.8)
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        axes.plot(run.results["truncation_errors"], marker="o", color=colour, label=run.name)
+    _name_stages(axes, runs[0])
+    axes.set_ylabel("relative truncation error")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return figure
+
+
+def costs(run: Run) -> Figure:
+    """Seconds of each stage's parts, stacked, and the peak of memory as a line."""
+    figure, axes = _new(6.4, 3.2)
+    stages = run.results["seconds"]
+    bottom = [0.0] * len(stages)
+    for part, colour in zip(stages[0], COLOURS, strict=False):
+        values = [seconds[part] for seconds in stages]
+        axes.bar(range(len(stages)), values, bottom=bottom, color=colour, label=part, width=0.6)
+        bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+    _name_stages(axes, run)
+    axes.set_ylabel("seconds")
+    right = axes.twinx()
+    right.plot([n / 2**30 for n in run.results["peak_memory_bytes"]], color="#000000", marker="_", linestyle=":")
+    right.set_ylabel("peak memory, GiB (dotted)")
+    right.set_ylim(bottom=0)
+    right.spines["right"].set_visible(True)
+    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def save_matrix(results: dict[str, Any], path: str | Path) -> None:
+    """The heat map as PNG."""
+    matrix(results).savefig(path, dpi=120)
+
+
+def _new(width: float, height: float) -> tuple[Figure, Any]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()
+
+
+def _name_stages(axes: Any, run: Run) -> None:
+    names = [_short(name) for name in run.matrix.stages]
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+
+
+def _short(name: str, length: int = 16) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _colours(n: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(n)]

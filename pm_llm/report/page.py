@@ -1,0 +1,168 @@
+"""The report as one self-contained HTML page, with its figures also as SVG and PNG files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from pm_llm import __version__
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.bootstrap import Interval
+from pm_llm.report import comparison, figures
+from pm_llm.report.data import Run, difference
+
+PAGE, FIGURES = "report.html", "figures"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure in the page."""
+
+    svg: Markup
+    title: str
+    caption: str
+
+
+def write_report(runs: Sequence[Run], out: str | Path, joint: float | None = None) -> Path:
+    """Write `report.html` and the folder `figures` into `out`; return the page's path.
+
+    Raises:
+        PmLlmError: If `out` cannot be written.
+    """
+    folder = Path(out)
+    try:
+        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PmLlmError(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
+    draw = Drawer(folder / FIGURES)
+    shared = [
+        draw(
+            "accuracy",
+            figures.accuracy_over_time(runs),
+            "Accuracy over the sequence",
+            "Average score on the tasks trained so far; the bands hold 95 % of the bootstrap over test rows.",
+        )
+        if any(run.averages for run in runs)
+        else None,
+        draw(
+            "coefficients",
+            figures.coefficients(runs),
+            "Merge coefficients",
+            "How much of each task's adapter was let in. A bar is the range over modules.",
+        ),
+        draw(
+            "curvature",
+            figures.curvature(runs),
+            "Curvature along the task vector",
+            "Estimated from the perturbed steps' losses while each task is trained.",
+        ),
+        draw(
+            "truncation",
+            figures.truncation(runs),
+            "Truncation error",
+            "What the running adapter loses when it is cut to its rank, relative to its size.",
+        ),
+    ]
+    sections = []
+    for number, run in enumerate(runs, start=1):
+        pictures = [
+            draw(
+                f"matrix-{number}",
+                figures.matrix(run.results),
+                "Accuracy matrix",
+                "Rows: after training the task. Columns: score on the task.",
+            ),
+            draw(
+                f"modules-{number}",
+                figures.module_coefficients(run),
+                "Coefficients of the modules",
+                "Where the merge chose a coefficient for each module.",
+            ),
+            draw(
+                f"costs-{number}",
+                figures.costs(run),
+                "Time and memory",
+                "Seconds of each stage's parts; memory is the peak on the device (on CPU: of the process so far).",
+            ),
+        ]
+        sections.append(
+            (
+                run,
+                _matrix_cells(run),
+                [p for p in pictures if p],
+                yaml.safe_dump(run.results["config"], sort_keys=False),
+            )
+        )
+    header, rows = comparison([run.results for run in runs], joint)
+    finals = [run.averages.get(len(run.matrix.stages) - 1) for run in runs]
+    differences = [None if run is runs[0] else difference(run, runs[0]) for run in runs]
+    environment = Environment(loader=PackageLoader("pm_llm.report"), autoescape=True, undefined=StrictUndefined)
+    environment.filters["band"] = _band
+    html = environment.get_template("report.html").render(
+        runs=runs,
+        header=header,
+        rows=[
+            (run.path.name, row, final, gap)
+            for run, row, final, gap in zip(runs, rows, finals, differences, strict=True)
+        ],
+        shared=[picture for picture in shared if picture],
+        sections=sections,
+        version=__version__,
+    )
+    path = folder / PAGE
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+class Drawer:
+    """Writes figures as SVG and PNG and hands their SVG to the page.
+
+    Args:
+        folder: Where the files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str, figure: Figure | None, title: str, caption: str) -> Picture | None:
+        """The figure as a picture of the page; None stays None."""
+        if figure is None:
+            return None
+        text = io.StringIO()
+        # ids of one picture must not be another's: the salt makes them differ, and the same in every report
+        with matplotlib.rc_context({**figures.STYLE, "svg.hashsalt": name}):
+            figure.savefig(text, format="svg", metadata={"Date": None})
+            figure.savefig(self.folder / f"{name}.png", dpi=120)
+        svg = text.getvalue()
+        (self.folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+        return Picture(
+            Markup(svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)),
+            title,
+            caption,
+        )
+
+
+def _matrix_cells(run: Run) -> list[tuple[str, list[Interval | None], Interval | None]]:
+    """(stage, a score a task, average) for the table with intervals."""
+    stages = [(-1, "(untrained)")] if run.results["untrained"] else []
+    stages += list(enumerate(run.matrix.stages))
+    columns = range(len(run.matrix.tasks))
+    return [(name, [run.intervals.get((i, j)) for j in columns], run.averages.get(i)) for i, name in stages]
+
+
+def _band(found: Interval | None, sign: bool = False) -> str:
+    if found is None:
+        return ""
+    return (
+        f"{found.value:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+        if sign
+        else f"{found.value:.1f} ({found.low:.0f}–{found.high:.0f})"
+    )

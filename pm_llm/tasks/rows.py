@@ -1,0 +1,178 @@
+"""Rows of JSONL, JSON, CSV and Parquet files, each with the place it came from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pm_llm.tasks.problems import Problems
+
+_SPACE = re.compile(r"[\s,]*")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row's columns, and where it stands (`file:line`, or `file:row n` where there are no lines)."""
+
+    values: dict[str, Any]
+    place: str
+
+    def text(self, column: str, problems: Problems) -> str | None:
+        """The text in `column`; None, with the reason in `problems`, if there is none that can be used."""
+        if column not in self.values:
+            problems.row(self.place, f"column {column!r} is missing; the row has {', '.join(map(str, self.values))}.")
+            return None
+        return self.check_text(self.values[column], column, problems)
+
+    def check_text(self, value: Any, column: str, problems: Problems) -> str | None:
+        """`value`, if it is text that can be encoded."""
+        if not isinstance(value, str):
+            problems.row(self.place, f"{column} is {_short(value)} ({type(value).__name__}); it must be text.")
+            return None
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            problems.row(self.place, f"{column} is not valid UTF-8 at character {error.start}.")
+            return None
+        return value
+
+
+def read_rows(path: Path, problems: Problems) -> list[Row]:
+    """All rows of a file, by its suffix. What cannot be read goes to `problems`."""
+    if path.suffix not in READERS:
+        problems.add(str(path), f"files of kind {path.suffix!r} cannot be read. Allowed: {', '.join(READERS)}.")
+    elif not path.is_file():
+        problems.add(str(path), "does not exist.")
+    elif path.stat().st_size:
+        return list(READERS[path.suffix](path, problems))
+    return []
+
+
+def read_json(path: Path, problems: Problems) -> Any:
+    """A whole JSON file; None, with the reason in `problems`, if there is none."""
+    try:
+        return json.loads(_decoded(path))
+    except FileNotFoundError:
+        problems.add(str(path), "is missing.")
+    except json.JSONDecodeError as error:
+        problems.add(f"{path}:{error.lineno}", f"is not valid JSON: {error.msg}.")
+    return None
+
+
+def json_array(path: Path, problems: Problems, key: str | None = None) -> Iterator[Row]:
+    """The objects of a JSON array: the file's, or the one under its top-level `key`."""
+    text = _decoded(path)
+    opening = re.compile(r"\s*\[" if key is None else rf'"{key}"\s*:\s*\[')
+    start = opening.match(text) if key is None else opening.search(text)
+    if start is None:
+        problems.add(str(path), "holds no list of rows" + (f" under {key!r}." if key else "."))
+        return
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    at = _SPACE.match(text, start.end()).end()  # type: ignore[union-attr]
+    while text[at : at + 1] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            problems.add(f"{path}:{error.lineno}", f"is not valid JSON: {error.msg}.")
+            return
+        yield from _object(value, f"{path}:{line}", problems)
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _json(path: Path, problems: Problems) -> Iterator[Row]:
+    """An array of rows, or a row a line."""
+    return (json_array if _decoded(path).lstrip().startswith("[") else _jsonl)(path, problems)
+
+
+def _jsonl(path: Path, problems: Problems) -> Iterator[Row]:
+    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.row(f"{path}:{number}", f"is not valid JSON: {error.msg} at character {error.pos}.")
+            continue
+        yield from _object(value, f"{path}:{number}", problems)
+
+
+def _object(value: Any, place: str, problems: Problems) -> Iterator[Row]:
+    if isinstance(value, dict):
+        yield Row(value, place)
+    else:
+        problems.row(place, f"is {_short(value)}; a row must be an object with columns.")
+
+
+def _csv(path: Path, problems: Problems) -> Iterator[Row]:
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+        line = 2
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                problems.add(f"{path}:{reader.line_num}", f"is not valid CSV: {error}.")
+                return
+            if None in values or None in values.values():
+                problems.row(f"{path}:{line}", f"does not have the header's {len(reader.fieldnames or ())} columns.")
+            else:
+                yield Row(dict(values), f"{path}:{line}")
+            line = reader.line_num + 1
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path, problems: Problems) -> Iterator[Row]:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException
+
+    try:
+        return dataset_rows(Dataset.from_parquet(str(path)), str(path))
+    except (DatasetGenerationError, ValueError, ArrowException) as error:
+        problems.add(str(path), f"cannot be read as parquet: {error.__cause__ or error}")
+        return iter(())
+
+
+def dataset_rows(rows: Any, name: str) -> Iterator[Row]:
+    """The rows of a `datasets.Dataset`; class labels become their names, and columns of whole numbers text."""
+    from datasets import ClassLabel, Value
+
+    words: dict[str, Callable[[Any], Any]] = {}
+    for column, feature in rows.features.items():
+        if isinstance(feature, ClassLabel):
+            words[column] = feature.int2str
+        elif isinstance(feature, Value) and "int" in feature.dtype:
+            words[column] = str
+    for number, values in enumerate(rows, start=1):
+        named = {c: words[c](v) if c in words and v is not None else v for c, v in values.items()}
+        yield Row(named, f"{name}:row {number}")
+
+
+READERS: dict[str, Callable[[Path, Problems], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _decoded(path: Path) -> str:
+    # bytes that are no UTF-8 become lone surrogates, which Row.text finds in the row that holds them
+    return path.read_bytes().decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

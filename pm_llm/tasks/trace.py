@@ -1,0 +1,70 @@
+"""TRACE (arXiv 2310.06762): eight tasks of different kinds and languages.
+
+`<data_dir>/<task>/{train,eval,test}.json` with rows `{"prompt", "answer"}`. Without a folder, the classification tasks
+that have a dataset of their own on the Hub come from there (`hub_rows.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pm_llm.errors import PmLlmError
+from pm_llm.tasks import Example, Task
+from pm_llm.tasks.hub_rows import TRACE, load_rows
+from pm_llm.tasks.problems import Problems
+from pm_llm.tasks.rows import json_array
+
+SCORER = {
+    "C-STANCE": "accuracy",
+    "FOMC": "accuracy",
+    "MeetingBank": "rougeL",
+    "Py150": "fuzzy_code",
+    "ScienceQA": "first_character",
+    "NumGLUE-cm": "accuracy",
+    "NumGLUE-ds": "accuracy",
+    "20Minuten": "sari",
+}
+LABELS = {"C-STANCE": ("A", "B", "C"), "FOMC": ("A", "B", "C")}
+TASKS = tuple(SCORER)
+ORDERS = {
+    "default": list(TASKS),
+    "alternate": "FOMC C-STANCE NumGLUE-cm NumGLUE-ds ScienceQA MeetingBank Py150 20Minuten".split(),
+}
+
+
+def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
+    """One task, from `data_dir` or from the Hub. Raises PmLlmError if it needs a folder and there is none."""
+    if data_dir is None:
+        if name not in TRACE:
+            raise PmLlmError(
+                f"task {name!r} of benchmark trace is read from a folder: give --data_dir (the unpacked TRACE data). "
+                f"From the Hub come {', '.join(TRACE)}."
+            )
+        splits = {
+            split: [_example(name, row.values["text"], row.values["answer"], row.place) for row in rows]
+            for split, rows in load_rows(TRACE[name], problems).items()
+        }
+    else:
+        folder = Path(data_dir) / name
+        files = {"train": "train", "dev": "eval", "test": "test"}
+        splits = {split: _read(folder / f"{file}.json", name, problems) for split, file in files.items()}
+    return Task(name, splits["train"], splits["test"], SCORER[name], LABELS.get(name, ()), splits.get("dev", []))
+
+
+def _read(path: Path, name: str, problems: Problems) -> list[Example]:
+    if not path.is_file():
+        if path.stem != "eval":
+            problems.add(
+                str(path), "is missing. --data_dir must hold <task>/train.json and test.json of TRACE's data."
+            )
+        return []
+    examples = []
+    for row in json_array(path, problems):
+        prompt, answer = row.text("prompt", problems), row.text("answer", problems)
+        if prompt is not None and answer is not None:
+            examples.append(_example(name, prompt, answer, row.place))
+    return examples
+
+
+def _example(name: str, prompt: str, answer: str, place: str) -> Example:
+    return Example(prompt, answer, source=prompt if SCORER[name] == "sari" else None, place=place)
