@@ -22,7 +22,7 @@ from pm_llm.config import load_config
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.merges import Merger
 from pm_llm.sequence import ContinualSequence
-from pm_llm.tasks import Example, Task
+from pm_llm.tasks import Example, Task, checked
 from tests.conftest import ROOT, make_peft, pm_llm, small_tasks
 
 
@@ -114,7 +114,7 @@ def test_a_task_without_rows(name: str, text: str, run, tmp_path) -> None:
 
 def test_a_test_split_without_rows() -> None:
     with pytest.raises(PmLlmError, match="task 'a' has no test rows"):
-        Task("a", [Example("x", "y")], []).checked()
+        checked([Task("a", [Example("x", "y")], [])])
 
 
 def test_a_failed_start_can_be_corrected(run, tmp_path) -> None:
@@ -154,12 +154,12 @@ def test_an_empty_label(run, tmp_path) -> None:
     rows = [{"prompt": f"p{i}", "completion": "" if i == 2 else "x"} for i in range(20)]
     train, test = jsonl(tmp_path / "train.jsonl", rows), jsonl(tmp_path / "test.jsonl", rows[:1])
     task = yaml.safe_dump({"data": str(train), "test_data": str(test)}, default_flow_style=True).strip()
-    one_line(*run("--tasks", task), "label of train row 2 is empty")
+    one_line(*run("--tasks", task), f"{train}:3: its answer (completion or label) is empty")
 
 
 def test_wrong_columns(run, tmp_path) -> None:
-    rows = [{"question": "a", "answer": "b"}] * 20
-    one_line(*run("--tasks", jsonl(tmp_path / "t.jsonl", rows)), "question, answer", "`completion`")
+    rows = [{"story": "a", "moral": "b"}] * 20
+    one_line(*run("--tasks", jsonl(tmp_path / "t.jsonl", rows)), "t.jsonl:1", "story, moral", "`completion`")
 
 
 def test_run_folder_of_another_configuration(run, tmp_path) -> None:

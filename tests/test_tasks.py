@@ -14,7 +14,7 @@ from pm_llm.models import load_base
 from pm_llm.tasks import Example, load_tasks
 from pm_llm.tasks.embedded import MAKERS, make_task
 from pm_llm.tasks.encode import Encoder, longest_answer
-from pm_llm.tasks.user import UserTask, _from_hub
+from pm_llm.tasks.hub_rows import load_hub_dataset
 from tests.conftest import FAMILIES, SHARED, tokenizer
 
 
@@ -42,7 +42,7 @@ def test_standard_cl_prompt(tmp_path) -> None:
 
 def test_standard_cl_names_what_is_missing(tmp_path) -> None:
     config = RunConfig(benchmark="standard_cl", order=["agnews"], data_dir=str(tmp_path))
-    with pytest.raises(PmLlmError, match=r"labels\.json is missing.*--data-dir"):
+    with pytest.raises(PmLlmError, match=r"TC/agnews: is missing.*--data-dir"):
         load_tasks(config)
 
 
@@ -130,7 +130,7 @@ def test_the_hub_code_path_on_a_local_repository(tmp_path) -> None:
     for split, rows in (("train", ROWS[:12]), ("test", ROWS[12:])):
         (tmp_path / "data").mkdir(exist_ok=True)
         Dataset.from_list(rows).to_parquet(str(tmp_path / "data" / f"{split}-00000.parquet"))
-    splits = _from_hub(UserTask(str(tmp_path)), "medical")
+    splits = load_hub_dataset(str(tmp_path), None)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 12, "test": 8}
 
 
@@ -223,8 +223,8 @@ def test_labels_that_pandas_takes_for_missing(tmp_path) -> None:
     ("entry", "expected"),
     [
         ({"data": 5}, "data is 5"),
-        ({"data": "a.jsonl", "test_size": "0.1"}, "test_size is '0.1'"),
-        ({"data": "a.jsonl", "scorer": "rougel"}, r"unknown scorer of task 'a': 'rougel'.*exact_match"),
+        ({"data": "a.jsonl", "test_size": "some"}, "test_size is 'some'; it must be float"),
+        ({"data": "a.jsonl", "scorer": "rougel"}, r"unknown scorer of task 'a': 'rougel'.*Did you mean 'rougeL'"),
     ],
 )
 def test_entries_that_cannot_be(entry: dict, expected: str, tmp_path) -> None:
@@ -233,10 +233,15 @@ def test_entries_that_cannot_be(entry: dict, expected: str, tmp_path) -> None:
         user_tasks(entry, data_dir=str(tmp_path))
 
 
-@pytest.mark.parametrize("messages", [None, [{"role": "user"}], [{"role": "user", "content": "x"}]])
+@pytest.mark.parametrize(
+    "messages", [None, "x", [{"role": "user"}], [{"role": 1, "content": "x"}], [{"role": "user", "content": "x"}]]
+)
 def test_chats_that_cannot_be(messages, tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 12)
-    with pytest.raises(PmLlmError, match=r"needs `role` and `content`|must end with an assistant turn"):
+    with pytest.raises(
+        PmLlmError,
+        match=r"role is 1|must be a list of turns|needs `role` and `content`|must end with an assistant turn",
+    ):
         user_tasks(str(tmp_path / "a.jsonl"))
 
 

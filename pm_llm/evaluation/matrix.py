@@ -154,10 +154,16 @@ class Matrix:
         return [[self.scores.get((i, j)) for j in range(len(self.tasks))] for i in range(len(self.stages))]
 
     @classmethod
+    def from_rows(cls, tasks: list[str], rows: list[list[float | None]], stages: Sequence[str] = ()) -> Matrix:
+        """The inverse of :meth:`rows`."""
+        scores = {(i, j): x for i, row in enumerate(rows) for j, x in enumerate(row) if x is not None}
+        return cls(tasks, scores, list(stages))
+
+    @classmethod
     def from_results(cls, results: dict[str, Any]) -> Matrix:
         """The matrix of a run's `results.json`."""
-        scores = {(i, j): x for i, row in enumerate(results["matrix"]) for j, x in enumerate(row) if x is not None}
-        matrix = cls(results["tasks"], scores, results["stages"], results["lower_is_better"])
+        matrix = cls.from_rows(results["tasks"], results["matrix"], results["stages"])
+        matrix.lower_is_better = results["lower_is_better"]
         for name, value in (results["untrained"] or {}).items():
             matrix.set(UNTRAINED, name, value)
         return matrix

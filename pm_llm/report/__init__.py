@@ -51,3 +51,13 @@ def comparison(runs: Sequence[dict[str, Any]], joint: float | None = None) -> tu
             row.append(f"{gap_closed(run['average_accuracy'], finals['seqlora'], upper):.2f}")
         rows.append([*row, ", ".join(f"{c:.2f}" for c in run["coefficients"])])
     return header, rows
+
+
+def words(choice: Any) -> str:
+    """One of the three words with its options, or a list of them, in plain text."""
+    if isinstance(choice, list):
+        return " + ".join(map(words, choice)) or "none"
+    if isinstance(choice, dict):
+        options = ", ".join(f"{key} {value}" for key, value in choice.items() if key != "name")
+        return f"{choice['name']} ({options})"
+    return str(choice)

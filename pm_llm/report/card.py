@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pm_llm import __version__
 from pm_llm.evaluation.matrix import Matrix
-from pm_llm.report import LABELS
+from pm_llm.report import LABELS, words
 
 # the ranks vLLM's --max-lora-rank accepts
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -65,7 +65,7 @@ def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardDa
 def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:
     matrix = Matrix.from_results(results)
     method = results["method"]
-    words = ", ".join(f"{key}: {_words(method[key])}" for key in ("start", "constrain", "merge"))
+    said = ", ".join(f"{key}: {words(method[key])}" for key in ("start", "constrain", "merge"))
     coefficients = ", ".join(
         f"{task} {c:.3f}" for task, c in zip(results["stages"], results["coefficients"], strict=True)
     )
@@ -79,7 +79,7 @@ keeping old data: {", ".join(matrix.stages)}.
 
 ## Method
 
-`{results["config"]["method"]}` ({words}) of pm_llm {__version__}. Merge coefficients: {coefficients}.
+`{results["config"]["method"]}` ({said}) of pm_llm {__version__}. Merge coefficients: {coefficients}.
 
 ## Results
 
@@ -122,15 +122,6 @@ def _serving(repo_id: str, base_model: str, rank: int, task_type: str | None) ->
 ```bash
 vllm serve {base_model} --enable-lora --max-lora-rank {fits[0]} --lora-modules {name}={repo_id}
 ```"""
-
-
-def _words(choice: Any) -> str:
-    if isinstance(choice, list):
-        return " + ".join(map(_words, choice)) or "none"
-    if isinstance(choice, dict):
-        options = ", ".join(f"{key} {value}" for key, value in choice.items() if key != "name")
-        return f"{choice['name']} ({options})"
-    return str(choice)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -69,11 +69,12 @@ def open_run(path: str | Path) -> Run:
     """A finished run. Raises PmLlmError if it is not finished or lacks a prediction."""
     run_dir = RunDir.open(path)
     results = run_dir.results()
+    method, folder = results["config"]["method"], run_dir.path.name
     stages = range(len(results["stages"]))
     scored = [*([UNTRAINED] if results["untrained"] else []), *stages]
     return Run(
         run_dir.path,
-        f"{results['config']['method']} ({run_dir.path.name})",
+        method if method == folder else f"{method} ({folder})",
         results,
         [run_dir.log(stage) for stage in stages],
         {stage: read_predictions(run_dir.predictions(stage)) for stage in scored},

@@ -100,17 +100,17 @@ def curvature(runs: Sequence[Run]) -> Figure | None:
     figure, axes = _new(6.4, 3.2)
     drawn = False
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
-        begin = 0
-        for k, log in enumerate(run.logs):
+        begin, named = 0, False
+        for log in run.logs:
             points = [(begin + line["step"], line["curvature"]) for line in log if "curvature" in line]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True), color=colour, label=None if drawn and k else run.name, linewidth=1.2
-                )
-                drawn = True
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, marker=".", color=colour, label=None if named else run.name)
+                named = drawn = True
             begin += max((line["step"] for line in log), default=0)
             axes.axvline(begin, color="#cccccc", linewidth=0.6, zorder=0)
-    axes.set_xlabel("step (lines: a task ends)")
+    axes.axhline(0, color="#cccccc", linewidth=0.6, zorder=0)
+    axes.set_xlabel("step (a line where a task ends)")
     axes.set_ylabel("curvature along the task vector")
     axes.legend(frameon=False)
     return figure if drawn else None

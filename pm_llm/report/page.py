@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from pm_llm import __version__
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import Interval
-from pm_llm.report import comparison, figures
+from pm_llm.report import comparison, figures, words
 from pm_llm.report.data import Run, difference
 
 PAGE, FIGURES = "report.html", "figures"
@@ -105,13 +105,12 @@ def write_report(runs: Sequence[Run], out: str | Path, joint: float | None = Non
     finals = [run.averages.get(len(run.matrix.stages) - 1) for run in runs]
     differences = [None if run is runs[0] else difference(run, runs[0]) for run in runs]
     environment = Environment(loader=PackageLoader("pm_llm.report"), autoescape=True, undefined=StrictUndefined)
-    environment.filters["band"] = _band
+    environment.filters |= {"band": _band, "words": words}
     html = environment.get_template("report.html").render(
         runs=runs,
         header=header,
         rows=[
-            (run.path.name, row, final, gap)
-            for run, row, final, gap in zip(runs, rows, finals, differences, strict=True)
+            (run.name, row, final, gap) for run, row, final, gap in zip(runs, rows, finals, differences, strict=True)
         ],
         shared=[picture for picture in shared if picture],
         sections=sections,

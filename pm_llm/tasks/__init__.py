@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,18 +72,21 @@ class Task:
     labels: tuple[str, ...] = ()
     validation: Sequence[Example] = ()
 
-    def checked(self, problems: Problems) -> Task:
-        """This task, without the rows that `problems` says to drop; what is wrong is added to `problems`."""
+    def checked(self, problems: Problems, explained: bool = False) -> Task:
+        """This task, without the rows that `problems` says to drop; what is wrong is added to `problems`.
+
+        Args:
+            problems: Where what is wrong goes.
+            explained: Whether `problems` says already why a split has no rows.
+        """
         from pm_llm.evaluation.scorers import SCORERS
 
         if self.scorer not in SCORERS:
             raise unknown_name(f"scorer of task {self.name!r}:", self.scorer, SCORERS)
         kept: dict[str, Any] = {split: self._good(split, problems) for split in SPLITS}
-        for split in ("train", "test"):
-            if not kept[split]:
-                problems.add(
-                    f"task {self.name!r}", f"has no {split} rows. Check its file, split name, filters and rows."
-                )
+        empty = [split for split in ("train", "test") if not kept[split]]
+        if empty and not explained:
+            problems.add("", f"task {self.name!r} has no {empty[0]} rows. Check its file, split name and filters.")
         return replace(self, **kept)
 
     def _good(self, split: str, problems: Problems) -> list[Example]:
@@ -141,7 +145,10 @@ def load_tasks(config: RunConfig) -> list[Task]:
     if config.benchmark is not None:
         module = load_benchmark(config.benchmark)
         names = pick_order(config.order, module.ORDERS, list(module.TASKS))
-        tasks = {name: module.load_task(name, config.data_dir, problems) for name in dict.fromkeys(names)}
+        tasks = {
+            name: check_while(problems, partial(module.load_task, name, config.data_dir))
+            for name in dict.fromkeys(names)
+        }
     else:
         from pm_llm.tasks.user import load_user_tasks
 
@@ -152,7 +159,6 @@ def load_tasks(config: RunConfig) -> list[Task]:
                 f"two tasks have one name: {', '.join(task.name for task in own)}. Give each its own `name`."
             )
         names = pick_order(config.order, {"as given": list(tasks)}, list(tasks))
-    tasks = {name: task.checked(problems) for name, task in tasks.items()}
     if config.evaluation.split == "validation":
         tasks = {name: _on_validation(task, problems) for name, task in tasks.items()}
     problems.check()
@@ -166,6 +172,13 @@ def load_tasks(config: RunConfig) -> list[Task]:
         for name, task in tasks.items()
     }
     return blurred([cut[name] for name in names * config.repeat], config.blur, config.seed)
+
+
+def check_while(problems: Problems, load: Callable[[Problems], Task]) -> Task:
+    """The task that `load` gives, checked."""
+    before = problems.whole
+    task = load(problems)
+    return task.checked(problems, explained=problems.whole > before)
 
 
 def checked(tasks: Sequence[Task]) -> list[Task]:
@@ -186,7 +199,7 @@ def load_benchmark(name: str) -> Any:
 
 def _on_validation(task: Task, problems: Problems) -> Task:
     if not task.validation:
-        problems.add(f"task {task.name!r}", "has no validation rows. Give some, or split off with `validation_size`.")
+        problems.add("", f"task {task.name!r} has no validation rows. Give some, or split off with `validation_size`.")
     return replace(task, test=task.validation)
 
 

@@ -217,7 +217,10 @@ def load_rows(source: HubRows, problems: Problems) -> dict[str, list[Row]]:
     Raises:
         PmLlmError: If the dataset cannot be had, or lacks a split or a column.
     """
-    loaded = load_hub_dataset(source.id, source.subset)
+    try:
+        loaded = load_hub_dataset(source.id, source.subset)
+    except PmLlmError as error:
+        raise PmLlmError(f"{error} To read the benchmark's upstream files from a folder, give --data-dir.") from error
     found: dict[str, list[Row]] = {}
     for split, name in zip(("train", "test"), source.splits, strict=True):
         if name not in loaded:
@@ -256,4 +259,4 @@ def load_hub_dataset(name: str, subset: str | None) -> dict[str, Any]:
     try:
         return dict(load_dataset(name, subset))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError) as error:
-        raise PmLlmError(f"{name!r} is neither a file here nor a dataset to be had: {error}") from error
+        raise PmLlmError(f"{name!r} is neither a file here nor a dataset to be had: {error}.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from dataclasses import dataclass, field
 
 from pm_llm.errors import PmLlmError
@@ -21,13 +21,13 @@ class Problems:
 
     drop: bool = False
     found: list[str] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, set[str]] = field(default_factory=dict)
     rows: int = 0
 
     def row(self, place: str, what: str) -> None:
         """A bad row at `place`; the caller leaves it out."""
         if self.drop:
-            self.dropped[place.rpartition(":")[0] or place] += 1
+            self.dropped.setdefault(place.rpartition(":")[0] or place, set()).add(place)
             return
         self.rows += 1
         self.add(place, what)
@@ -36,6 +36,11 @@ class Problems:
         """Something wrong that leaving out a row cannot mend."""
         self.found.append(f"{place}: {what}" if place else what)
 
+    @property
+    def whole(self) -> int:
+        """How much of what was found concerns no single row."""
+        return len(self.found) - self.rows
+
     def check(self) -> None:
         """Raises PmLlmError with all that was found."""
         if not self.found:
@@ -43,10 +48,15 @@ class Problems:
         advice = " Mend the rows, or leave them out with --bad_rows drop." if self.rows else ""
         if len(self.found) == 1:
             raise PmLlmError(self.found[0] + advice)
-        lines = "\n  ".join(self.found[:SHOWN])
+        lines = "\n  ".join(sorted(self.found, key=_by_file_and_line)[:SHOWN])
         more = f"\n  and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
         raise PmLlmError(f"{len(self.found)} things are wrong with the tasks.{advice}\n  {lines}{more}")
 
     def summary(self) -> list[str]:
         """One line a file from which rows were left out."""
-        return [f"{place}: {n} bad row{'s' if n > 1 else ''} left out" for place, n in self.dropped.items()]
+        return [f"{file}: {len(rows)} bad row{'s' * (len(rows) > 1)} left out" for file, rows in self.dropped.items()]
+
+
+def _by_file_and_line(line: str) -> tuple[str, int]:
+    found = re.match(r"(.+?):(?:row )?(\d+): ", line)
+    return (found[1], int(found[2])) if found else (line, 0)

@@ -27,7 +27,9 @@ class Row:
     def text(self, column: str, problems: Problems) -> str | None:
         """The text in `column`; None, with the reason in `problems`, if there is none that can be used."""
         if column not in self.values:
-            problems.row(self.place, f"column {column!r} is missing; the row has {', '.join(map(str, self.values))}.")
+            problems.row(
+                self.place, f"column {column!r} is missing; the row has {', '.join(map(str, self.values)) or 'none'}."
+            )
             return None
         return self.check_text(self.values[column], column, problems)
 
@@ -122,7 +124,7 @@ def _csv(path: Path, problems: Problems) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                problems.add(f"{path}:{reader.line_num}", f"is not valid CSV: {error}.")
+                problems.add(f"{path}:{line}", f"is not valid CSV: {error}.")
                 return
             if None in values or None in values.values():
                 problems.row(f"{path}:{line}", f"does not have the header's {len(reader.fieldnames or ())} columns.")

@@ -40,8 +40,8 @@ INSTRUCTIONS = {
     "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence? " + _CHOOSE,
 }
 ADVICE = (
-    "--data_dir must name the CL_Benchmark folder of a clone of the O-LoRA repository, with <CATEGORY>/<DATASET>/ "
-    "train.json, test.json and labels.json; without --data_dir the rows come from the Hub."
+    "--data-dir must name the CL_Benchmark folder of a clone of the O-LoRA repository, with <CATEGORY>/<DATASET>/ "
+    "train.json, test.json and labels.json; without --data-dir the rows come from the Hub."
 )
 
 
@@ -57,6 +57,9 @@ def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
     else:
         folder = Path(data_dir)
         folder = (folder / "CL_Benchmark" if (folder / "CL_Benchmark").is_dir() else folder) / CATEGORY[name] / name
+        if not folder.is_dir():
+            problems.add(str(folder), f"is missing. {ADVICE}")
+            return Task(name, [], [])
         found = read_json(folder / "labels.json", problems)
         labels = tuple(str(label) for label in found or ())
         splits = {split: _read(folder / f"{split}.json", name, labels, problems) for split in ("train", "dev", "test")}

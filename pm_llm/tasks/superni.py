@@ -38,16 +38,18 @@ ORDERS = {
     "order2": [_BY_NUMBER[n] for n in (748, 73, 1590, 639, 1572, 1687, 591, 363, 1510, 1729, 181, 511, 2, 1290, 875)],
 }
 
+ADVICE = "--data-dir must hold <task>/train.json and test.json: the SuperNI folder of a clone of the SAPT repository."
+
 
 def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
     """One task from `data_dir`. Raises PmLlmError without one."""
     if data_dir is None:
-        raise PmLlmError(
-            "benchmark superni reads its rows from a folder: give --data_dir (the SuperNI folder of a clone of the "
-            "SAPT repository)."
-        )
+        raise PmLlmError(f"benchmark superni reads its rows from a folder. {ADVICE}")
     folder = Path(data_dir)
     folder = (folder / "SuperNI" if (folder / "SuperNI").is_dir() else folder) / name
+    if not folder.is_dir():
+        problems.add(str(folder), f"is missing. {ADVICE}")
+        return Task(name, [], [])
     splits = {split: _read(folder / f"{split}.json", problems) for split in ("train", "dev", "test")}
     return Task(name, splits["train"], splits["test"], "rougeL", validation=splits["dev"])
 
@@ -55,7 +57,7 @@ def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
 def _read(path: Path, problems: Problems) -> list[Example]:
     if not path.is_file():
         if path.stem != "dev":
-            problems.add(str(path), "is missing. --data_dir must name the folder that holds a folder for each task.")
+            problems.add(str(path), f"is missing. {ADVICE}")
         return []
     whole = read_json(path, problems)
     if whole is None:

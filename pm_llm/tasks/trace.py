@@ -31,13 +31,15 @@ ORDERS = {
     "alternate": "FOMC C-STANCE NumGLUE-cm NumGLUE-ds ScienceQA MeetingBank Py150 20Minuten".split(),
 }
 
+ADVICE = "--data-dir must hold <task>/train.json and test.json of TRACE's data."
+
 
 def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
     """One task, from `data_dir` or from the Hub. Raises PmLlmError if it needs a folder and there is none."""
     if data_dir is None:
         if name not in TRACE:
             raise PmLlmError(
-                f"task {name!r} of benchmark trace is read from a folder: give --data_dir (the unpacked TRACE data). "
+                f"task {name!r} of benchmark trace is read from a folder: give --data-dir (the unpacked TRACE data). "
                 f"From the Hub come {', '.join(TRACE)}."
             )
         splits = {
@@ -46,6 +48,9 @@ def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
         }
     else:
         folder = Path(data_dir) / name
+        if not folder.is_dir():
+            problems.add(str(folder), f"is missing. {ADVICE}")
+            return Task(name, [], [])
         files = {"train": "train", "dev": "eval", "test": "test"}
         splits = {split: _read(folder / f"{file}.json", name, problems) for split, file in files.items()}
     return Task(name, splits["train"], splits["test"], SCORER[name], LABELS.get(name, ()), splits.get("dev", []))
@@ -54,9 +59,7 @@ def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
 def _read(path: Path, name: str, problems: Problems) -> list[Example]:
     if not path.is_file():
         if path.stem != "eval":
-            problems.add(
-                str(path), "is missing. --data_dir must hold <task>/train.json and test.json of TRACE's data."
-            )
+            problems.add(str(path), f"is missing. {ADVICE}")
         return []
     examples = []
     for row in json_array(path, problems):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pm_llm.config import build
 from pm_llm.errors import PmLlmError
-from pm_llm.tasks import Example, Task
+from pm_llm.tasks import Example, Task, check_while
 from pm_llm.tasks.hub_rows import load_hub_dataset
 from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.rows import READERS, Row, dataset_rows, read_rows
@@ -64,7 +65,8 @@ def load_user_tasks(entries: Sequence[Any], folder: Path | None, problems: Probl
 
     A folder without a `train.*` file (and no saved dataset) is a folder of tasks: one a file or subfolder, by name.
     """
-    return [_load(_parse(one), folder, problems) for entry in entries for one in _expand(entry, folder)]
+    specs = [_parse(one) for entry in entries for one in _expand(entry, folder)]
+    return [check_while(problems, partial(_load, spec, folder)) for spec in specs]
 
 
 def _expand(entry: Any, folder: Path | None) -> list[Any]:
@@ -108,8 +110,8 @@ def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
             splits[split] = read_rows(_place(file, folder), problems)
     if spec.train_split not in splits:
         problems.add(
-            f"task {name!r}",
-            f"has no split {spec.train_split!r}; it has {', '.join(splits)}. Name it with `train_split`.",
+            "",
+            f"task {name!r} has no split {spec.train_split!r}; it has {', '.join(splits)}. Name it with train_split.",
         )
         return Task(name, [], [], spec.scorer)
     examples = {split: _examples(rows, spec, problems) for split, rows in splits.items()}
@@ -128,19 +130,24 @@ def _divide(
         test = examples[alias] if alias else None
         validation = None
     if test is None:
-        train, test = _split_off(train, spec.test_size, spec.seed, f"task {name!r} has no test split and test_size")
+        what = f"task {name!r} has no test split and test_size"
+        train, test = _split_off(train, spec.test_size, spec.seed, what, problems)
     if spec.validation_size and validation is None:
-        train, validation = _split_off(train, spec.validation_size, spec.seed + 1, f"task {name!r}: validation_size")
+        what = f"task {name!r}: validation_size"
+        train, validation = _split_off(train, spec.validation_size, spec.seed + 1, what, problems)
     return train, test, spec.scorer, tuple(str(label) for label in spec.labels), validation or []
 
 
-def _split_off(rows: list[Example], share: float, seed: int, what: str) -> tuple[list[Example], list[Example]]:
+def _split_off(
+    rows: list[Example], share: float, seed: int, what: str, problems: Problems
+) -> tuple[list[Example], list[Example]]:
     from datasets import Dataset
 
+    if rows and (not 0 < share < 1 or len(rows) < 2):
+        problems.add("", f"{what}={share} of {len(rows)} row(s) cannot make one; it must lie between 0 and 1.")
+        return rows, []
     if not rows:
         return [], []
-    if not 0 < share < 1 or len(rows) < 2:
-        raise PmLlmError(f"{what}={share} of {len(rows)} row(s) cannot make one; it must lie between 0 and 1.")
     halves = Dataset.from_dict({"at": list(range(len(rows)))}).train_test_split(test_size=share, seed=seed)
     return [rows[i] for i in halves["train"]["at"]], [rows[i] for i in halves["test"]["at"]]
 

@@ -1,0 +1,100 @@
+"""Sequences: named, given, random, recurring, with blurred boundaries."""
+
+from __future__ import annotations
+
+import pytest
+
+from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.matrix import Matrix
+from pm_llm.sequence import ContinualSequence
+from pm_llm.tasks import load_tasks
+from pm_llm.tasks.order import blurred, pick_order
+from tests.conftest import small_tasks
+from tests.test_sequence import config_for
+
+ORDERS = {"first": ["a", "b", "c", "d"], "second": ["d", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (None, ["a", "b", "c", "d"]),
+        ("second", ["d", "c"]),
+        ("b,a,b", ["b", "a", "b"]),
+        (["c"], ["c"]),
+    ],
+)
+def test_orders(order, expected: list[str]) -> None:
+    assert pick_order(order, ORDERS, "abcd") == expected
+
+
+def test_random_orders() -> None:
+    found = [pick_order(f"random:{seed}", ORDERS, "abcd") for seed in range(20)]
+    assert all(sorted(names) == ["a", "b", "c", "d"] for names in found)
+    assert len({tuple(names) for names in found}) > 5
+    assert found[3] == pick_order("random:3", ORDERS, "abcd")
+    assert sorted(pick_order("random:3:second", ORDERS, "abcd")) == ["c", "d"]
+    assert ORDERS["first"] == ["a", "b", "c", "d"]
+    for wrong in ("random", "random:x", "random:1:third"):
+        with pytest.raises(PmLlmError):
+            pick_order(wrong, ORDERS, "abcd")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_blurred_boundaries(share: float) -> None:
+    tasks = small_tasks("sentiment", "topic", "question", train=40)
+    rows = [{id(row) for row in task.train} for task in tasks]
+    mixed = blurred(tasks, share, seed=0)
+    for i, task in enumerate(mixed):
+        assert len(task.train) == 40
+        assert task.test == tasks[i].test
+        own, before, after = (
+            sum(id(row) in rows[j] for row in task.train) if 0 <= j < 3 else 0 for j in (i, i - 1, i + 1)
+        )
+        assert own == 40 - round(share * 40)
+        assert before + after == round(share * 40)
+        if i == 1:
+            assert before == after
+    assert blurred(tasks, share, seed=0) == mixed
+    assert blurred(tasks, share, seed=1) != mixed
+    assert blurred(tasks, 0, seed=0) == tasks
+
+
+def test_own_tasks_in_random_order_and_repeated(tmp_path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.csv").write_text("prompt,completion\n" + "x,y\n" * 12)
+    config = RunConfig(tasks=[str(tmp_path)], order="random:5", repeat=2)
+    names = [task.name for task in load_tasks(config)]
+    assert sorted(names[:3]) == ["a", "b", "c"]
+    assert names[:3] == names[3:]
+
+
+def test_a_recurring_sequence_runs_and_goes_on(pico_folders, tmp_path) -> None:
+    config = config_for(pico_folders["llama"], tmp_path / "run", order=["sentiment", "topic"], repeat=2, blur=0.25)
+    results = ContinualSequence(config).run()
+    assert results["stages"] == ["sentiment", "topic"] * 2
+    assert results["tasks"] == ["sentiment", "topic"]
+    assert [[x is not None for x in row] for row in results["matrix"]] == [[True, False], *[[True, True]] * 3]
+    assert len(results["coefficients"]) == 4
+    assert sorted(p.name for p in (tmp_path / "run/stages").iterdir()) == [
+        "01-sentiment",
+        "02-topic",
+        "03-sentiment",
+        "04-topic",
+    ]
+    assert ContinualSequence(config).run() == results
+
+
+def test_numbers_of_a_recurring_sequence() -> None:
+    rows = [[50.0, None], [30.0, 60.0], [55.0, 40.0], [45.0, 70.0]]
+    m = Matrix.from_rows(["a", "b"], rows, ["a", "b", "a", "b"])
+    m.set(-1, "a", 10.0)
+    m.set(-1, "b", 20.0)
+    m.set(0, "b", 25.0)
+    assert m.average_accuracy() == pytest.approx(57.5)
+    assert m.average_over_time() == pytest.approx((50 + 45 + 47.5 + 57.5) / 4)
+    assert m.backward_transfer() == pytest.approx(45 - 55)  # a was last learned at the third stage
+    assert m.forgetting() == pytest.approx(55 - 45)
+    assert m.plasticity() == pytest.approx((50 + 60 + 55 + 70) / 4)
+    assert m.forward_transfer() == pytest.approx(25 - 20)

@@ -1,0 +1,141 @@
+"""Rows and what is wrong with them: file and line, all at once, and nothing trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from pm_llm.cli import main
+from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
+from pm_llm.tasks import load_tasks
+from pm_llm.tasks.problems import Problems
+from pm_llm.tasks.rows import read_rows
+
+GOOD = {"id": 1, "prompt": "is it good ?", "completion": "yes"}
+BAD = {  # line -> (row as bytes, what is said of it)
+    2: (json.dumps({"id": 2, "prompt": "x"}), "column 'completion' is missing"),
+    3: (json.dumps({**GOOD, "id": 3, "prompt": ["x"]}), "prompt is ['x'] (list); it must be text"),
+    4: (json.dumps({**GOOD, "id": 4, "completion": 5}), "completion is 5 (int); it must be text"),
+    5: (json.dumps({**GOOD, "id": 5, "completion": " "}), "answer (completion or label) is empty"),
+    6: (json.dumps({**GOOD, "id": 6, "prompt": "bytes"}).encode().replace(b"bytes", b"by\xfftes"), "not valid UTF-8"),
+    7: (json.dumps(GOOD), "its id '1' is that of {path}:1 too"),
+    8: (json.dumps({**GOOD, "id": 8, "prompt": "x" * 2_000_000}), "2,000,000 characters; at most 1,000,000"),
+    9: (json.dumps({**GOOD, "id": 9, "completion": "maybe"}), "label 'maybe' is none of the task's: yes, no"),
+    10: ("{not json", "is not valid JSON"),
+    11: ('["a", "list"]', "a row must be an object"),
+    12: (json.dumps({**GOOD, "id": 12, "completion": None}), "completion is None (NoneType)"),
+    13: (json.dumps({**GOOD, "id": 13, "prompt": " "}), "its prompt is empty"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A task with every kind of bad row among good ones, and an empty test split."""
+    lines = [json.dumps(GOOD).encode(), *(row if isinstance(row, bytes) else row.encode() for row, _ in BAD.values())]
+    lines += [json.dumps({**GOOD, "id": 100 + i}).encode() for i in range(20)]
+    (tmp_path / "train.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "test.jsonl").write_text("")
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({**GOOD, "id": i}) + "\n" for i in range(20)) + "{}\n")
+    return tmp_path
+
+
+def test_all_bad_rows_are_told_at_once_and_nothing_is_trained(folder, tmp_path, capsys, pico_folders) -> None:
+    task = json.dumps(
+        {"data": str(folder / "train.jsonl"), "test_data": str(folder / "test.jsonl"), "labels": ["yes", "no"]}
+    )
+    run = ["run", "--model", pico_folders["llama"], "--output_dir", str(tmp_path / "run")]
+    assert main([*run, "--tasks", task, str(folder / "other.jsonl")]) == 2
+    error = capsys.readouterr().err
+    path = folder / "train.jsonl"
+    for line, (_, what) in BAD.items():
+        found = [x for x in error.splitlines() if f"{path}:{line}: " in x]
+        assert len(found) == 1, (line, error)
+        assert what.format(path=path) in found[0]
+    assert "task 'train' has no test rows" in error
+    assert f"{folder / 'other.jsonl'}:21: " in error
+    assert f"{len(BAD) + 3} things are wrong" in error
+    assert "--bad_rows drop" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_can_be_left_out(folder, capsys) -> None:
+    entry = {"data": str(folder / "train.jsonl"), "labels": ["yes", "no"]}
+    (task,) = load_tasks(RunConfig(tasks=[entry], bad_rows="drop"))
+    assert len(task.train) + len(task.test) == 21
+    assert f"{folder / 'train.jsonl'}: {len(BAD)} bad rows left out" in capsys.readouterr().out
+    empty = {**entry, "test_data": str(folder / "test.jsonl")}
+    with pytest.raises(PmLlmError, match="has no test rows"):  # no row to leave out mends this
+        load_tasks(RunConfig(tasks=[empty], bad_rows="drop"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line", "what"),
+    [
+        ("a.json", '[{"prompt": "x",\n "completion": "y"},\n\n {"prompt": "x"}]', 4, "'completion' is missing"),
+        ("a.json", '[{"prompt": "x", "completion": "y"},\n {"prompt": ]', 2, "is not valid JSON"),
+        ("a.json", '{"rows": 1}', 1, "columns are rows"),
+        ("a.csv", 'prompt,completion\n"two\nlines",y\nx\n', 4, "does not have the header's 2 columns"),
+        ("a.csv", "prompt,completion\nx,y\nx,y,z\n", 3, "does not have the header's 2 columns"),
+        ("a.csv", 'prompt,completion\nx,"y"z\n', 2, "is not valid CSV"),
+    ],
+)
+def test_lines_of_other_files(name: str, text: str, line: int, what: str, tmp_path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PmLlmError) as error:
+        load_tasks(RunConfig(tasks=[str(tmp_path / name)]))
+    (found,) = [x for x in str(error.value).splitlines() if f"{tmp_path / name}:{line}: " in x]
+    assert what in found
+
+
+def test_a_csv_cell_of_any_size_and_a_byte_order_mark(tmp_path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfprompt,completion\r\n" + b"x" * 500_000 + b",y\r\n")
+    problems = Problems()
+    (row,) = read_rows(tmp_path / "a.csv", problems)
+    assert not problems.found
+    assert len(row.values["prompt"]) == 500_000
+    assert row.values["completion"] == "y"
+
+
+def test_class_labels_become_their_names(tmp_path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    Dataset.from_dict({"text": ["a", "b"] * 5, "label": [0, 1] * 5}, features=features).save_to_disk(
+        str(tmp_path / "d")
+    )
+    (task,) = load_tasks(RunConfig(tasks=[str(tmp_path / "d")]))
+    assert {(row.prompt, row.completion) for row in [*task.train, *task.test]} == {("a", "bad"), ("b", "good")}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"instruction": "add", "input": "1 2", "output": "3"}, "add\n\n1 2", "3"),
+        ({"instruction": "sing", "input": "", "output": "la"}, "sing", "la"),
+        ({"question": "q", "answer": "a", "text": "no"}, "q", "a"),
+        ({"text": "t", "label": "l"}, "t", "l"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "q", "a"),
+    ],
+)
+def test_columns_are_found(row: dict, prompt: str, completion: str, tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text((json.dumps(row) + "\n") * 10)
+    (task,) = load_tasks(RunConfig(tasks=[str(tmp_path / "a.jsonl")]))
+    assert (task.train[0].prompt, task.train[0].completion) == (prompt, completion)
+
+
+def test_a_validation_share_is_split_off_and_scored(tmp_path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": "x"} for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"data": str(tmp_path / "a.jsonl"), "test_size": 0.2, "validation_size": 0.25}
+    (task,) = load_tasks(RunConfig(tasks=[entry]))
+    assert [len(x) for x in (task.train, task.validation, task.test)] == [60, 20, 20]
+    assert len({row.prompt for row in [*task.train, *task.validation, *task.test]}) == 100
+    config = RunConfig(tasks=[entry])
+    config.evaluation.split = "validation"
+    (tuned,) = load_tasks(config)
+    assert tuned.test == task.validation
+    config.tasks = [str(tmp_path / "a.jsonl")]
+    with pytest.raises(PmLlmError, match="no validation rows"):
+        load_tasks(config)
