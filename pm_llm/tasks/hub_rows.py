@@ -254,9 +254,18 @@ def _row(source: HubRows, values: dict[str, Any], place: str, problems: Problems
 def load_hub_dataset(name: str, subset: str | None) -> dict[str, Any]:
     """All splits of a dataset by its id. Raises PmLlmError if it cannot be had."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
         return dict(load_dataset(name, subset))
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError) as error:
-        raise PmLlmError(f"{name!r} is neither a file here nor a dataset to be had: {error}.") from error
+    except (
+        DatasetNotFoundError,
+        DatasetGenerationError,
+        ConnectionError,
+        FileNotFoundError,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        raise PmLlmError(
+            f"{name!r} is neither a file here nor a dataset to be had: {error.__cause__ or error}."
+        ) from error
