@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.report.data import Run
 
+MANY = 8
+WIDTH = 4.8  # inches: the text stays readable where the page is as wide as a phone
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "pm_llm", "font.size": 10, "axes.spines.top": False}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "pm_llm", "font.size": 9, "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "axes.grid": False}
 
 
@@ -27,11 +29,11 @@ def matrix(results: dict[str, Any]) -> Figure:
     rows = [[found.scores.get((first + i, j), nan) for j in range(len(found.tasks))] for i in range(len(names))]
     known = [x for row in rows for x in row if x == x]
     top = max(known) if results["lower_is_better"] else 100
-    figure, axes = _new(1.9 + 0.62 * len(found.tasks), 1.5 + 0.42 * len(names))
+    figure, axes = _new(max(WIDTH, 1.7 + 0.42 * len(found.tasks)), 1.3 + 0.34 * len(names))
     image = axes.imshow(
         rows, vmin=0, vmax=top, cmap="viridis_r" if results["lower_is_better"] else "viridis", aspect="auto"
     )
-    axes.set_xticks(range(len(found.tasks)), [_short(name) for name in found.tasks], rotation=40, ha="right")
+    _name_columns(axes, range(len(found.tasks)), found.tasks)
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.set_xlabel("score on")
     axes.set_ylabel("after training")
@@ -46,17 +48,17 @@ def matrix(results: dict[str, Any]) -> Figure:
 
 def accuracy_over_time(runs: Sequence[Run]) -> Figure:
     """Average accuracy on the tasks so far, a line a run, with bands that hold 95 % of the bootstrap."""
-    figure, axes = _new(6.4, 3.6)
+    figure, axes = _new(WIDTH, 3.2, len(runs[0].matrix.stages))
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
         stages = sorted(run.averages)
         at = [stage + 1 for stage in stages]
         found = [run.averages[stage] for stage in stages]
         axes.plot(at, [x.value for x in found], marker="o", color=colour, label=run.name)
         axes.fill_between(at, [x.low for x in found], [x.high for x in found], color=colour, alpha=0.15, linewidth=0)
-    stages = list(range(1, max(len(run.matrix.stages) for run in runs) + 1))
-    same = len({tuple(run.matrix.stages) for run in runs}) == 1
-    labels = [_short(name) for name in runs[0].matrix.stages] if same else [str(n) for n in stages]
-    axes.set_xticks(stages, labels, rotation=40 if same else 0, ha="right" if same else "center")
+    if len({tuple(run.matrix.stages) for run in runs}) == 1:
+        _name_columns(axes, range(1, len(runs[0].matrix.stages) + 1), runs[0].matrix.stages)
+    else:
+        axes.set_xlabel("stage")
     axes.set_ylabel("average score on tasks so far")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, loc="best")
@@ -65,7 +67,7 @@ def accuracy_over_time(runs: Sequence[Run]) -> Figure:
 
 def coefficients(runs: Sequence[Run]) -> Figure:
     """The merge coefficient of each task; where modules have their own, their range as a bar."""
-    figure, axes = _new(6.4, 3.0)
+    figure, axes = _new(WIDTH, 2.8, len(runs[0].matrix.stages))
     for k, (run, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True)):
         values = run.results["coefficients"]
         at = [i + (k - (len(runs) - 1) / 2) * 0.12 for i in range(len(values))]
@@ -87,7 +89,7 @@ def module_coefficients(run: Run) -> Figure | None:
         return None
     names = sorted({name for modules in stages for name in modules or {}})
     rows = [[(modules or {}).get(name, float("nan")) for modules in stages] for name in names]
-    figure, axes = _new(2.6 + 0.6 * len(stages), 1.2 + 0.16 * len(names))
+    figure, axes = _new(WIDTH, 1.6 + 0.16 * len(names), len(stages))
     image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0)
     _name_stages(axes, run)
     axes.set_yticks(range(len(names)), [_short(name, 34) for name in names], fontsize=6)
@@ -97,7 +99,7 @@ def module_coefficients(run: Run) -> Figure | None:
 
 def curvature(runs: Sequence[Run]) -> Figure | None:
     """The estimated curvature along each task vector while it is trained; None where no run estimated it."""
-    figure, axes = _new(6.4, 3.2)
+    figure, axes = _new(WIDTH, 2.9)
     drawn = False
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
         begin, named = 0, False
@@ -112,15 +114,17 @@ def curvature(runs: Sequence[Run]) -> Figure | None:
     axes.axhline(0, color="#cccccc", linewidth=0.6, zorder=0)
     axes.set_xlabel("step (a line where a task ends)")
     axes.set_ylabel("curvature along the task vector")
+    if not drawn:
+        return None
     axes.legend(frameon=False)
-    return figure if drawn else None
+    return figure
 
 
 def truncation(runs: Sequence[Run]) -> Figure | None:
     """Relative error of the truncation to the running rank, a line a run; None where nothing was truncated."""
     if not any(max(run.results["truncation_errors"]) > 1e-6 for run in runs):
         return None
-    figure, axes = _new(6.4, 2.8)
+    figure, axes = _new(WIDTH, 2.6, len(runs[0].matrix.stages))
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
         axes.plot(run.results["truncation_errors"], marker="o", color=colour, label=run.name)
     _name_stages(axes, runs[0])
@@ -132,7 +136,7 @@ def truncation(runs: Sequence[Run]) -> Figure | None:
 
 def costs(run: Run) -> Figure:
     """Seconds of each stage's parts, stacked, and the peak of memory as a line."""
-    figure, axes = _new(6.4, 3.2)
+    figure, axes = _new(WIDTH, 2.9, len(run.matrix.stages))
     stages = run.results["seconds"]
     bottom = [0.0] * len(stages)
     for part, colour in zip(stages[0], COLOURS, strict=False):
@@ -152,18 +156,28 @@ def costs(run: Run) -> Figure:
 
 def save_matrix(results: dict[str, Any], path: str | Path) -> None:
     """The heat map as PNG."""
-    matrix(results).savefig(path, dpi=120)
-
-
-def _new(width: float, height: float) -> tuple[Figure, Any]:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        matrix(results).savefig(path, dpi=120)
+
+
+def _new(width: float, height: float, columns: int = 0) -> tuple[Figure, Any]:
+    """An empty figure, in inches; with many named columns it is higher, for their names stand upright."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height + 0.9 * (columns > MANY)), layout="constrained")
         return figure, figure.subplots()
 
 
 def _name_stages(axes: Any, run: Run) -> None:
-    names = [_short(name) for name in run.matrix.stages]
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    _name_columns(axes, range(len(run.matrix.stages)), run.matrix.stages)
+
+
+def _name_columns(axes: Any, at: Sequence[int], names: Sequence[str]) -> None:
+    turned = (
+        {"rotation": 90, "fontsize": 8}
+        if len(names) > MANY
+        else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    )
+    axes.set_xticks(at, [_short(name) for name in names], **turned)
 
 
 def _short(name: str, length: int = 16) -> str:

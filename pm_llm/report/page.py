@@ -29,6 +29,7 @@ class Picture:
     svg: Markup
     title: str
     caption: str
+    wide: bool
 
 
 def write_report(runs: Sequence[Run], out: str | Path, joint: float | None = None) -> Path:
@@ -42,7 +43,14 @@ def write_report(runs: Sequence[Run], out: str | Path, joint: float | None = Non
         (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PmLlmError(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
-    draw = Drawer(folder / FIGURES)
+    with matplotlib.rc_context(figures.STYLE):
+        html = _render(runs, Drawer(folder / FIGURES), joint)
+    path = folder / PAGE
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
     shared = [
         draw(
             "accuracy",
@@ -106,7 +114,7 @@ def write_report(runs: Sequence[Run], out: str | Path, joint: float | None = Non
     differences = [None if run is runs[0] else difference(run, runs[0]) for run in runs]
     environment = Environment(loader=PackageLoader("pm_llm.report"), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"band": _band, "words": words}
-    html = environment.get_template("report.html").render(
+    return environment.get_template("report.html").render(
         runs=runs,
         header=header,
         rows=[
@@ -116,9 +124,6 @@ def write_report(runs: Sequence[Run], out: str | Path, joint: float | None = Non
         sections=sections,
         version=__version__,
     )
-    path = folder / PAGE
-    path.write_text(html, encoding="utf-8")
-    return path
 
 
 class Drawer:
@@ -137,16 +142,13 @@ class Drawer:
             return None
         text = io.StringIO()
         # ids of one picture must not be another's: the salt makes them differ, and the same in every report
-        with matplotlib.rc_context({**figures.STYLE, "svg.hashsalt": name}):
+        with matplotlib.rc_context({"svg.hashsalt": name}):
             figure.savefig(text, format="svg", metadata={"Date": None})
             figure.savefig(self.folder / f"{name}.png", dpi=120)
         svg = text.getvalue()
         (self.folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-        return Picture(
-            Markup(svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)),
-            title,
-            caption,
-        )
+        labelled = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+        return Picture(Markup(labelled), title, caption, figure.get_figwidth() > figures.WIDTH)
 
 
 def _matrix_cells(run: Run) -> list[tuple[str, list[Interval | None], Interval | None]]:
