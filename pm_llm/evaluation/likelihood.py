@@ -72,7 +72,7 @@ def _decoder(model: Any, inputs: Any, columns: list[list[Sequence[int]]]) -> Ten
         logits_to_keep=1,
     )
     start = first.logits[:, -1:].float()
-    cache, length = first.past_key_values, mask.shape[1]
+    cache = first.past_key_values
     found = []
     for rows in columns:
         ids, kept = _right_padded(rows, mask.device)
@@ -85,7 +85,7 @@ def _decoder(model: Any, inputs: Any, columns: list[list[Sequence[int]]]) -> Ten
                 past_key_values=cache,
                 use_cache=True,
             )
-            cache.crop(length)
+            cache.crop(1 - ids.shape[1])  # back to the prompt
             logits = torch.cat([start, more.logits.float()], dim=1)
         found.append(_summed(logits, ids, kept))
     return torch.stack(found, dim=1)

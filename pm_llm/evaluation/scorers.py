@@ -17,7 +17,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from pm_llm.errors import unknown_name
+from pm_llm.errors import PmLlmError, unknown_name
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -60,8 +60,12 @@ class Scorer(evaluate.Metric):
                 f"{len(predictions)} predictions, {len(references)} references and {len(sources)} sources do not "
                 "belong together"
             )
+        kind: Any = str if self.prediction == "string" else (int, float)
+        if not all(isinstance(prediction, kind) for prediction in predictions):
+            words = "text" if kind is str else "log-likelihoods"
+            raise PmLlmError(f"scorer {self.name!r} scores {words}; these predictions are something else.")
         if self.needs_source and None in sources:
-            raise ValueError(f"{self.name} compares with the source text, and some rows have none")
+            raise PmLlmError(f"scorer {self.name!r} compares with the source text, and some rows have none.")
         lists = [r if isinstance(r, (list, tuple)) else [r] for r in references]
         return np.array([self.best(*row) for row in zip(predictions, lists, sources, strict=True)], dtype=float)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,13 +142,13 @@ class Drawer:
         if figure is None:
             return None
         text = io.StringIO()
-        # ids of one picture must not be another's: the salt makes them differ, and the same in every report
-        with matplotlib.rc_context({"svg.hashsalt": name}):
-            figure.savefig(text, format="svg", metadata={"Date": None})
-            figure.savefig(self.folder / f"{name}.png", dpi=120)
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(self.folder / f"{name}.png", dpi=120)
         svg = text.getvalue()
         (self.folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-        labelled = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+        # in one page, ids of one picture must not be another's
+        svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
+        labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
         return Picture(Markup(labelled), title, caption, figure.get_figwidth() > figures.WIDTH)
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from pm_llm.evaluation.matrix import Matrix, MissingScoreError
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.matrix import NUMBERS, Matrix, MissingScoreError, gap_closed
 from pm_llm.evaluation.scorers import normalise, score
 from tests.conftest import SHARED
 
@@ -40,6 +41,61 @@ def test_one_task_has_no_transfer() -> None:
     assert "backward_transfer" not in m.summary()
     with pytest.raises(MissingScoreError, match="two tasks"):
         m.backward_transfer()
+
+
+@pytest.mark.parametrize("evaluate", NUMBERS)
+def test_each_way_of_measuring_gives_just_its_numbers(evaluate: str) -> None:
+    every = [[90.0, 5.0, 7.0], [70.0, 80.0, 9.0], [75.0, 60.0, 50.0]]
+    keep = {
+        "final": [(2, 0), (2, 1), (2, 2)],
+        "diagonal+final": [(0, 0), (1, 1), (2, 0), (2, 1), (2, 2)],
+        "seen": [(i, j) for i in range(3) for j in range(i + 1)],
+        "all": [(i, j) for i in range(3) for j in range(3)],
+    }[evaluate]
+    m = Matrix(["a", "b", "c"], {at: every[at[0]][at[1]] for at in keep})
+    if evaluate == "all":
+        m.scores |= {(-1, j): x for j, x in enumerate([10.0, 4.0, 12.0])}
+    numbers = m.summary(evaluate)
+    assert set(numbers) == set(NUMBERS[evaluate])
+    whole = matrix()
+    for name, value in numbers.items():
+        expected = ((5 - 4) + (9 - 12)) / 2 if name == "forward_transfer" else getattr(whole, name)()
+        assert value == pytest.approx(expected)
+    for at in keep:  # every score that was measured is needed, and missed if it is not there
+        some = Matrix(m.tasks, {key: x for key, x in m.scores.items() if key != at})
+        if at[1] <= at[0] or at[1] == at[0] + 1:
+            with pytest.raises(MissingScoreError):
+                some.summary(evaluate)
+
+
+def test_perplexity_is_better_when_low() -> None:
+    m = Matrix.from_rows(["a", "b"], [[5.0, None], [9.0, 4.0]])
+    m.lower_is_better = True
+    assert m.backward_transfer() == 4  # the perplexity rose
+    assert m.forgetting() == 4
+    assert Matrix.from_rows(["a", "b"], [[5.0, None], [9.0, 4.0]]).forgetting() == -4
+
+
+def test_gap_closed() -> None:
+    assert gap_closed(60, 50, 80) == pytest.approx(1 / 3)
+    assert gap_closed(50, 50, 80) == 0
+    assert gap_closed(80, 50, 80) == 1
+    with pytest.raises(PmLlmError, match="no gap to close"):
+        gap_closed(60, 50, 50)
+
+
+def test_fuar() -> None:
+    """Jang et al.: forgotten over gained, from states D_0 (untrained), D_1, D_2."""
+    m = Matrix(["old", "between", "new", "changed"], stages=["between", "new"])
+    for stage, scores in ((-1, (50, 0, 1, 20)), (0, (40, 30, 2, 25)), (1, (42, 20, 31, 15))):
+        for name, value in zip(m.tasks, scores, strict=True):
+            m.set(stage, name, value)
+    forgotten = (50 - 42) + (30 - 20)
+    gained = (31 - 1) + (31 - 2)  # of `new`; `changed` got worse, which counts as nothing gained
+    assert m.fuar(["old", "between"], updated="changed", acquired="new") == pytest.approx(forgotten / gained)
+    assert m.fuar(["old", "old"], updated="changed", acquired="changed") is None
+    with pytest.raises(PmLlmError, match="a kept task for each of 2 states"):
+        m.fuar(["old"], "changed", "new")
 
 
 def test_nothing_to_score_raises() -> None:

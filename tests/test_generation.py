@@ -1,0 +1,219 @@
+"""Answers: packed batches, label scoring and perplexity are those of one row at a time; processes share the rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pm_llm.config import EvaluationSection
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.batches import in_batches, pack
+from pm_llm.evaluation.generate import generate
+from pm_llm.evaluation.likelihood import answer_losses, choose_labels, log_likelihoods
+from pm_llm.evaluation.predictions import MissingPredictionError, gather, read_predictions
+from pm_llm.evaluation.run import answer_task
+from pm_llm.models import load_base
+from pm_llm.run_dir import write_jsonl
+from pm_llm.tasks import Example, Task
+from pm_llm.tasks.embedded import make_task
+from pm_llm.tasks.encode import Encoder
+from tests.conftest import FAMILIES, ROOT
+
+
+def mixed_rows() -> list[Example]:
+    """Rows whose prompts differ much in length, shortest and longest side by side."""
+    rows = [*make_task("sentiment", 8, 1).train, *make_task("puzzle", 8, 1).train]
+    return [replace(row, body=row.body * (1 + 5 * (i % 3))) for i, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def answering(request):
+    """(model, encoder) of an embedded model, in float32."""
+    base = load_base(f"embedded:{request.param}")
+    return base.model.eval(), Encoder(base.tokenizer, base.seq2seq, 160, 6)
+
+
+def test_packing() -> None:
+    lengths = [5, 100, 7, 90, 6, 200, 5]
+    batches = pack(lengths, extra=10, rows=3, tokens=250)
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert batches[0] == [5]  # longest first
+    for batch in batches:
+        assert len(batch) <= 3
+        assert len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 10) <= 250
+    assert pack([300], 10, 8, 100) == [[0]]  # a row over the budget is alone, not lost
+    assert pack([], 10, 8, 100) == []
+    assert len(pack([1] * 100, 0, 64, 10**6)) == 2
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(1, 10**6), (4, 10**6), (64, 300), (64, 10**6)])
+def test_generation_is_that_of_one_row_at_a_time(answering, size: int, tokens: int) -> None:
+    model, encoder = answering
+    rows = mixed_rows()
+    lengths = {len(encoder.prompt(row)) for row in rows}
+    assert max(lengths) > 3 * min(lengths)
+    alone = [generate(model, encoder, [row], 1)[0] for row in rows]
+    assert generate(model, encoder, rows, size, tokens) == alone
+    assert len(set(alone)) > 2
+
+
+def test_generation_stops_when_all_rows_have_ended(answering, monkeypatch) -> None:
+    model, encoder = answering
+    steps: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: steps.append(1))
+    long, rows = replace(encoder, max_new_tokens=20), make_task("topic", 4, 1).train
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(model.config.vocab_size)))
+    generate(model, long, rows, 4)
+    assert len(steps) == 1  # every token ends an answer
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [encoder.tokenizer.pad_token_id])
+    steps.clear()
+    generate(model, long, rows, 4)
+    assert len(steps) == 20  # none does
+    hook.remove()
+
+
+def reference_log_likelihood(model, encoder, row: Example, ids: list[int]) -> float:
+    """From one plain forward pass over prompt and answer, without any cache or padding."""
+    prompt = encoder.prompt(row)
+    with torch.no_grad():
+        if encoder.seq2seq:
+            logits = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([ids])).logits[0]
+        else:
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    return float(logits.log_softmax(-1)[range(len(ids)), ids].sum())
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_options_with_a_shared_cache_score_as_whole_sequences(answering, size: int) -> None:
+    model, encoder = answering
+    rows = mixed_rows()
+    labels = ["positive", "negative", "green", "a cat and a dog"]
+    options = [[encoder.whole_answer(replace(row, completion=label)) for label in labels] for row in rows]
+    assert len({len(ids) for ids in options[0]}) > 1  # options of unequal length
+    found = log_likelihoods(model, encoder, rows, options, size)
+    for row, ids, scores in zip(rows, options, found, strict=True):
+        expected = [reference_log_likelihood(model, encoder, row, one) for one in ids]
+        assert scores == pytest.approx(expected, abs=1e-4)
+    best = [labels[max(range(4), key=scores.__getitem__)] for scores in found]
+    assert choose_labels(model, encoder, rows, labels, size) == best
+
+
+def test_perplexity_is_that_of_the_plain_loss(answering) -> None:
+    model, encoder = answering
+    rows = mixed_rows()
+    losses, tokens = answer_losses(model, encoder, rows, 4)
+    for row, loss, n in zip(rows, losses, tokens, strict=True):
+        ids = encoder.answer(row)
+        assert n == len(ids)
+        assert -loss == pytest.approx(reference_log_likelihood(model, encoder, row, ids), abs=1e-4)
+    task = Task("a", rows, rows, "perplexity")
+    found = answer_task(model, encoder, task, EvaluationSection())
+    assert found.score() == pytest.approx(torch.tensor(sum(losses) / sum(tokens)).exp().item())
+
+
+def test_label_mode_answers_with_labels_only(answering) -> None:
+    model, encoder = answering
+    task = make_task("intent", 8, 12)
+    found = answer_task(model, encoder, task, EvaluationSection(mode="labels"))
+    assert set(found.predictions) <= set(task.labels)
+    free = replace(task, labels=())  # without labels there is nothing to choose from
+    assert answer_task(model, encoder, free, EvaluationSection(mode="labels")).predictions == generate(
+        model, encoder, task.test, 8
+    )
+
+
+# ---- predictions on disk ----
+def test_scores_follow_from_the_file_alone(answering, tmp_path) -> None:
+    model, encoder = answering
+    rows = [replace(row, alternatives=("x y",), source="a source") for row in mixed_rows()]
+    for scorer in ("exact_match", "rougeL", "sari", "perplexity"):
+        found = answer_task(model, encoder, Task("a", rows, rows, scorer), EvaluationSection())
+        write_jsonl(tmp_path / "p.jsonl", found.lines())
+        (again,) = read_predictions(tmp_path / "p.jsonl").values()
+        assert again.score() == found.score()
+    assert answer_task(model, encoder, Task("a", rows, rows), EvaluationSection()).score("token_f1") >= 0
+
+
+@pytest.mark.parametrize("row", [0, 3, 7])
+def test_a_missing_row_raises(row: int, tmp_path) -> None:
+    lines = [
+        {"task": "a", "scorer": "exact_match", "row": i, "of": 8, "prediction": "x", "references": ["x"]}
+        for i in range(8)
+    ]
+    assert gather(lines)["a"].score() == 100
+    with pytest.raises(MissingPredictionError, match=rf"1 of 8 predictions of task 'a' are missing \(row {row}\)"):
+        gather(lines[:row] + lines[row + 1 :])
+    with pytest.raises(MissingPredictionError, match=f"row {row} of task 'a' occurs twice"):
+        gather([*lines, lines[row]])
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:-1]) + '{"task": ')
+    with pytest.raises(PmLlmError, match=r"p\.jsonl cannot be read as predictions"):
+        read_predictions(tmp_path / "p.jsonl")
+
+
+def test_an_answer_that_does_not_come_back_raises(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        in_batches([[0, 1]], lambda batch: ["only one"])
+    import pm_llm.evaluation.batches as batches
+
+    monkeypatch.setattr(batches, "gather_object", lambda rows: rows[:-1])
+    with pytest.raises(RuntimeError, match="1 answers came back for 2 rows"):
+        in_batches([[0], [1]], lambda batch: ["x"])
+    monkeypatch.setattr(batches, "gather_object", lambda rows: [*rows, rows[0]])
+    with pytest.raises(RuntimeError, match="3 answers came back for 2 rows"):
+        in_batches([[0], [1]], lambda batch: ["x"])
+
+
+SCRIPT = """
+import json, sys
+from pm_llm.evaluation.generate import generate
+from pm_llm.evaluation.likelihood import choose_labels
+from pm_llm.models import load_base
+from pm_llm.processes import process_state, shut_down
+from pm_llm.tasks.encode import Encoder
+from tests.test_generation import mixed_rows
+
+state = process_state()
+base = load_base(sys.argv[1])
+model, encoder = base.model.eval(), Encoder(base.tokenizer, base.seq2seq, 160, 6)
+calls = []
+model.register_forward_pre_hook(lambda *a: calls.append(1))
+for rows in (mixed_rows(), mixed_rows()[:1]):
+    calls.clear()
+    said = generate(model, encoder, rows, 3)
+    chosen = choose_labels(model, encoder, rows, ["positive", "negative"], 3)
+    found = [state.process_index, state.num_processes, len(calls), said, chosen]
+    open(f"{sys.argv[2]}-{state.num_processes}-{state.process_index}-{len(rows)}.json", "w").write(json.dumps(found))
+shut_down()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_share_the_rows_and_agree(family: str, tmp_path) -> None:
+    """16 rows in batches of 3 make six batches for two processes; then one row, so that one has nothing to do."""
+    script = tmp_path / "answer.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    arguments = [str(script), f"embedded:{family}", str(tmp_path / "said")]
+    launch += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for command in (launch, [sys.executable, *arguments]):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr
+    for rows in (16, 1):
+        alone, *shares = (
+            json.loads((tmp_path / f"said-{name}-{rows}.json").read_text()) for name in ("1-0", "2-0", "2-1")
+        )
+        assert [share[:2] for share in (alone, *shares)] == [[0, 1], [0, 2], [1, 2]]
+        assert all(share[3:] == alone[3:] for share in shares)
+        assert len(alone[3]) == rows
+        if rows == 16:
+            assert all(0 < share[2] < alone[2] for share in shares)
+        else:
+            assert shares[1][2] == 0

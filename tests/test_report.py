@@ -1,0 +1,214 @@
+"""Intervals, the page and its figures, and the commands that read predictions."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pm_llm.cli import main
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.bootstrap import interval, mean_interval, paired_difference
+from pm_llm.evaluation.predictions import Predictions, read_predictions
+from pm_llm.report.data import difference, open_run
+from pm_llm.sequence import ContinualSequence
+from tests.test_sequence import TASKS, config_for
+
+
+def predictions(hits: list[bool], task: str = "a") -> Predictions:
+    return Predictions(
+        task, "exact_match", ["x" if hit else "y" for hit in hits], [["x"]] * len(hits), [None] * len(hits)
+    )
+
+
+def test_interval_of_a_share_is_the_binomial_one() -> None:
+    found = interval(predictions([True] * 30 + [False] * 70), resamples=4000)
+    error = 1.96 * 100 * (0.3 * 0.7 / 100) ** 0.5
+    assert found.value == pytest.approx(30)
+    assert found.low == pytest.approx(30 - error, abs=1)
+    assert found.high == pytest.approx(30 + error, abs=1)
+    assert interval(predictions([True] * 10)) == interval(predictions([True] * 10))
+    assert (interval(predictions([True] * 10)).low, interval(predictions([True] * 10)).high) == (100, 100)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    found = [interval(predictions(list(rng.random(80) < 0.4)), resamples=400) for _ in range(200)]
+    assert 0.90 <= np.mean([x.low <= 40 <= x.high for x in found]) <= 0.99
+
+
+def test_paired_differences_are_narrower_where_rows_agree() -> None:
+    hard = [i % 2 == 0 for i in range(100)]
+    better = [hit or i % 10 == 1 for i, hit in enumerate(hard)]
+    paired = paired_difference([predictions(better)], [predictions(hard)])
+    assert paired.value == pytest.approx(10)
+    assert paired.low > 0
+    apart = interval(predictions(better)).high - interval(predictions(better)).low
+    assert paired.high - paired.low < apart / 1.5
+    same = paired_difference([predictions(hard)], [predictions(hard)])
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    with pytest.raises(PmLlmError, match="not scored on the same rows"):
+        paired_difference([predictions(hard)], [predictions(hard[:-1])])
+    other = predictions(hard)
+    other.references[3][:] = ["z"]
+    with pytest.raises(PmLlmError, match="not scored on the same rows"):
+        paired_difference([other], [Predictions("a", "exact_match", ["x"] * 100, [["x"]] * 100, [None] * 100)])
+
+
+def test_mean_of_tasks_counts_each_task_alike() -> None:
+    small, large = predictions([True] * 4, "a"), predictions([False] * 400, "b")
+    assert mean_interval([small, large]).value == pytest.approx(50)
+
+
+@pytest.fixture(scope="module")
+def runs(pico_folders, tmp_path_factory) -> dict[str, Path]:
+    """Three finished runs, one of them with everything measured and a coefficient a module."""
+    root = tmp_path_factory.mktemp("runs")
+    merge = {"name": "optimal", "granularity": "module"}
+    common = {"evaluate": "all", "max_test_samples": 6, "max_rank": 5}
+    for method, options in (("pm", {"merge": merge}), ("seqlora", {}), ("average", {"evaluate": "diagonal+final"})):
+        config = config_for(pico_folders["llama"], root / method, method=method, **{**common, **options})
+        ContinualSequence(config).run()
+    return {method: root / method for method in ("pm", "seqlora", "average")}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order and gathers what the page asks for and shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.asked: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attributes) -> None:
+        for key, value in attributes:
+            if key in ("src", "href", "xlink:href") and not value.startswith(("#", "data:")):
+                self.asked.append(value)
+            if key == "id":
+                self.ids.append(value)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes) -> None:
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.text += data
+
+
+def test_the_page(runs, tmp_path, capsys) -> None:
+    paths = [str(runs[name]) for name in ("pm", "seqlora", "average")]
+    assert main(["report", *paths, "--out", str(tmp_path / "out"), "--joint", "99"]) == 0
+    said = capsys.readouterr().out
+    assert "gap closed" in said
+    html = (tmp_path / "out/report.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert page.asked == []  # self-contained
+    assert "url(http" not in html
+    assert len(page.ids) == len(set(page.ids))  # one picture's clip path must not be another's
+    assert html.count("<svg") == len(list((tmp_path / "out/figures").glob("*.svg")))
+    for word in ("Methods", "Accuracy over the sequence", "Merge coefficients", "Curvature", "Truncation error"):
+        assert word in page.text
+    for word in ("Accuracy matrix", "Coefficients of the modules", "Time and memory", "(untrained)", "pm_llm 0"):
+        assert word in page.text
+    names = {p.name for p in (tmp_path / "out/figures").iterdir()}
+    assert {"accuracy.png", "accuracy.svg", "matrix-1.png", "matrix-3.svg", "modules-1.png", "costs-2.svg"} <= names
+    results = json.loads((runs["pm"] / "results.json").read_text())
+    assert f"{results['average_accuracy']:.1f} (" in page.text
+    assert set(results["seconds"][0]) == {"train", "fisher", "merge", "evaluate"}
+    assert all(x > 10**7 for x in results["peak_memory_bytes"])
+    assert results["untrained"].keys() == set(TASKS)
+
+
+def test_intervals_and_differences_of_runs(runs) -> None:
+    pm, seqlora, average = (open_run(runs[name]) for name in ("pm", "seqlora", "average"))
+    for at, found in pm.intervals.items():
+        assert found.low <= found.value <= found.high
+        assert found.value == pytest.approx(pm.matrix.get(*at))
+    assert sorted(pm.averages) == [0, 1, 2]
+    assert sorted(average.averages) == [0, 2]  # after the second task the first was not scored
+    assert difference(pm, seqlora).value == pytest.approx(
+        pm.results["average_accuracy"] - seqlora.results["average_accuracy"]
+    )
+
+
+def test_a_run_with_a_missing_or_altered_prediction(runs, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["pm"], run, symlinks=True)
+    file = run / "stages/03-question/predictions.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    assert main(["report", str(run)]) == 2
+    assert "1 of 6 predictions of task 'question' are missing (row 5)" in capsys.readouterr().err
+    altered = [
+        json.dumps({**json.loads(line), "prediction": json.loads(line)["references"][0]}) + "\n" for line in lines
+    ]
+    file.write_text("".join(altered))
+    assert main(["report", str(run)]) == 2
+    assert re.search(r"predictions after stage 3 give 100\.000 on '\w+'", capsys.readouterr().err)
+
+
+def test_scores_again_without_the_model(runs, capsys) -> None:
+    results = json.loads((runs["pm"] / "results.json").read_text())
+    assert main(["score", str(runs["pm"])]) == 0
+    lines = {line.split("\t")[0]: line.split("\t")[1] for line in capsys.readouterr().out.strip().splitlines()}
+    for j, name in enumerate(TASKS):
+        assert float(lines[name]) == pytest.approx(results["matrix"][-1][j], abs=0.01)
+    file = runs["pm"] / "stages/01-sentiment/predictions.jsonl"
+    assert main(["score", str(file), "--scorer", "token_f1"]) == 0
+    assert "sentiment\t" in capsys.readouterr().out
+    assert main(["score", str(file), "--scorer", "tokenf1"]) == 2
+    assert "Did you mean 'token_f1'" in capsys.readouterr().err
+    assert main(["score", str(runs["pm"] / "config.yaml")]) == 2
+    assert main(["score", str(file), "--scorer", "perplexity"]) == 2
+
+
+def test_evaluate_keeps_its_predictions(runs, pico_folders, tmp_path, capsys) -> None:
+    arguments = ["evaluate", "--model", pico_folders["llama"], "--benchmark", "embedded", "--order", "topic"]
+    arguments += ["--max_test_samples", "6", "--max_length", "96", "--adapter", str(runs["pm"] / "adapter")]
+    assert main([*arguments, "--predictions", str(tmp_path / "no/p.jsonl")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert main([*arguments, "--predictions", str(tmp_path / "p.jsonl")]) == 0
+    (found,) = read_predictions(tmp_path / "p.jsonl").values()
+    last = read_predictions(runs["pm"] / "stages/03-question/predictions.jsonl")["topic"]
+    assert found.predictions == last.predictions
+
+
+def test_check_tells_what_a_run_would_train_on(pico_folders, tmp_path, capsys) -> None:
+    rows = [
+        {"prompt": f"is {i} even ?" + " long" * (i % 7) * 10, "completion": "yes" if i % 4 else "no"}
+        for i in range(40)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:10]))
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    arguments = ["tasks", "check", *files, "--model", pico_folders["llama"], "--max_length", "40"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "sequence: a, b" in said
+    assert "train: 36 rows" in said
+    assert re.search(r"'yes' 7\d%, 'no' 2\d%", said)
+    assert re.search(r"prompt tokens min \d+ 50% \d+ 90% \d+ 99% \d+ max \d+, answer tokens", said)
+    cut = float(re.search(r"([\d.]+)% of prompts are shortened to 37 tokens", said)[1])
+    assert 50 < cut < 95
+    assert said.count("example ") == 6
+    assert "[[ yes</s>]]" in said
+    shared = re.findall(r"(\w+/\w+) and (\w+/\w+): (\d+)", said)
+    assert sum(int(n) for a, b, n in shared if a[0] != b[0]) == 10
+    (tmp_path / "b.jsonl").write_text('{"prompt": "x"}\n')
+    assert main(arguments) == 2
+    assert f"{tmp_path / 'b.jsonl'}:1: " in capsys.readouterr().err
