@@ -64,18 +64,16 @@ def main() -> None:
     parser.add_argument("--model", default="embedded:llama", help="Hub id or folder of the base model")
     parser.add_argument("--adapter", help="an adapter that has learned the tasks, so that answers end")
     parser.add_argument("--data-dir", help="CL_Benchmark folder; none: the embedded tasks")
-    parser.add_argument("--tasks", default="agnews,QQP,BoolQA,MultiRC,yahoo", help="tasks of the long sequence")
+    parser.add_argument("--order", default="order6", help="tasks of the long sequence: an order or names")
     parser.add_argument("--rows", type=int, default=500, help="rows in all")
     parser.add_argument("--parts", type=int, default=5, help="parts the rows are divided into")
     parser.add_argument("--max-length", type=int, default=562, help="longest input and answer, in tokens")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
 
-    source = {"benchmark": "long_sequence", "order": given.tasks} if given.data_dir else {"benchmark": "embedded"}
+    source = {"benchmark": "long_sequence", "order": given.order} if given.data_dir else {"benchmark": "embedded"}
     tasks = load_tasks(RunConfig(**source, data_dir=given.data_dir))
-    each = given.rows // len(tasks)
-    rows = [(task, row) for task in tasks for row in random.Random(0).sample(list(task.test), each)]
-    random.Random(1).shuffle(rows)
+    rows = random.Random(0).sample([(task, row) for task in tasks for row in task.test], given.rows)
 
     base = load_base(given.model)
     model = base.model

@@ -23,7 +23,7 @@ from pm_llm.run_dir import write_jsonl
 from pm_llm.tasks import Example, Task
 from pm_llm.tasks.embedded import make_task
 from pm_llm.tasks.encode import Encoder
-from tests.conftest import FAMILIES, ROOT
+from tests.conftest import FAMILIES, ROOT, make_model, tokenizer
 
 
 def mixed_rows() -> list[Example]:
@@ -102,6 +102,23 @@ def test_options_with_a_shared_cache_score_as_whole_sequences(answering, size: i
         assert scores == pytest.approx(expected, abs=1e-4)
     best = [labels[max(range(4), key=scores.__getitem__)] for scores in found]
     assert choose_labels(model, encoder, rows, labels, size) == best
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaving_out_labels_that_cannot_win_changes_nothing(family: str) -> None:
+    """Labels whose first tokens are no hint of the whole, on a model of random weights."""
+    model, encoder = make_model(family).eval(), Encoder(tokenizer(family), family == "t5", 160, 6)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)  # or all tokens would be about as likely
+    rows, labels = mixed_rows(), ["xq vz", "kj wq", "zz qq", "vv xj", "jq kz", "wx vq"]
+    options = [[encoder.whole_answer(replace(row, completion=label)) for label in labels] for row in rows]
+    full = log_likelihoods(model, encoder, rows, options, 5)
+    best = [max(range(6), key=scores.__getitem__) for scores in full]
+    assert choose_labels(model, encoder, rows, labels, 5) == [labels[i] for i in best]
+    firsts = log_likelihoods(model, encoder, rows, [[ids[:1] for ids in row] for row in options], 5)
+    likeliest = [max(range(6), key=scores.__getitem__) for scores in firsts]
+    assert best != likeliest
 
 
 def test_perplexity_is_that_of_the_plain_loss(answering) -> None:

@@ -1,4 +1,8 @@
-"""Log-likelihoods of given answers: of each option of a classification task, or of the right answer (perplexity)."""
+"""Log-likelihoods of given answers: of each option of a classification task, or of the right answer (perplexity).
+
+A batch's prompts are read once, and what they have in common at the front (a benchmark's instruction) once for all of
+them; every option then goes on from the key-value cache (an encoder-decoder's: from the encoder's states).
+"""
 
 from __future__ import annotations
 
@@ -14,44 +18,57 @@ from pm_llm.evaluation.generate import evaluating, padded
 from pm_llm.tasks import Example
 from pm_llm.tasks.encode import Encoder
 
+Ids = Sequence[int]
 
-@torch.inference_mode()
+
 def log_likelihoods(
     model: Any,
     encoder: Encoder,
     examples: Sequence[Example],
-    options: Sequence[Sequence[Sequence[int]]],
+    options: Sequence[Sequence[Ids]],
     batch_size: int,
     batch_tokens: int = 8192,
     progress: Callable[[int], Any] | None = None,
 ) -> list[list[float]]:
     """`log p(option | prompt)` in nats for each example's options; every process gets all of them.
 
-    The prompt is read once: a decoder's key-value cache (an encoder-decoder's encoder states) serves all its options.
-
     Args:
         options: For each example, the token ids of its options (with end of sequence); all examples have as many.
     """
-    prompts = [encoder.prompt(example) for example in examples]
-    longest = max(len(ids) for row in options for ids in row)
-    score = _encoder_decoder if encoder.seq2seq else _decoder
 
-    def work(batch: Sequence[int]) -> list[list[float]]:
-        inputs = padded(encoder, [prompts[i] for i in batch]).to(model.device)
-        columns = [[options[i][k] for i in batch] for k in range(len(options[batch[0]]))]
-        return score(model, inputs, columns).tolist()
+    def score(reader: Reader, mine: list[Sequence[Ids]]) -> list[list[float]]:
+        columns = [reader.score([row[k] for row in mine]) for k in range(len(mine[0]))]
+        return torch.stack(columns, dim=1).tolist()
 
-    with evaluating(model):
-        return in_batches(pack([len(ids) for ids in prompts], longest, batch_size, batch_tokens), work, progress)
+    return _read(model, encoder, examples, options, score, batch_size, batch_tokens, progress)
 
 
 def choose_labels(
     model: Any, encoder: Encoder, examples: Sequence[Example], labels: Sequence[str], *sizes: Any
 ) -> list[str]:
-    """The most likely label for each example, end of sequence counted as part of it. Sizes as in `generate`."""
+    """The most likely label for each example, end of sequence counted as part of it. Sizes as in `generate`.
+
+    No label is more likely than its first token. So labels are tried in the order of their first tokens, until none
+    that is left can win: the answer is that of trying all.
+    """
     options = [[encoder.whole_answer(replace(row, completion=label)) for label in labels] for row in examples]
-    scores = log_likelihoods(model, encoder, examples, options, *sizes)
-    return [labels[max(range(len(labels)), key=row.__getitem__)] for row in scores]
+
+    def best(reader: Reader, mine: list[Sequence[Ids]]) -> list[int]:
+        at_most = reader.first.gather(
+            1, torch.tensor([[ids[0] for ids in row] for row in mine]).to(reader.first.device)
+        )
+        bound, order = at_most.sort(dim=1, descending=True, stable=True)
+        value = torch.full_like(bound[:, 0], -torch.inf)
+        chosen = order[:, 0].clone()
+        for k in range(len(labels)):
+            if not (bound[:, k] > value).any():
+                break
+            found = reader.score([row[i] for row, i in zip(mine, order[:, k].tolist(), strict=True)])
+            chosen = torch.where(found > value, order[:, k], chosen)
+            value = torch.maximum(found, value)
+        return chosen.tolist()
+
+    return [labels[i] for i in _read(model, encoder, examples, options, best, *sizes)]
 
 
 def answer_losses(
@@ -63,57 +80,118 @@ def answer_losses(
     return [-row[0] for row in scores], [len(row[0]) for row in options]
 
 
-def _decoder(model: Any, inputs: Any, columns: list[list[Sequence[int]]]) -> Tensor:
-    mask = inputs["attention_mask"]
-    first = model(
-        **inputs,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    start = first.logits[:, -1:].float()
-    cache = first.past_key_values
-    found = []
-    for rows in columns:
-        ids, kept = _right_padded(rows, mask.device)
-        logits = start
-        if ids.shape[1] > 1:
-            more = model(
-                input_ids=ids[:, :-1],
-                attention_mask=torch.cat([mask, kept[:, :-1].to(mask.dtype)], dim=1),
-                position_ids=mask.sum(-1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=mask.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache.crop(1 - ids.shape[1])  # back to the prompt
-            logits = torch.cat([start, more.logits.float()], dim=1)
-        found.append(_summed(logits, ids, kept))
-    return torch.stack(found, dim=1)
+@torch.inference_mode()
+def _read(
+    model: Any,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    options: Sequence[Sequence[Ids]],
+    work: Callable[[Reader, list[Sequence[Ids]]], list[Any]],
+    batch_size: int,
+    batch_tokens: int = 8192,
+    progress: Callable[[int], Any] | None = None,
+) -> list[Any]:
+    """`work` on each batch's reader and options, gathered in the examples' order."""
+    prompts = [encoder.prompt(example) for example in examples]
+    longest = max((len(ids) for row in options for ids in row), default=0)
+    reader = EncoderDecoderReader if encoder.seq2seq else DecoderReader
+
+    def on_batch(batch: Sequence[int]) -> list[Any]:
+        return work(reader(model, encoder, [prompts[i] for i in batch]), [options[i] for i in batch])
+
+    with evaluating(model):
+        return in_batches(pack([len(ids) for ids in prompts], longest, batch_size, batch_tokens), on_batch, progress)
 
 
-def _encoder_decoder(model: Any, inputs: Any, columns: list[list[Sequence[int]]]) -> Tensor:
-    states = model.get_encoder()(**inputs)
-    found = []
-    for rows in columns:
-        ids, kept = _right_padded(rows, inputs["input_ids"].device)
-        begin = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
-        logits = model(
-            encoder_outputs=states,
-            attention_mask=inputs["attention_mask"],
-            decoder_input_ids=torch.cat([begin, ids[:, :-1]], dim=1),
-        ).logits.float()
-        found.append(_summed(logits, ids, kept))
-    return torch.stack(found, dim=1)
+class Reader:
+    """Prompts that have been read.
+
+    `first` are the log-probabilities of the answers' first token, shape (rows, vocabulary).
+    """
+
+    first: Tensor
+
+    def score(self, answers: Sequence[Ids]) -> Tensor:
+        """`log p(answer | prompt)` of one answer a row, shape (rows,)."""
+        raise NotImplementedError
+
+    def _right_padded(self, answers: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Ids (rows, longest), and where they are no padding."""
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in answers], batch_first=True)
+        lengths = torch.tensor([len(row) for row in answers])
+        return ids.to(self.first.device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.first.device)
 
 
-def _right_padded(rows: list[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Ids (rows, longest), and where they are no padding."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
+class DecoderReader(Reader):
+    """Prompts in a decoder's key-value cache: first the tokens common to all, then the rest, padded on the left."""
+
+    def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
+        self.model = model
+        common = _common_prefix(prompts)
+        self.cache: Any = None
+        if common:
+            ids = torch.tensor([prompts[0][:common]], device=model.device)
+            self.cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            self.cache.batch_repeat_interleave(len(prompts))
+        rest = padded(encoder, [ids[common:] for ids in prompts]).to(model.device)
+        self.mask = torch.cat([rest["attention_mask"].new_ones(len(prompts), common), rest["attention_mask"]], dim=1)
+        out = model(
+            input_ids=rest["input_ids"],
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, common:],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = out.past_key_values
+        self.first = out.logits[:, -1].float().log_softmax(-1)
+
+    def score(self, answers: Sequence[Ids]) -> Tensor:
+        ids, kept = self._right_padded(answers)
+        found = self.first.gather(1, ids[:, :1]).squeeze(1)
+        length = ids.shape[1] - 1
+        if not length:
+            return found
+        out = self.model(
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([self.mask, kept[:, :-1].to(self.mask.dtype)], dim=1),
+            position_ids=self.mask.sum(-1, keepdim=True) + torch.arange(length, device=ids.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache.crop(-length)  # back to the prompts
+        return found + _summed(out.logits, ids[:, 1:], kept[:, 1:])
+
+
+class EncoderDecoderReader(Reader):
+    """Prompts as an encoder's states."""
+
+    def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
+        self.model = model
+        inputs = padded(encoder, prompts).to(model.device)
+        self.mask = inputs["attention_mask"]
+        self.states = model.get_encoder()(**inputs)
+        self.begin = torch.full_like(self.mask[:, :1], model.config.decoder_start_token_id)
+        self.first = self._decode(self.begin)[:, 0].float().log_softmax(-1)
+
+    def score(self, answers: Sequence[Ids]) -> Tensor:
+        ids, kept = self._right_padded(answers)
+        return _summed(self._decode(torch.cat([self.begin, ids[:, :-1]], dim=1)), ids, kept)
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        return self.model(encoder_outputs=self.states, attention_mask=self.mask, decoder_input_ids=ids).logits
+
+
+def _common_prefix(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with alike; each keeps at least one of its own, and one alone shares none."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in order of the tokens, these two differ soonest
+    limit = min(len(ids) for ids in prompts) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def _summed(logits: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
     """The sum of the tokens' log-probabilities, shape (rows,)."""
-    each = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    each = logits.float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
     return (each * kept).sum(-1)
