@@ -11,7 +11,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from pm_llm.config import flags, load_config
 from pm_llm.models import lora_config, resolve
 from pm_llm.sequence import training_arguments
-from pm_llm.tasks import BENCHMARKS
+from pm_llm.tasks import BENCHMARKS, load_benchmark
+from pm_llm.tasks.order import pick_order
 from tests.conftest import ROOT, pm_llm
 
 RECIPES = sorted(p for kind in ("*.yaml", "*.yml") for p in (ROOT / "recipes").rglob(kind))
@@ -25,7 +26,7 @@ KNOWN = {
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 5
+    assert len(RECIPES) >= 12
     assert len(LAUNCHERS) >= 3
 
 
@@ -44,10 +45,9 @@ def test_recipe(path: Path, tmp_path) -> None:
     assert config.benchmark in BENCHMARKS
     targets = config.lora.target_modules or []
     assert not set(targets) & ({"q_proj", "v_proj"} if seq2seq else {"q", "v"})
-    if config.benchmark == "standard_cl":
-        from pm_llm.tasks.standard_cl import CATEGORY, ORDERS
-
-        assert config.order in list(ORDERS) or set(config.order) <= set(CATEGORY)
+    assert config.benchmark is not None
+    benchmark = load_benchmark(config.benchmark)
+    assert pick_order(config.order, benchmark.ORDERS, list(benchmark.TASKS))
     # what the sequence itself builds from it
     arguments = training_arguments(config, seq2seq, str(tmp_path), 0, "cpu")
     assert arguments.learning_rate == config.train.learning_rate
