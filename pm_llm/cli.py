@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Print what a run would train on, or everything that is wrong with it, with file and line. "
         "Tasks are given as files or dataset ids, or by --config, --benchmark, --order, --data_dir, --tasks ...; "
         "--model names the tokenizer.",
+        usage="pm-llm tasks check [TASK ...] [--config RECIPE.YAML] [--KEY VALUE ...]",
     )
-    check.add_argument("files", nargs="*", metavar="TASK", help="files, folders or dataset ids")
     check.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
 
     score = commands.add_parser(
@@ -93,9 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, rest = parser.parse_known_args(arguments)
     try:
         if given.command in ("run", "evaluate", "tasks"):
-            overrides = parse_overrides(rest)
-            if given.command == "tasks" and given.files:
-                overrides["tasks"] = given.files
+            files = list(takewhile(lambda word: not word.startswith("-"), rest)) if given.command == "tasks" else []
+            overrides = parse_overrides(rest[len(files) :]) | ({"tasks": files} if files else {})
             config = load_config(given.config, overrides).check()
             return {"run": run, "evaluate": evaluate, "tasks": check_tasks}[given.command](given, config)
         if rest:

@@ -19,7 +19,7 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.predictions import Predictions
-from pm_llm.evaluation.run import answer_task, encoder_for
+from pm_llm.evaluation.run import answer_task
 from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.fisher import Fisher, diagonal_fisher
 from pm_llm.merges import Merger
@@ -29,6 +29,7 @@ from pm_llm.progress import TrainingBar, bar, say
 from pm_llm.run_dir import ADAPTER, PREDICTIONS, TASK_ADAPTER, RunDir, write_jsonl
 from pm_llm.starts import RUNNING, TASK
 from pm_llm.tasks import Task, checked, load_tasks
+from pm_llm.tasks.encode import Encoder, encoder_for
 from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
 
 VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -62,7 +63,7 @@ class ContinualSequence:
         self._on_main(lambda: self.run_dir.create(self.config, names, _versions()))
         self.base = load_base(self.config.model, self.config.dtype)
         self.model: Any = self.base.model.to(self.state.device)
-        self.encoders = {name: encoder_for(self.base, task, self.config) for name, task in self.distinct.items()}
+        self.encoders = {name: self._encoder(task) for name, task in self.distinct.items()}
         merger, running, done = self._resume()
         if self.config.evaluate == "all" and not done:
             untrained = self._evaluate(list(self.distinct))
@@ -86,7 +87,7 @@ class ContinualSequence:
         clock = Clock(self.state.device)
         start = self.method.start.build("start")
         self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
-        rows = encoder_for(self.base, task, self.config).features(task.train)
+        rows = self._encoder(task).features(task.train)
         logs = self._train(number, task, rows)
         clock.stop("train")
         new = Adapter.from_model(self.model, TASK)
@@ -235,6 +236,10 @@ class ContinualSequence:
         }
         self._on_main(lambda: self.run_dir.write_results(results))
         return results
+
+    def _encoder(self, task: Task) -> Encoder:
+        limits = (self.config.max_length, self.config.max_new_tokens)
+        return encoder_for(self.base.tokenizer, self.base.seq2seq, task, *limits)
 
     def _collator(self) -> DataCollatorForSeq2Seq:
         return DataCollatorForSeq2Seq(self.base.tokenizer, self.model)

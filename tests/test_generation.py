@@ -10,11 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import IA3Config, LoHaConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import set_seed
 
+from pm_llm.cli import main
 from pm_llm.config import EvaluationSection
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.batches import in_batches, pack
-from pm_llm.evaluation.generate import generate
+from pm_llm.evaluation.generate import common_prefix, generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels, log_likelihoods
 from pm_llm.evaluation.predictions import MissingPredictionError, gather, read_predictions
 from pm_llm.evaluation.run import answer_task
@@ -22,7 +25,7 @@ from pm_llm.models import load_base
 from pm_llm.run_dir import write_jsonl
 from pm_llm.tasks import Example, Task
 from pm_llm.tasks.embedded import make_task
-from pm_llm.tasks.encode import Encoder
+from pm_llm.tasks.encode import Encoder, longest_answer
 from tests.conftest import FAMILIES, ROOT, make_model, tokenizer
 
 
@@ -70,11 +73,12 @@ def test_generation_stops_when_all_rows_have_ended(answering, monkeypatch) -> No
     long, rows = replace(encoder, max_new_tokens=20), make_task("topic", 4, 1).train
     monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(model.config.vocab_size)))
     generate(model, long, rows, 4)
-    assert len(steps) == 1  # every token ends an answer
+    common = 0 if encoder.seq2seq else 1  # one step reads what the prompts begin with
+    assert len(steps) == common + 1  # every token ends an answer
     monkeypatch.setattr(model.generation_config, "eos_token_id", [encoder.tokenizer.pad_token_id])
     steps.clear()
     generate(model, long, rows, 4)
-    assert len(steps) == 20  # none does
+    assert len(steps) == common + 20  # none does
     hook.remove()
 
 
@@ -87,6 +91,66 @@ def reference_log_likelihood(model, encoder, row: Example, ids: list[int]) -> fl
         else:
             logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
     return float(logits.log_softmax(-1)[range(len(ids)), ids].sum())
+
+
+def test_what_prompts_begin_with_is_read_once(answering) -> None:
+    model, encoder = answering
+    read: list[int] = []
+    reader = (model.get_encoder() if encoder.seq2seq else model).get_input_embeddings()
+    hook = reader.register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))
+    rows = make_task("topic", 16, 1).train
+    prompts = [encoder.prompt(row) for row in rows]
+    common = common_prefix(prompts)
+    assert common > 5
+    generate(model, replace(encoder, max_new_tokens=1), rows, 16)
+    whole = 16 * max(map(len, prompts))
+    batches = pack([len(ids) for ids in prompts], 1, 16, 8192)
+    padded = sum(len(batch) * len(prompts[batch[0]]) for batch in batches)
+    assert padded <= whole
+    if encoder.seq2seq:
+        assert sum(read) == padded
+    else:
+        assert sum(read) < padded - (16 - 2 * len(batches)) * common
+    hook.remove()
+
+
+def test_common_prefix() -> None:
+    assert common_prefix([[1, 2, 3], [1, 2, 4]]) == 2
+    assert common_prefix([[1, 2], [1, 2, 4], [1, 2, 5]]) == 1  # each keeps a token of its own
+    assert common_prefix([[1, 2], [1, 2]]) == 1
+    assert common_prefix([[3], [1]]) == 0
+    assert common_prefix([[1, 2, 3]]) == 0
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig, IA3Config, LoHaConfig])
+def test_any_kind_of_adapter(config, pico_folders, tmp_path, capsys) -> None:
+    """`pm-llm evaluate` gives what PEFT itself generates row by row, for adapters that are not LoRA either."""
+    options = {"num_virtual_tokens": 4} if config in (PromptTuningConfig, PrefixTuningConfig) else {}
+    set_seed(1)
+    model = get_peft_model(make_model("llama"), config(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.normal_(std=0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = ["evaluate", "--model", pico_folders["llama"], "--adapter", str(tmp_path / "adapter")]
+    arguments += ["--benchmark", "embedded", "--order", "topic", "--max_test_samples", "6", "--max_length", "96"]
+    assert main([*arguments, "--predictions", str(tmp_path / "p.jsonl")]) == 0
+    found = read_predictions(tmp_path / "p.jsonl")["topic"].predictions
+    task = make_task("topic").subset(None, 6, 0)
+    encoder = Encoder(tokenizer("llama"), False, 96, longest_answer(tokenizer("llama"), False, task))
+    alone = PeftModel.from_pretrained(load_base(pico_folders["llama"]).model, str(tmp_path / "adapter")).eval()
+    for row, said in zip(task.test, found, strict=True):
+        ids = torch.tensor([encoder.prompt(row)])
+        output = alone.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=encoder.max_new_tokens, do_sample=False
+        )
+        assert encoder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip() == said
+    if options:
+        assert main([*arguments, "--evaluation.mode", "labels"]) == 2
+        assert "virtual tokens" in capsys.readouterr().err
+    else:
+        assert main([*arguments, "--evaluation.mode", "labels"]) == 0
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -188,11 +252,11 @@ def test_an_answer_that_does_not_come_back_raises(monkeypatch) -> None:
 
 SCRIPT = """
 import json, sys
-from pm_llm.evaluation.generate import generate
+from pm_llm.evaluation.generate import common_prefix, generate
 from pm_llm.evaluation.likelihood import choose_labels
 from pm_llm.models import load_base
 from pm_llm.processes import process_state, shut_down
-from pm_llm.tasks.encode import Encoder
+from pm_llm.tasks.encode import Encoder, longest_answer
 from tests.test_generation import mixed_rows
 
 state = process_state()

@@ -209,6 +209,8 @@ def test_check_tells_what_a_run_would_train_on(pico_folders, tmp_path, capsys) -
     assert "[[ yes</s>]]" in said
     shared = re.findall(r"(\w+/\w+) and (\w+/\w+): (\d+)", said)
     assert sum(int(n) for a, b, n in shared if a[0] != b[0]) == 10
+    assert main(["tasks", "check", "--benchmark", "embedded", "--order", "topic", "--model", "embedded:t5"]) == 0
+    assert "topic: scorer exact_match, 4 labels" in capsys.readouterr().out
     (tmp_path / "b.jsonl").write_text('{"prompt": "x"}\n')
     assert main(arguments) == 2
     assert f"{tmp_path / 'b.jsonl'}:1: " in capsys.readouterr().err

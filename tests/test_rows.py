@@ -139,3 +139,16 @@ def test_a_validation_share_is_split_off_and_scored(tmp_path) -> None:
     config.tasks = [str(tmp_path / "a.jsonl")]
     with pytest.raises(PmLlmError, match="no validation rows"):
         load_tasks(config)
+
+
+def test_ids_are_those_of_a_file_also_where_it_is_split(tmp_path) -> None:
+    """Two rows of one id are found whether or not they fall into the same split; two files may use the same ids."""
+    rows = [json.dumps({**GOOD, "id": i % 20}) + "\n" for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    with pytest.raises(PmLlmError) as error:
+        load_tasks(RunConfig(tasks=[{"data": str(tmp_path / "a.jsonl"), "test_size": 0.5}]))
+    assert str(error.value).count("its id") == 20
+    for name in ("train", "test"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        (tmp_path / "two" / f"{name}.jsonl").write_text("".join(rows[:20]))
+    load_tasks(RunConfig(tasks=[str(tmp_path / "two")]))

@@ -11,9 +11,9 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
 from pm_llm.models import load_base
-from pm_llm.tasks import Example, load_tasks
+from pm_llm.tasks import Example, Task, load_tasks
 from pm_llm.tasks.embedded import MAKERS, make_task
-from pm_llm.tasks.encode import Encoder, longest_answer
+from pm_llm.tasks.encode import Encoder, encoder_for, longest_answer
 from pm_llm.tasks.hub_rows import load_hub_dataset
 from tests.conftest import FAMILIES, SHARED, tokenizer
 
@@ -243,6 +243,13 @@ def test_chats_that_cannot_be(messages, tmp_path) -> None:
         match=r"role is 1|must be a list of turns|needs `role` and `content`|must end with an assistant turn",
     ):
         user_tasks(str(tmp_path / "a.jsonl"))
+
+
+def test_answers_that_leave_no_room_for_prompts() -> None:
+    task = Task("a", [Example("x", "word " * 60)], [Example("x", "y")])
+    with pytest.raises(PmLlmError, match=r"task 'a': answers of \d+ tokens leave none of max_length 50 for prompts"):
+        encoder_for(tokenizer("llama"), False, task, 50, None)
+    assert encoder_for(tokenizer("llama"), False, task, 50, 10).prompt_budget == 40
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,9 +9,11 @@ from accelerate.utils import gather_object
 
 from pm_llm.processes import process_state
 
+PADDING = 0.2  # a row joins a batch if padding makes up at most this share of it
+
 
 def pack(lengths: Sequence[int], extra: int, rows: int, tokens: int) -> list[list[int]]:
-    """Row numbers in batches: longest first, at most `rows` in one and at most `tokens` with padding.
+    """Row numbers in batches of like length: longest first, at most `rows` in one and at most `tokens` with padding.
 
     Args:
         lengths: Each row's length in tokens.
@@ -23,7 +25,9 @@ def pack(lengths: Sequence[int], extra: int, rows: int, tokens: int) -> list[lis
     # longest first: running out of memory shows at once
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         last = batches[-1] if batches else []
-        if last and len(last) < rows and (len(last) + 1) * (lengths[last[0]] + extra) <= tokens:
+        longest = lengths[last[0]] if last else 0
+        fits = len(last) < rows and (len(last) + 1) * (longest + extra) <= tokens
+        if last and fits and lengths[i] >= (1 - PADDING) * longest:
             last.append(i)
         else:
             batches.append([i])

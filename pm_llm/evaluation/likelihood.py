@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.batches import in_batches, pack
-from pm_llm.evaluation.generate import evaluating, padded
+from pm_llm.evaluation.generate import evaluating, is_prompt_learning, read_common
 from pm_llm.tasks import Example
 from pm_llm.tasks.encode import Encoder
 
@@ -92,6 +93,11 @@ def _read(
     progress: Callable[[int], Any] | None = None,
 ) -> list[Any]:
     """`work` on each batch's reader and options, gathered in the examples' order."""
+    if is_prompt_learning(model):
+        raise PmLlmError(
+            "adapters of virtual tokens (prompt tuning and the like) can be asked to generate, but not for "
+            "likelihoods. Use evaluation.mode generate, and another scorer than perplexity."
+        )
     prompts = [encoder.prompt(example) for example in examples]
     longest = max((len(ids) for row in options for ids in row), default=0)
     reader = EncoderDecoderReader if encoder.seq2seq else DecoderReader
@@ -123,23 +129,18 @@ class Reader:
 
 
 class DecoderReader(Reader):
-    """Prompts in a decoder's key-value cache: first the tokens common to all, then the rest, padded on the left."""
+    """Prompts in a decoder's key-value cache."""
 
     def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
         self.model = model
-        common = _common_prefix(prompts)
-        self.cache: Any = None
-        if common:
-            ids = torch.tensor([prompts[0][:common]], device=model.device)
-            self.cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            self.cache.batch_repeat_interleave(len(prompts))
-        rest = padded(encoder, [ids[common:] for ids in prompts]).to(model.device)
-        self.mask = torch.cat([rest["attention_mask"].new_ones(len(prompts), common), rest["attention_mask"]], dim=1)
+        inputs, cache = read_common(model, encoder, prompts)
+        self.mask = inputs["attention_mask"]
+        read = cache.get_seq_length() if cache is not None else 0
         out = model(
-            input_ids=rest["input_ids"],
+            input_ids=inputs["input_ids"][:, read:],
             attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, common:],
-            past_key_values=self.cache,
+            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, read:],
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -168,7 +169,7 @@ class EncoderDecoderReader(Reader):
 
     def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
         self.model = model
-        inputs = padded(encoder, prompts).to(model.device)
+        inputs, _ = read_common(model, encoder, prompts)
         self.mask = inputs["attention_mask"]
         self.states = model.get_encoder()(**inputs)
         self.begin = torch.full_like(self.mask[:, :1], model.config.decoder_start_token_id)
@@ -180,15 +181,6 @@ class EncoderDecoderReader(Reader):
 
     def _decode(self, ids: Tensor) -> Tensor:
         return self.model(encoder_outputs=self.states, attention_mask=self.mask, decoder_input_ids=ids).logits
-
-
-def _common_prefix(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with alike; each keeps at least one of its own, and one alone shares none."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(prompts), max(prompts)  # in order of the tokens, these two differ soonest
-    limit = min(len(ids) for ids in prompts) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def _summed(logits: Tensor, ids: Tensor, kept: Tensor) -> Tensor:

@@ -14,17 +14,11 @@ from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels
 from pm_llm.evaluation.predictions import Predictions
 from pm_llm.evaluation.scorers import SCORERS
-from pm_llm.models import Base, load_base
+from pm_llm.models import load_base
 from pm_llm.processes import process_state
 from pm_llm.progress import bar
 from pm_llm.tasks import Task, load_tasks
-from pm_llm.tasks.encode import Encoder, longest_answer
-
-
-def encoder_for(base: Base, task: Task, config: RunConfig) -> Encoder:
-    """How the task's rows are rendered for the model, with room for its longest training answer."""
-    answer = config.max_new_tokens or longest_answer(base.tokenizer, base.seq2seq, task)
-    return Encoder(base.tokenizer, base.seq2seq, config.max_length, answer)
+from pm_llm.tasks.encode import Encoder, encoder_for
 
 
 def answer_task(model: Any, encoder: Encoder, task: Task, how: EvaluationSection) -> Predictions:
@@ -59,4 +53,9 @@ def evaluate_adapter(adapter: str | None, config: RunConfig) -> list[Predictions
         except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise PmLlmError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
     model = model.to(process_state().device)
-    return [answer_task(model, encoder_for(base, task, config), task, config.evaluation) for task in tasks.values()]
+    limits = (config.max_length, config.max_new_tokens)
+    encoders = [encoder_for(base.tokenizer, base.seq2seq, task, *limits) for task in tasks.values()]
+    return [
+        answer_task(model, encoder, task, config.evaluation)
+        for encoder, task in zip(encoders, tasks.values(), strict=True)
+    ]

@@ -83,23 +83,24 @@ class Task:
 
         if self.scorer not in SCORERS:
             raise unknown_name(f"scorer of task {self.name!r}:", self.scorer, SCORERS)
-        kept: dict[str, Any] = {split: self._good(split, problems) for split in SPLITS}
+        seen: dict[tuple[str, str], str] = {}
+        kept: dict[str, Any] = {split: self._good(split, seen, problems) for split in SPLITS}
         empty = [split for split in ("train", "test") if not kept[split]]
         if empty and not explained:
             problems.add("", f"task {self.name!r} has no {empty[0]} rows. Check its file, split name and filters.")
         return replace(self, **kept)
 
-    def _good(self, split: str, problems: Problems) -> list[Example]:
+    def _good(self, split: str, seen: dict[tuple[str, str], str], problems: Problems) -> list[Example]:
+        """The split's good rows; `seen` are the ids so far, by file, with their places."""
         kept: list[Example] = []
-        seen: dict[str | None, str] = {}
         for number, row in enumerate(getattr(self, split), start=1):
             place = row.place or f"task {self.name!r}, {split}:row {number}"
             wrong = self._wrong(row)
-            if wrong is None and row.id is not None and row.id in seen:
-                wrong = f"its id {row.id!r} is that of {seen[row.id]} too."
+            if wrong is None and row.id is not None:
+                first = seen.setdefault((place.rpartition(":")[0], row.id), place)
+                wrong = None if first == place else f"its id {row.id!r} is that of {first} too."
             if wrong is None:
                 kept.append(row)
-                seen.setdefault(row.id, place)
             else:
                 problems.row(place, wrong)
         return kept

@@ -11,7 +11,7 @@ import numpy as np
 from pm_llm.config import RunConfig
 from pm_llm.models import load_tokenizer
 from pm_llm.tasks import SPLITS, Example, Task, load_tasks
-from pm_llm.tasks.encode import Encoder, longest_answer
+from pm_llm.tasks.encode import Encoder, encoder_for
 
 QUANTILES = (0, 50, 90, 99, 100)
 SHOWN = 12
@@ -28,8 +28,8 @@ def describe_tasks(config: RunConfig) -> str:
     tokenizer, seq2seq = load_tokenizer(config.model)
     parts = ["sequence: " + ", ".join(task.name for task in stages)]
     for task in tasks:
-        answer = config.max_new_tokens or longest_answer(tokenizer, seq2seq, task)
-        parts.append(_describe(task, Encoder(tokenizer, seq2seq, config.max_length, answer)))
+        encoder = encoder_for(tokenizer, seq2seq, task, config.max_length, config.max_new_tokens)
+        parts.append(_describe(task, encoder))
     return "\n\n".join([*parts, _shared(tasks)])
 
 

@@ -106,6 +106,22 @@ def answer_ids(tokenizer: Any, seq2seq: bool, example: Example) -> list[int]:
     return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
+def encoder_for(tokenizer: Any, seq2seq: bool, task: Task, max_length: int, max_new_tokens: int | None) -> Encoder:
+    """How a task's rows are rendered, by default with room for its longest training answer.
+
+    Raises:
+        PmLlmError: If the answers leave no room for prompts.
+    """
+    answer = max_new_tokens or longest_answer(tokenizer, seq2seq, task)
+    encoder = Encoder(tokenizer, seq2seq, max_length, answer)
+    if encoder.prompt_budget < 1:
+        raise PmLlmError(
+            f"task {task.name!r}: answers of {answer} tokens leave none of max_length {max_length} for prompts. "
+            "Raise max_length, or set max_new_tokens to cut long answers."
+        )
+    return encoder
+
+
 def longest_answer(tokenizer: Any, seq2seq: bool, task: Task) -> int:
     """Tokens of the longest training answer of a task, with end of sequence."""
     distinct = {row.completion: row for row in task.train}.values()
