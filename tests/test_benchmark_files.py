@@ -1,0 +1,33 @@
+"""The files in `benchmarks/` run and write what they say; how fast they are is asserted nowhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import FAMILIES, ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation(family: str, tmp_path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/evaluation.py"), "--model", f"embedded:{family}", "--rows", "24"]
+    command += ["--repeats", "2", "--max-length", "150", "--out", str(tmp_path / "found.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["rows"] == 24
+    assert found["different_predictions"] == 0
+    assert {name: len(values) for name, values in found["seconds"].items()} == {"plain": 2, "packed": 2, "labels": 2}
+    assert "| packed |" in done.stdout
+
+
+def test_every_file_is_in_the_readme() -> None:
+    text = (ROOT / "benchmarks/README.md").read_text()
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert f"`{path.name}`" in text
