@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,8 @@ def main() -> None:
     print(f"predictions that differ between plain and packed: {different} of {len(rows)}")
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
+    if different:
+        sys.exit("the predictions must be the same")
 
 
 if __name__ == "__main__":

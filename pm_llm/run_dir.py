@@ -142,7 +142,7 @@ class RunDir:
     def log(self, stage: int) -> list[dict[str, Any]]:
         """The training log of stage `stage` (from 0)."""
         text = (self.path / "stages" / self.state()["stages"][stage]["folder"] / "log.jsonl").read_text("utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in text.split("\n") if line]
 
     # ---- writing ----
     def note_untrained(self, scores: dict[str, float], predictions: list[dict[str, Any]]) -> None:

@@ -28,8 +28,8 @@ from pm_llm.processes import Clock, process_state
 from pm_llm.progress import TrainingBar, bar, say
 from pm_llm.run_dir import ADAPTER, PREDICTIONS, TASK_ADAPTER, RunDir, write_jsonl
 from pm_llm.starts import RUNNING, TASK
-from pm_llm.tasks import Task, checked, load_tasks
-from pm_llm.tasks.encode import Encoder, encoder_for
+from pm_llm.tasks import Task, checked, distinct, load_tasks
+from pm_llm.tasks.encode import encoders_for
 from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
 
 VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -46,8 +46,7 @@ class ContinualSequence:
     def __init__(self, config: RunConfig, tasks: list[Task] | None = None) -> None:
         self.config = config.check()
         self.tasks = load_tasks(config) if tasks is None else checked(tasks)  # a stage each; a task may recur
-        self.distinct = {task.name: task for task in reversed(self.tasks)}
-        self.distinct = {name: self.distinct[name] for name in dict.fromkeys(task.name for task in self.tasks)}
+        self.distinct = distinct(self.tasks)
         self.method = config.parsed_method()
         self.state = process_state()
         self.run_dir = RunDir(config.output_dir)
@@ -59,11 +58,11 @@ class ContinualSequence:
                 "several GPUs are visible to one process. Use `accelerate launch recipes/continual.py`, "
                 "or show it one with CUDA_VISIBLE_DEVICES."
             )
+        self.encoders = encoders_for(self.config, self.distinct.values())
         names = [task.name for task in self.tasks]
         self._on_main(lambda: self.run_dir.create(self.config, names, _versions()))
         self.base = load_base(self.config.model, self.config.dtype)
         self.model: Any = self.base.model.to(self.state.device)
-        self.encoders = {name: self._encoder(task) for name, task in self.distinct.items()}
         merger, running, done = self._resume()
         if self.config.evaluate == "all" and not done:
             untrained = self._evaluate(list(self.distinct))
@@ -87,7 +86,9 @@ class ContinualSequence:
         clock = Clock(self.state.device)
         start = self.method.start.build("start")
         self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
-        rows = self._encoder(task).features(task.train)
+        rows = self.encoders[task.name].features(task.train)
+        for name, foreign in task.foreign:
+            rows += self.encoders[name].features(foreign)
         logs = self._train(number, task, rows)
         clock.stop("train")
         new = Adapter.from_model(self.model, TASK)
@@ -236,10 +237,6 @@ class ContinualSequence:
         }
         self._on_main(lambda: self.run_dir.write_results(results))
         return results
-
-    def _encoder(self, task: Task) -> Encoder:
-        limits = (self.config.max_length, self.config.max_new_tokens)
-        return encoder_for(self.base.tokenizer, self.base.seq2seq, task, *limits)
 
     def _collator(self) -> DataCollatorForSeq2Seq:
         return DataCollatorForSeq2Seq(self.base.tokenizer, self.model)

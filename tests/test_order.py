@@ -36,7 +36,9 @@ def test_random_orders() -> None:
     assert found[3] == pick_order("random:3", ORDERS, "abcd")
     assert sorted(pick_order("random:3:second", ORDERS, "abcd")) == ["c", "d"]
     assert ORDERS["first"] == ["a", "b", "c", "d"]
-    for wrong in ("random", "random:x", "random:1:third"):
+    assert pick_order("random_forest,a", ORDERS, ["random_forest", "a"]) == ["random_forest", "a"]
+    assert pick_order("a, b", ORDERS, "abcd") == ["a", "b"]
+    for wrong in ("random", "random:x", "random:1:third", 5, True, [], [1]):
         with pytest.raises(PmLlmError):
             pick_order(wrong, ORDERS, "abcd")
 
@@ -47,15 +49,16 @@ def test_blurred_boundaries(share: float) -> None:
     rows = [{id(row) for row in task.train} for task in tasks]
     mixed = blurred(tasks, share, seed=0)
     for i, task in enumerate(mixed):
-        assert len(task.train) == 40
-        assert task.test == tasks[i].test
-        own, before, after = (
-            sum(id(row) in rows[j] for row in task.train) if 0 <= j < 3 else 0 for j in (i, i - 1, i + 1)
-        )
-        assert own == 40 - round(share * 40)
-        assert before + after == round(share * 40)
-        if i == 1:
-            assert before == after
+        foreign = dict(task.foreign)
+        assert set(foreign) == {tasks[j].name for j in (i - 1, i + 1) if 0 <= j < 3}
+        assert len(task.train) == 40 - round(share * 40)
+        assert sum(map(len, foreign.values())) == round(share * 40)
+        assert all(id(row) in rows[i] for row in task.train)
+        for j in (i - 1, i + 1):
+            if 0 <= j < 3:
+                assert all(id(row) in rows[j] for row in foreign[tasks[j].name])
+                assert len(foreign[tasks[j].name]) == round(share * 40) // len(foreign)
+        assert (task.test, task.whole) == (tasks[i].test, tasks[i].train)
     assert blurred(tasks, share, seed=0) == mixed
     assert blurred(tasks, share, seed=1) != mixed
     assert blurred(tasks, 0, seed=0) == tasks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from tests.test_sequence import TASKS, config_for
 
 
 def predictions(hits: list[bool], task: str = "a") -> Predictions:
-    return Predictions(
-        task, "exact_match", ["x" if hit else "y" for hit in hits], [["x"]] * len(hits), [None] * len(hits)
-    )
+    n = len(hits)
+    answers = ["x" if hit else "y" for hit in hits]
+    return Predictions(task, "exact_match", answers, [["x"] for _ in hits], [None] * n, [f"row {i}" for i in range(n)])
 
 
 def test_interval_of_a_share_is_the_binomial_one() -> None:
@@ -54,10 +55,12 @@ def test_paired_differences_are_narrower_where_rows_agree() -> None:
     assert (same.value, same.low, same.high) == (0, 0, 0)
     with pytest.raises(PmLlmError, match="not scored on the same rows"):
         paired_difference([predictions(hard)], [predictions(hard[:-1])])
-    other = predictions(hard)
-    other.references[3][:] = ["z"]
-    with pytest.raises(PmLlmError, match="not scored on the same rows"):
-        paired_difference([other], [Predictions("a", "exact_match", ["x"] * 100, [["x"]] * 100, [None] * 100)])
+    # as many rows with the same answers, but others
+    for other in (replace(predictions(hard), keys=[f"other {i}" for i in range(100)]), predictions(hard, "b")):
+        with pytest.raises(PmLlmError, match="not scored on the same rows"):
+            paired_difference([other], [predictions(hard)])
+    with pytest.raises(PmLlmError, match="do not say which rows"):
+        paired_difference([replace(predictions(hard), keys=())], [predictions(hard)])
 
 
 def test_mean_of_tasks_counts_each_task_alike() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from pm_llm.cli import main
 from pm_llm.config import RunConfig
@@ -78,8 +79,14 @@ def test_bad_rows_can_be_left_out(folder, capsys) -> None:
         ("a.json", '[{"prompt": "x",\n "completion": "y"},\n\n {"prompt": "x"}]', 4, "'completion' is missing"),
         ("a.json", '[{"prompt": "x", "completion": "y"},\n {"prompt": ]', 2, "is not valid JSON"),
         ("a.json", '{"rows": 1}', 1, "columns are rows"),
-        ("a.csv", 'prompt,completion\n"two\nlines",y\nx\n', 4, "does not have the header's 2 columns"),
-        ("a.csv", "prompt,completion\nx,y\nx,y,z\n", 3, "does not have the header's 2 columns"),
+        ("a.json", '[{"prompt": "x", "completion": ""},  {"prompt": "x", "completion": "y"}]', 1, "is empty"),
+        ("a.csv", 'prompt,completion\n"two\nlines",y\nx\n', 4, "has 1 cells; the header has 2"),
+        ("a.csv", "prompt,completion\n\n\nx,y\nx\n", 5, "has 1 cells; the header has 2"),
+        ("a.csv", "prompt,prompt\nx,y\n", 1, "column 'prompt' occurs twice"),
+        ("a.json", '[{"prompt": "x", "completion": "y"}]\n[{"prompt": "x", "completion": "y"}]', 2, "Extra data"),
+        ("a.jsonl", '{"prompt": "x", "completion": "y", "id": ' + "9" * 5000 + "}\n", 1, "cannot be read"),
+        ("a.jsonl", "[" * 100_000 + "\n", 1, "cannot be read"),
+        ("a.csv", "prompt,completion\nx,y\nx,y,z\n", 3, "has 3 cells; the header has 2"),
         ("a.csv", 'prompt,completion\nx,"y"z\n', 2, "is not valid CSV"),
     ],
 )
@@ -87,8 +94,66 @@ def test_lines_of_other_files(name: str, text: str, line: int, what: str, tmp_pa
     (tmp_path / name).write_text(text)
     with pytest.raises(PmLlmError) as error:
         load_tasks(RunConfig(tasks=[str(tmp_path / name)]))
-    (found,) = [x for x in str(error.value).splitlines() if f"{tmp_path / name}:{line}: " in x]
+    (found,) = [x for x in str(error.value).splitlines() if re.search(rf"{name}:{line}( \(row \d\))?: ", x)]
     assert what in found
+
+
+def test_rows_of_one_line_are_told_apart(tmp_path, capsys) -> None:
+    """A JSON array without line breaks, as TRACE's files are."""
+    rows = [{"id": 7, "prompt": f"p{i}", "completion": "" if i % 4 == 1 else "x"} for i in range(12)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(PmLlmError) as error:
+        load_tasks(RunConfig(tasks=[str(tmp_path / "a.json")]))
+    said = [line for line in str(error.value).splitlines() if "a.json:1" in line]
+    rows_said = sorted(int(re.search(r"a\.json:1 \(row (\d+)\): ", line)[1]) for line in said)
+    assert len(rows_said) == len(set(rows_said)) == 11  # all but one of those with an answer
+    assert sum("its id '7' is that of" in line for line in said) == 8
+    with pytest.raises(PmLlmError, match="has no t"):  # one good row is left, and one split is empty
+        load_tasks(RunConfig(tasks=[str(tmp_path / "a.json")], bad_rows="drop"))
+
+
+def test_a_file_with_many_rows_is_read_in_time(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i}", "completion": "x"}) + "\n" for i in range(50_000))
+    )
+    (task,) = load_tasks(RunConfig(tasks=[str(tmp_path / "a.jsonl")]))
+    assert len(task.train) + len(task.test) == 50_000
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (
+            {"test_split": "heldout"},
+            "has no split 'heldout'; it has held_out, predict, train",
+        ),
+        ({"validation_split": "val"}, "has no split 'val'"),
+        ({"labels": [True, False]}, "labels: True is no text. Quote it"),
+        ({"test_size": 1.5}, "test_size=1.5 of 12 row"),
+        ({"seed": -1}, "with seed -1"),
+    ],
+)
+def test_settings_of_a_task_that_cannot_be(entry: dict, said: str, tmp_path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for name in ("train", "held_out"):
+        (folder / f"{name}.jsonl").write_text((json.dumps({"prompt": "x", "completion": "y"}) + "\n") * 12)
+    (folder / "predict.jsonl").write_text("no rows at all")  # not asked for, so not read
+    with pytest.raises(PmLlmError, match=re.escape(said)):
+        load_tasks(RunConfig(tasks=[{"data": str(folder), **entry}]))
+    (task,) = load_tasks(RunConfig(tasks=[{"data": str(folder), "test_split": "held_out"}]))
+    assert (len(task.train), len(task.test)) == (12, 12)
+
+
+def test_hidden_labels_of_a_split_that_is_not_used(tmp_path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    shown = Dataset.from_dict({"text": ["a", "b"] * 5, "label": [0, 1] * 5}, features=features)
+    hidden = Dataset.from_dict({"text": ["c"] * 3, "label": [-1] * 3}, features=features)
+    DatasetDict(train=shown, validation=shown, test=hidden, unsupervised=hidden).save_to_disk(str(tmp_path / "d"))
+    (task,) = load_tasks(RunConfig(tasks=[{"data": str(tmp_path / "d"), "test_split": "validation"}]))
+    assert len(task.test) == 10
+    with pytest.raises(PmLlmError, match=r"d/test:row 1: label is None"):
+        load_tasks(RunConfig(tasks=[str(tmp_path / "d")]))
 
 
 def test_a_csv_cell_of_any_size_and_a_byte_order_mark(tmp_path) -> None:

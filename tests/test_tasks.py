@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from datasets import Dataset, DatasetDict
 
+from pm_llm.cli import main
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
@@ -243,6 +245,36 @@ def test_chats_that_cannot_be(messages, tmp_path) -> None:
         match=r"role is 1|must be a list of turns|needs `role` and `content`|must end with an assistant turn",
     ):
         user_tasks(str(tmp_path / "a.jsonl"))
+
+
+def test_rows_that_cannot_be_rendered_are_told_before_anything_is_done(pico_folders, tmp_path, capsys) -> None:
+    """A frame that is too long, and a conversation that the chat template refuses: file and line of each."""
+    rows = [{"label": "A", "sentence": "x"}] * 3
+    write(tmp_path / "cl", "TC", "agnews", ["A", "B" * 400], rows)
+    write(tmp_path / "cl", "COPA", "COPA", ["A"], rows)
+    run = ["run", "--model", pico_folders["llama"], "--output_dir", str(tmp_path / "run"), "--max_length", "60"]
+    benchmark = ["--benchmark", "standard_cl", "--order", "COPA,agnews", "--data-dir", str(tmp_path / "cl")]
+    assert main([*run, *benchmark]) == 2
+    said = capsys.readouterr().err
+    assert said.count("without what may be cut its prompt has") == 9
+    assert f"{tmp_path / 'cl/TC/agnews/test.json'}:1 (row 3): " in said
+    assert "COPA/train" not in said
+
+    folder = tmp_path / "model"
+    shutil.copytree(pico_folders["llama"], folder)
+    refuses = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuses + "{{ m.content }}{% endfor %}")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    chats = [[{"role": "system", "content": "s"}, *turns] if i in (3, 5) else turns for i in range(12)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    run[run.index("--model") + 1] = str(folder)
+    assert main([*run, "--tasks", str(tmp_path / "c.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert [f"c.jsonl:{n}: the model's chat template refuses it: no system turns" in said for n in (4, 6)] == [
+        True
+    ] * 2
+    assert "2 things are wrong" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_answers_that_leave_no_room_for_prompts() -> None:

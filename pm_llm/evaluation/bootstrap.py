@@ -49,12 +49,11 @@ def paired_difference(
     """Mean score of `a` minus mean score of `b` on the same rows: each resample takes the same rows of both.
 
     Raises:
-        PmLlmError: If the two are not about the same tasks, scorers and rows.
+        PmLlmError: If the two are not about the same tasks, scorers and rows, or do not tell their rows.
     """
-    if [(x.task, x.scorer, list(x.sources)) for x in a] != [(x.task, x.scorer, list(x.sources)) for x in b] or any(
-        x.scorer != "perplexity" and [list(r) for r in x.references] != [list(r) for r in y.references]
-        for x, y in zip(a, b, strict=True)
-    ):
+    if not all(x.keys for x in (*a, *b)):
+        raise PmLlmError("the predictions do not say which rows they are of, so their difference cannot be paired.")
+    if [(x.task, x.scorer, list(x.keys)) for x in a] != [(x.task, x.scorer, list(x.keys)) for x in b]:
         raise PmLlmError(
             "the two runs were not scored on the same rows, so their difference cannot be paired. "
             "Use the same tasks, max_test_samples and seed for both."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pm_llm.evaluation.batches import in_batches, pack
 from pm_llm.tasks import Example
@@ -33,7 +35,7 @@ def generate(
     prompts = [encoder.prompt(example) for example in examples]
 
     def answer(batch: Sequence[int]) -> list[str]:
-        inputs, cache = read_common(model, encoder, [prompts[i] for i in batch])
+        inputs, cache = read.batch(batch)
         output = model.generate(
             **inputs,
             past_key_values=cache,
@@ -47,31 +49,63 @@ def generate(
         return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
     with evaluating(model):
-        batches = pack([len(ids) for ids in prompts], encoder.max_new_tokens, batch_size, batch_tokens)
+        read = Prompts(model, encoder, prompts)
+        lengths = [len(ids) - read.common for ids in prompts]
+        batches = pack(lengths, read.common + encoder.max_new_tokens, batch_size, batch_tokens)
         return in_batches(batches, answer, progress)
 
 
-def read_common(model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> tuple[dict[str, Tensor], Any]:
-    """A batch's `input_ids` and `attention_mask`, and a decoder's key-value cache of what all prompts begin with.
+class Prompts:
+    """Prompts of a call, made ready batch by batch; a decoder reads what all of them begin with (an instruction) once.
 
-    An encoder-decoder's rows are padded on the right, and it has no cache (None). A decoder's padding stands between
-    the common tokens, which are read here, and the rest; the cache is None where nothing is common.
+    Args:
+        model: The model, in evaluation mode.
+        encoder: How rows are rendered.
+        prompts: All prompts of the call, in tokens.
     """
-    common = 0 if encoder.seq2seq or is_prompt_learning(model) else common_prefix(prompts)
-    side = "right" if encoder.seq2seq else "left"
-    rest = encoder.tokenizer.pad(
-        {"input_ids": [ids[common:] for ids in prompts]}, padding_side=side, return_tensors="pt"
-    ).to(model.device)
-    if not common:
-        return {"input_ids": rest["input_ids"], "attention_mask": rest["attention_mask"]}, None
-    ids = torch.tensor([prompts[0][:common]], device=model.device)
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    cache.batch_repeat_interleave(len(prompts))
-    ids = ids.expand(len(prompts), -1)
-    return {
-        "input_ids": torch.cat([ids, rest["input_ids"]], dim=1),
-        "attention_mask": torch.cat([torch.ones_like(ids), rest["attention_mask"]], dim=1),
-    }, cache
+
+    def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
+        self.model, self.encoder, self.prompts = model, encoder, prompts
+        self.common, self.cache = 0, None
+        if encoder.seq2seq or is_prompt_learning(model):
+            return
+        common = common_prefix(prompts)
+        if common:
+            ids = torch.tensor([prompts[0][:common]], device=model.device)
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            if is_plain(cache):
+                self.common, self.cache = common, cache
+
+    def batch(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+        """`input_ids` and `attention_mask` of some rows, and the cache of their common tokens (None: nothing read).
+
+        An encoder-decoder's rows are padded on the right. A decoder's padding is on the left: before the prompt, or
+        between the common tokens and the rest.
+        """
+        rest = self.encoder.tokenizer.pad(
+            {"input_ids": [self.prompts[i][self.common :] for i in rows]},
+            padding_side="right" if self.encoder.seq2seq else "left",
+            return_tensors="pt",
+        ).to(self.model.device)
+        ids, mask = rest["input_ids"], rest["attention_mask"]
+        if self.cache is None:
+            return {"input_ids": ids, "attention_mask": mask}, None
+        front = torch.tensor([self.prompts[0][: self.common]], device=ids.device).expand(len(rows), -1)
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(len(rows))
+        return {
+            "input_ids": torch.cat([front, ids], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(front), mask], dim=1),
+        }, cache
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether a key-value cache keeps every token of every layer.
+
+    A sliding window counts places in the cache, padding too, so that padding in the middle pushes tokens out of it;
+    and what has left the window cannot be brought back.
+    """
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def is_prompt_learning(model: Any) -> bool:

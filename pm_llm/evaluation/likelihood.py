@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.batches import in_batches, pack
-from pm_llm.evaluation.generate import evaluating, is_prompt_learning, read_common
+from pm_llm.evaluation.generate import Prompts, evaluating, is_plain, is_prompt_learning
 from pm_llm.tasks import Example
 from pm_llm.tasks.encode import Encoder
 
@@ -76,7 +76,7 @@ def answer_losses(
     model: Any, encoder: Encoder, examples: Sequence[Example], *sizes: Any
 ) -> tuple[list[float], list[int]]:
     """Each right answer's summed negative log-likelihood, and its number of tokens (end of sequence included)."""
-    options = [[encoder.answer(row)] for row in examples]
+    options = [[encoder.whole_answer(row)] for row in examples]
     scores = log_likelihoods(model, encoder, examples, options, *sizes)
     return [-row[0] for row in scores], [len(row[0]) for row in options]
 
@@ -98,15 +98,16 @@ def _read(
             "adapters of virtual tokens (prompt tuning and the like) can be asked to generate, but not for "
             "likelihoods. Use evaluation.mode generate, and another scorer than perplexity."
         )
-    prompts = [encoder.prompt(example) for example in examples]
     longest = max((len(ids) for row in options for ids in row), default=0)
-    reader = EncoderDecoderReader if encoder.seq2seq else DecoderReader
 
     def on_batch(batch: Sequence[int]) -> list[Any]:
-        return work(reader(model, encoder, [prompts[i] for i in batch]), [options[i] for i in batch])
+        reader = (EncoderDecoderReader if encoder.seq2seq else DecoderReader)(prompts, batch)
+        return work(reader, [options[i] for i in batch])
 
     with evaluating(model):
-        return in_batches(pack([len(ids) for ids in prompts], longest, batch_size, batch_tokens), on_batch, progress)
+        prompts = Prompts(model, encoder, [encoder.prompt(example) for example in examples])
+        lengths = [len(ids) - prompts.common for ids in prompts.prompts]
+        return in_batches(pack(lengths, prompts.common + longest, batch_size, batch_tokens), on_batch, progress)
 
 
 class Reader:
@@ -129,22 +130,22 @@ class Reader:
 
 
 class DecoderReader(Reader):
-    """Prompts in a decoder's key-value cache."""
+    """Prompts in a decoder's key-value cache; where that forgets tokens, each answer is read with its prompt."""
 
-    def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
-        self.model = model
-        inputs, cache = read_common(model, encoder, prompts)
-        self.mask = inputs["attention_mask"]
+    def __init__(self, prompts: Prompts, rows: Sequence[int]) -> None:
+        self.model = prompts.model
+        inputs, cache = prompts.batch(rows)
+        self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
         read = cache.get_seq_length() if cache is not None else 0
-        out = model(
-            input_ids=inputs["input_ids"][:, read:],
+        out = self.model(
+            input_ids=self.ids[:, read:],
             attention_mask=self.mask,
             position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, read:],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.cache = out.past_key_values
+        self.cache = out.past_key_values if is_plain(out.past_key_values) else None
         self.first = out.logits[:, -1].float().log_softmax(-1)
 
     def score(self, answers: Sequence[Ids]) -> Tensor:
@@ -153,26 +154,32 @@ class DecoderReader(Reader):
         length = ids.shape[1] - 1
         if not length:
             return found
-        out = self.model(
-            input_ids=ids[:, :-1],
-            attention_mask=torch.cat([self.mask, kept[:, :-1].to(self.mask.dtype)], dim=1),
-            position_ids=self.mask.sum(-1, keepdim=True) + torch.arange(length, device=ids.device),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.cache.crop(-length)  # back to the prompts
+        mask = torch.cat([self.mask, kept[:, :-1].to(self.mask.dtype)], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        if self.cache is None:
+            whole = torch.cat([self.ids, ids[:, :-1]], dim=1)
+            out = self.model(input_ids=whole, attention_mask=mask, position_ids=positions, logits_to_keep=length)
+        else:
+            out = self.model(
+                input_ids=ids[:, :-1],
+                attention_mask=mask,
+                position_ids=positions[:, -length:],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            self.cache.crop(-length)  # back to the prompts
         return found + _summed(out.logits, ids[:, 1:], kept[:, 1:])
 
 
 class EncoderDecoderReader(Reader):
     """Prompts as an encoder's states."""
 
-    def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
-        self.model = model
-        inputs, _ = read_common(model, encoder, prompts)
+    def __init__(self, prompts: Prompts, rows: Sequence[int]) -> None:
+        self.model = prompts.model
+        inputs, _ = prompts.batch(rows)
         self.mask = inputs["attention_mask"]
-        self.states = model.get_encoder()(**inputs)
-        self.begin = torch.full_like(self.mask[:, :1], model.config.decoder_start_token_id)
+        self.states = self.model.get_encoder()(**inputs)
+        self.begin = torch.full_like(self.mask[:, :1], self.model.config.decoder_start_token_id)
         self.first = self._decode(self.begin)[:, 0].float().log_softmax(-1)
 
     def score(self, answers: Sequence[Ids]) -> Tensor:

@@ -27,6 +27,7 @@ class Predictions:
     predictions: Sequence[Any]
     references: Sequence[Sequence[Any]]
     sources: Sequence[str | None]
+    keys: Sequence[str] = ()  # what tells rows apart: a digest of prompt and answer
 
     def numbers(self, scorer: str | None = None) -> np.ndarray:
         """Each row's numbers under `scorer` (by default the task's), shape (rows, k)."""
@@ -46,6 +47,7 @@ class Predictions:
         ):
             line = {"task": self.task, "scorer": self.scorer, "row": i, "of": len(self.predictions)}
             line |= {"prediction": prediction, "references": list(references)}
+            line |= {"key": self.keys[i]} if self.keys else {}
             lines.append(line if source is None else {**line, "source": source})
         return lines
 
@@ -58,12 +60,17 @@ def read_predictions(path: str | Path) -> dict[str, Predictions]:
         MissingPredictionError: If a row is missing or occurs twice.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return gather(json.loads(line) for line in text.splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise PmLlmError(f"{path} cannot be read as predictions: {error}") from error
+        text = Path(path).read_text(encoding="utf-8-sig")
+        # not splitlines(): it also splits at characters that may stand in an answer
+        lines = [json.loads(line) for line in text.split("\n") if line.strip()]
+        if not lines:
+            raise PmLlmError("it holds none; nothing was scored at that stage")
+        return gather(lines)
     except MissingPredictionError as error:
         raise MissingPredictionError(f"{path}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise PmLlmError(f"{path} cannot be read as predictions: {said}.") from error
 
 
 def gather(lines: Iterable[dict[str, Any]]) -> dict[str, Predictions]:
@@ -85,11 +92,19 @@ def _whole(name: str, rows: dict[int, dict[str, Any]]) -> Predictions:
         raise MissingPredictionError(
             f"{len(missing)} of {first['of']} predictions of task {name!r} are missing (row {shown}). Evaluate again."
         )
+    if len(rows) > first["of"] or {(row["of"], row["scorer"]) for row in rows.values()} != {
+        (first["of"], first["scorer"])
+    }:
+        raise PmLlmError(f"rows of task {name!r} do not belong to one evaluation")
     lines = [rows[i] for i in range(first["of"])]
+    for i, line in enumerate(lines):
+        if not isinstance(line["references"], list) or not line["references"]:
+            raise PmLlmError(f"row {i} of task {name!r} has no list of references")
     return Predictions(
         name,
         first["scorer"],
         [line["prediction"] for line in lines],
         [line["references"] for line in lines],
         [line.get("source") for line in lines],
+        [line["key"] for line in lines if "key" in line],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 from peft import PeftModel
@@ -17,14 +18,15 @@ from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.models import load_base
 from pm_llm.processes import process_state
 from pm_llm.progress import bar
-from pm_llm.tasks import Task, load_tasks
-from pm_llm.tasks.encode import Encoder, encoder_for
+from pm_llm.tasks import Task, distinct, load_tasks
+from pm_llm.tasks.encode import Encoder, encoders_for
 
 
 def answer_task(model: Any, encoder: Encoder, task: Task, how: EvaluationSection) -> Predictions:
     """The model's predictions on the task's test rows: generated, chosen among the labels, or likelihoods."""
     sizes = (how.batch_size, how.batch_tokens)
-    references: list[list[Any]] = [row.references for row in task.test]
+    # as in training, white space around an answer does not count
+    references: list[list[Any]] = [[reference.strip() for reference in row.references] for row in task.test]
     answers: Sequence[Any]
     with bar(len(task.test), f"evaluate {task.name}", "row") as progress:
         if task.scorer == "perplexity":
@@ -35,7 +37,8 @@ def answer_task(model: Any, encoder: Encoder, task: Task, how: EvaluationSection
         else:
             answers = generate(model, encoder, task.test, *sizes, progress.update)
     sources = [row.source or row.prompt if SCORERS[task.scorer].needs_source else None for row in task.test]
-    return Predictions(task.name, task.scorer, answers, references, sources)
+    keys = [sha256("\0".join([row.prompt, *row.references]).encode()).hexdigest()[:16] for row in task.test]
+    return Predictions(task.name, task.scorer, answers, references, sources, keys)
 
 
 def evaluate_adapter(adapter: str | None, config: RunConfig) -> list[Predictions]:
@@ -44,7 +47,8 @@ def evaluate_adapter(adapter: str | None, config: RunConfig) -> list[Predictions
     Raises:
         PmLlmError: If the adapter cannot be loaded onto the model.
     """
-    tasks = {task.name: task for task in load_tasks(config)}
+    tasks = distinct(load_tasks(config))
+    encoders = encoders_for(config, tasks.values())
     base = load_base(config.model, config.dtype)
     model = base.model
     if adapter is not None:
@@ -53,9 +57,4 @@ def evaluate_adapter(adapter: str | None, config: RunConfig) -> list[Predictions
         except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise PmLlmError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
     model = model.to(process_state().device)
-    limits = (config.max_length, config.max_new_tokens)
-    encoders = [encoder_for(base.tokenizer, base.seq2seq, task, *limits) for task in tasks.values()]
-    return [
-        answer_task(model, encoder, task, config.evaluation)
-        for encoder, task in zip(encoders, tasks.values(), strict=True)
-    ]
+    return [answer_task(model, encoders[name], task, config.evaluation) for name, task in tasks.items()]

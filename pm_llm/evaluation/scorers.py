@@ -60,13 +60,13 @@ class Scorer(evaluate.Metric):
                 f"{len(predictions)} predictions, {len(references)} references and {len(sources)} sources do not "
                 "belong together"
             )
+        lists = [r if isinstance(r, (list, tuple)) else [r] for r in references]
         kind: Any = str if self.prediction == "string" else (int, float)
-        if not all(isinstance(prediction, kind) for prediction in predictions):
-            words = "text" if kind is str else "log-likelihoods"
+        if not all(isinstance(x, kind) for x in (*predictions, *(r for refs in lists for r in refs))):
+            words = "text" if kind is str else "log-likelihoods and numbers of tokens"
             raise PmLlmError(f"scorer {self.name!r} scores {words}; these predictions are something else.")
         if self.needs_source and None in sources:
             raise PmLlmError(f"scorer {self.name!r} compares with the source text, and some rows have none.")
-        lists = [r if isinstance(r, (list, tuple)) else [r] for r in references]
         return np.array([self.best(*row) for row in zip(predictions, lists, sources, strict=True)], dtype=float)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -231,8 +231,8 @@ SCORERS: dict[str, type[Scorer]] = {
 
 def scorer_named(name: str) -> Scorer:
     """A scorer by its name. Raises PmLlmError if there is none."""
-    if name not in SCORERS:
-        raise unknown_name("scorer", name, SCORERS)
+    if not isinstance(name, str) or name not in SCORERS:
+        raise unknown_name("scorer", str(name), SCORERS)
     return SCORERS[name]()
 
 

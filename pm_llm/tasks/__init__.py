@@ -63,7 +63,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A named task. `labels` are the options of a classification task, in prompt order, if it is one."""
+    """A named task. `labels` are the options of a classification task, in prompt order, if it is one.
+
+    Where boundaries are blurred, `foreign` are its neighbours' rows that are trained with its own, by their task's
+    name, and `whole` all its own rows, of which `train` is what is left.
+    """
 
     name: str
     train: Sequence[Example]
@@ -71,6 +75,8 @@ class Task:
     scorer: str = "exact_match"
     labels: tuple[str, ...] = ()
     validation: Sequence[Example] = ()
+    foreign: tuple[tuple[str, Sequence[Example]], ...] = ()
+    whole: Sequence[Example] = ()
 
     def checked(self, problems: Problems, explained: bool = False) -> Task:
         """This task, without the rows that `problems` says to drop; what is wrong is added to `problems`.
@@ -191,6 +197,14 @@ def checked(tasks: Sequence[Task]) -> list[Task]:
     return found
 
 
+def distinct(tasks: Sequence[Task]) -> dict[str, Task]:
+    """Name -> task, of a recurring task the first."""
+    found: dict[str, Task] = {}
+    for task in tasks:
+        found.setdefault(task.name, task)
+    return found
+
+
 def load_benchmark(name: str) -> Any:
     """The benchmark's module. Raises PmLlmError if there is none of that name."""
     if name not in BENCHMARKS:
@@ -200,7 +214,9 @@ def load_benchmark(name: str) -> Any:
 
 def _on_validation(task: Task, problems: Problems) -> Task:
     if not task.validation:
-        problems.add("", f"task {task.name!r} has no validation rows. Give some, or split off with `validation_size`.")
+        problems.add(
+            "", f"task {task.name!r} has no validation rows. Score the test rows, or give your own task some."
+        )
     return replace(task, test=task.validation)
 
 

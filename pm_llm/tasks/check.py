@@ -9,9 +9,8 @@ from itertools import combinations
 import numpy as np
 
 from pm_llm.config import RunConfig
-from pm_llm.models import load_tokenizer
-from pm_llm.tasks import SPLITS, Example, Task, load_tasks
-from pm_llm.tasks.encode import Encoder, encoder_for
+from pm_llm.tasks import SPLITS, Example, Task, distinct, load_tasks
+from pm_llm.tasks.encode import Encoder, encoders_for
 
 QUANTILES = (0, 50, 90, 99, 100)
 SHOWN = 12
@@ -24,12 +23,11 @@ def describe_tasks(config: RunConfig) -> str:
         PmLlmError: With everything that is wrong with the rows, each with file and line.
     """
     stages = load_tasks(config)
-    tasks = list({task.name: task for task in stages}.values())
-    tokenizer, seq2seq = load_tokenizer(config.model)
+    tasks = list(distinct(stages).values())
+    encoders = encoders_for(config, tasks)
     parts = ["sequence: " + ", ".join(task.name for task in stages)]
     for task in tasks:
-        encoder = encoder_for(tokenizer, seq2seq, task, config.max_length, config.max_new_tokens)
-        parts.append(_describe(task, encoder))
+        parts.append(_describe(task, encoders[task.name]))
     return "\n\n".join([*parts, _shared(tasks)])
 
 
@@ -75,12 +73,12 @@ def _indented(text: str) -> str:
 
 
 def _shared(tasks: Sequence[Task]) -> str:
-    """Prompts that occur in two splits or two tasks, or twice in one."""
+    """Prompts (without a benchmark's frame, which names the task) that occur in two splits or tasks, or twice."""
     places: dict[str, set[str]] = {}
     lines = []
     for task in tasks:
         for split in SPLITS:
-            rows = [row.prompt for row in getattr(task, split)]
+            rows = [row.body or row.prompt for row in getattr(task, split)]
             if rows:
                 places[f"{task.name}/{split}"] = set(rows)
             if len(set(rows)) < len(rows):

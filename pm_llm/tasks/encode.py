@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
+from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.tasks import Example, Task
+from pm_llm.tasks.problems import Problems
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,28 @@ class Encoder:
             body = shorter if len(shorter) < len(body) else body[: len(body) // 2]
             ids = self._render(example, body)
         return ids
+
+    def check(self, examples: Sequence[Example], problems: Problems) -> None:
+        """Tell of the rows whose prompt would not fit however much of its body is cut."""
+        frames: dict[tuple[str, str], str | None] = {}
+        for row in examples:
+            if row.messages is not None:
+                wrong = self._wrong(replace(row, messages=(*row.messages[:-1], {**row.messages[-1], "content": ""})))
+            elif (row.head, row.tail) in frames:
+                wrong = frames[row.head, row.tail]
+            else:
+                wrong = frames[row.head, row.tail] = self._wrong(replace(row, body=""))
+            if wrong is not None:
+                problems.row(row.place, wrong)
+
+    def _wrong(self, frame: Example) -> str | None:
+        length = len(self.whole_prompt(frame))
+        if length <= self.prompt_budget:
+            return None
+        return (
+            f"without what may be cut its prompt has {length} tokens already, and max_length leaves "
+            f"{self.prompt_budget} for it. Raise max_length."
+        )
 
     def whole_prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt as it is."""
@@ -106,6 +132,31 @@ def answer_ids(tokenizer: Any, seq2seq: bool, example: Example) -> list[int]:
     return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
+def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> dict[str, Encoder]:
+    """Task name -> how its rows are rendered for `config.model`, after a look at every row.
+
+    Raises:
+        PmLlmError: With every row whose frame alone is too long or that the chat template refuses.
+    """
+    from pm_llm.models import load_tokenizer
+
+    tokenizer, seq2seq = load_tokenizer(config.model)
+    problems, encoders = Problems(), {}
+    for task in tasks:
+        rows = [*task.train, *task.validation, *task.test]
+        before = len(problems.found)
+        for row in rows:
+            refused = chat_problem(tokenizer, row)
+            if refused:
+                problems.row(row.place, refused)
+        if len(problems.found) == before:
+            encoder = encoder_for(tokenizer, seq2seq, task, config.max_length, config.max_new_tokens)
+            encoder.check(rows, problems)
+            encoders[task.name] = encoder
+    problems.check()
+    return encoders
+
+
 def encoder_for(tokenizer: Any, seq2seq: bool, task: Task, max_length: int, max_new_tokens: int | None) -> Encoder:
     """How a task's rows are rendered, by default with room for its longest training answer.
 
@@ -124,8 +175,20 @@ def encoder_for(tokenizer: Any, seq2seq: bool, task: Task, max_length: int, max_
 
 def longest_answer(tokenizer: Any, seq2seq: bool, task: Task) -> int:
     """Tokens of the longest training answer of a task, with end of sequence."""
-    distinct = {row.completion: row for row in task.train}.values()
+    distinct = {row.completion: row for row in task.whole or task.train}.values()
     return max(len(answer_ids(tokenizer, seq2seq, row)) for row in distinct)
+
+
+def chat_problem(tokenizer: Any, example: Example) -> str | None:
+    """Why the model's chat template does not render a chat, if it does not."""
+    if example.messages is None or not tokenizer.chat_template:
+        return None
+    try:
+        _chat(tokenizer, [*example.messages, {"role": "assistant", "content": example.completion}], prompt=False)
+        _chat(tokenizer, example.messages, prompt=True)
+    except TemplateError as error:
+        return f"the model's chat template refuses it: {error}."
+    return None
 
 
 def _chat(tokenizer: Any, turns: Sequence[dict[str, str]], prompt: bool) -> str:

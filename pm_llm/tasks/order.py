@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pm_llm.errors import PmLlmError, unknown_name
-from pm_llm.tasks import Task
+from pm_llm.tasks import Example, Task
 
 
 def pick_order(order: str | Sequence[str] | None, orders: dict[str, list[str]], known: Sequence[str]) -> list[str]:
@@ -22,9 +22,11 @@ def pick_order(order: str | Sequence[str] | None, orders: dict[str, list[str]], 
         return next(iter(orders.values()))
     if isinstance(order, str) and order in orders:
         return orders[order]
-    if isinstance(order, str) and order.startswith("random"):
+    if isinstance(order, str) and order.partition(":")[0] == "random" and order not in known:
         return _shuffled(order, orders)
-    names = order.split(",") if isinstance(order, str) else list(order)
+    if not isinstance(order, (str, list, tuple)) or not order or not all(isinstance(name, str) for name in order):
+        raise PmLlmError(f"order is {order!r}; give an order's name, a list of task names, or random:SEED.")
+    names = [name.strip() for name in order.split(",")] if isinstance(order, str) else list(order)
     if isinstance(order, str) and len(names) == 1 and order not in known:
         raise unknown_name("order", order, [*orders, "random:SEED", *known])
     for name in names:
@@ -48,20 +50,22 @@ def _shuffled(order: str, orders: dict[str, list[str]]) -> list[str]:
 def blurred(tasks: Sequence[Task], share: float, seed: int) -> list[Task]:
     """The tasks with `share` of each one's training rows replaced by rows of its neighbours in the sequence.
 
-    Both neighbours give alike; the first and the last task have one. Test rows stay as they are.
+    Both neighbours give alike; the first and the last task have one, and a task is no neighbour of itself. The
+    neighbours' rows are in `foreign`. Test rows stay as they are.
     """
     if share == 0 or len(tasks) < 2:
         return list(tasks)
     mixed = []
     for i, task in enumerate(tasks):
         rng = random.Random(f"{seed} blur {i}")
-        neighbours = [tasks[j] for j in (i - 1, i + 1) if 0 <= j < len(tasks)]
+        beside = [tasks[j] for j in (i - 1, i + 1) if 0 <= j < len(tasks)]
+        neighbours = [neighbour for neighbour in beside if neighbour.name != task.name]
         count = round(share * len(task.train))
-        foreign = []
+        foreign: dict[str, list[Example]] = {}
         for k, neighbour in enumerate(neighbours):
             n = count // len(neighbours) + (k < count % len(neighbours))
-            foreign += rng.sample(list(neighbour.train), min(n, len(neighbour.train)))
-        rows = [*rng.sample(list(task.train), len(task.train) - len(foreign)), *foreign]
-        rng.shuffle(rows)
-        mixed.append(replace(task, train=rows))
+            drawn = rng.sample(list(neighbour.train), min(n, len(neighbour.train)))
+            foreign[neighbour.name] = foreign.get(neighbour.name, []) + drawn
+        kept = rng.sample(list(task.train), len(task.train) - sum(map(len, foreign.values())))
+        mixed.append(replace(task, train=kept, whole=task.train, foreign=tuple(foreign.items())))
     return mixed

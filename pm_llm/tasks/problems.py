@@ -58,5 +58,5 @@ class Problems:
 
 
 def _by_file_and_line(line: str) -> tuple[str, int]:
-    found = re.match(r"(.+?):(?:row )?(\d+): ", line)
-    return (found[1], int(found[2])) if found else (line, 0)
+    found = re.match(r"(.+?):(?:row )?(\d+)(?: \(row (\d+)\))?: ", line)
+    return (found[1], int(found[3] or found[2])) if found else (line, 0)

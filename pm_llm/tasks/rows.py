@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 
 from pm_llm.tasks.problems import Problems
 
-_SPACE = re.compile(r"[\s,]*")
+_BETWEEN = re.compile(r"[\s,]*")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row's columns, and where it stands (`file:line`, or `file:row n` where there are no lines)."""
+    """One row's columns, and where it stands: `file:line`, `file:line (row n)` in a JSON array, or `file:row n`."""
 
     values: dict[str, Any]
     place: str
@@ -27,16 +28,15 @@ class Row:
     def text(self, column: str, problems: Problems) -> str | None:
         """The text in `column`; None, with the reason in `problems`, if there is none that can be used."""
         if column not in self.values:
-            problems.row(
-                self.place, f"column {column!r} is missing; the row has {', '.join(map(str, self.values)) or 'none'}."
-            )
+            there = ", ".join(map(str, self.values)) or "none"
+            problems.row(self.place, f"column {column!r} is missing; the row has {there}.")
             return None
         return self.check_text(self.values[column], column, problems)
 
     def check_text(self, value: Any, column: str, problems: Problems) -> str | None:
         """`value`, if it is text that can be encoded."""
         if not isinstance(value, str):
-            problems.row(self.place, f"{column} is {_short(value)} ({type(value).__name__}); it must be text.")
+            problems.row(self.place, f"{column} is {short(value)} ({type(value).__name__}); it must be text.")
             return None
         try:
             value.encode("utf-8")
@@ -65,33 +65,40 @@ def read_json(path: Path, problems: Problems) -> Any:
         problems.add(str(path), "is missing.")
     except json.JSONDecodeError as error:
         problems.add(f"{path}:{error.lineno}", f"is not valid JSON: {error.msg}.")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        problems.add(str(path), f"is JSON that cannot be read: {error}.")
     return None
 
 
 def json_array(path: Path, problems: Problems, key: str | None = None) -> Iterator[Row]:
     """The objects of a JSON array: the file's, or the one under its top-level `key`."""
-    text = _decoded(path)
-    opening = re.compile(r"\s*\[" if key is None else rf'"{key}"\s*:\s*\[')
-    start = opening.match(text) if key is None else opening.search(text)
-    if start is None:
+    whole = read_json(path, problems)
+    found = whole.get(key) if key is not None and isinstance(whole, dict) else whole
+    if whole is None:
+        return
+    if not isinstance(found, list):
         problems.add(str(path), "holds no list of rows" + (f" under {key!r}." if key else "."))
         return
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    at = _SPACE.match(text, start.end()).end()  # type: ignore[union-attr]
-    while text[at : at + 1] != "]":
+    # the same again, to learn the line of each row
+    text, decoder = _decoded(path), json.JSONDecoder()
+    opening = re.compile(r"\s*\[" if key is None else rf'"{key}"\s*:\s*\[').search(text)
+    at, line, counted = opening.end() if opening else 0, 1, 0
+    for number, value in enumerate(found, start=1):
+        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            problems.add(f"{path}:{error.lineno}", f"is not valid JSON: {error.msg}.")
-            return
-        yield from _object(value, f"{path}:{line}", problems)
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        yield from _object(value, f"{path}:{line} (row {number})", problems)
+        _, at = decoder.raw_decode(text, at)
 
 
 def _json(path: Path, problems: Problems) -> Iterator[Row]:
     """An array of rows, or a row a line."""
-    return (json_array if _decoded(path).lstrip().startswith("[") else _jsonl)(path, problems)
+    text = _decoded(path).strip()
+    if text.startswith("["):
+        yield from json_array(path, problems)
+    elif text.split("\n", 1)[0].strip() == "{":
+        problems.add(str(path), "is one JSON object over several lines. Give a list of rows, or a row a line.")
+    else:
+        yield from _jsonl(path, problems)
 
 
 def _jsonl(path: Path, problems: Problems) -> Iterator[Row]:
@@ -102,35 +109,52 @@ def _jsonl(path: Path, problems: Problems) -> Iterator[Row]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             problems.row(f"{path}:{number}", f"is not valid JSON: {error.msg} at character {error.pos}.")
-            continue
-        yield from _object(value, f"{path}:{number}", problems)
+        except (ValueError, RecursionError) as error:
+            problems.row(f"{path}:{number}", f"is JSON that cannot be read: {error}.")
+        else:
+            yield from _object(value, f"{path}:{number}", problems)
 
 
 def _object(value: Any, place: str, problems: Problems) -> Iterator[Row]:
     if isinstance(value, dict):
         yield Row(value, place)
     else:
-        problems.row(place, f"is {_short(value)}; a row must be an object with columns.")
+        problems.row(place, f"is {short(value)}; a row must be an object with columns.")
 
 
 def _csv(path: Path, problems: Problems) -> Iterator[Row]:
     limit = csv.field_size_limit(sys.maxsize)
+    taken = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal taken
+        for line in io.StringIO(_decoded(path), newline="\n"):
+            taken += 1
+            yield line
+
     try:
-        reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
-        line = 2
+        reader, header = csv.reader(lines(), strict=True), None
         while True:
+            place = f"{path}:{taken + 1}"
             try:
-                values = next(reader)
+                cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                problems.add(f"{path}:{line}", f"is not valid CSV: {error}.")
-                return
-            if None in values or None in values.values():
-                problems.row(f"{path}:{line}", f"does not have the header's {len(reader.fieldnames or ())} columns.")
+                problems.row(place, f"is not valid CSV: {error}.")
+                continue
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                twice = [name for name, n in Counter(header).items() if n > 1]
+                if twice:
+                    problems.add(place, f"column {twice[0]!r} occurs twice in the header.")
+                    return
+            elif len(cells) != len(header):
+                problems.row(place, f"has {len(cells)} cells; the header has {len(header)} columns.")
             else:
-                yield Row(dict(values), f"{path}:{line}")
-            line = reader.line_num + 1
+                yield Row(dict(zip(header, cells, strict=True)), place)
     finally:
         csv.field_size_limit(limit)
 
@@ -141,10 +165,11 @@ def _parquet(path: Path, problems: Problems) -> Iterator[Row]:
     from pyarrow import ArrowException
 
     try:
-        return dataset_rows(Dataset.from_parquet(str(path)), str(path))
+        rows = Dataset.from_parquet(str(path))
     except (DatasetGenerationError, ValueError, ArrowException) as error:
         problems.add(str(path), f"cannot be read as parquet: {error.__cause__ or error}")
-        return iter(())
+        return
+    yield from dataset_rows(rows, str(path))
 
 
 def dataset_rows(rows: Any, name: str) -> Iterator[Row]:
@@ -154,7 +179,7 @@ def dataset_rows(rows: Any, name: str) -> Iterator[Row]:
     words: dict[str, Callable[[Any], Any]] = {}
     for column, feature in rows.features.items():
         if isinstance(feature, ClassLabel):
-            words[column] = feature.int2str
+            words[column] = dict(enumerate(feature.names)).get  # -1, a hidden label, becomes None
         elif isinstance(feature, Value) and "int" in feature.dtype:
             words[column] = str
     for number, values in enumerate(rows, start=1):
@@ -171,10 +196,11 @@ READERS: dict[str, Callable[[Path, Problems], Iterator[Row]]] = {
 
 
 def _decoded(path: Path) -> str:
-    # bytes that are no UTF-8 become lone surrogates, which Row.text finds in the row that holds them
+    # bytes that are no UTF-8 become lone surrogates, which Row.check_text finds in the row that holds them
     return path.read_bytes().decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """`value` as code, cut at 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

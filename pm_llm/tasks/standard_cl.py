@@ -12,7 +12,7 @@ from pathlib import Path
 from pm_llm.tasks import Example, Task
 from pm_llm.tasks.hub_rows import CLASSIFICATION, load_rows
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.rows import json_array, read_json
+from pm_llm.tasks.rows import json_array, read_json, short
 
 CATEGORY = {
     **dict.fromkeys(("yelp", "amazon", "IMDB", "SST-2"), "SC"),
@@ -61,7 +61,10 @@ def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
             problems.add(str(folder), f"is missing. {ADVICE}")
             return Task(name, [], [])
         found = read_json(folder / "labels.json", problems)
-        labels = tuple(str(label) for label in found or ())
+        if found is not None and not (found and isinstance(found, list) and all(isinstance(x, str) for x in found)):
+            problems.add(str(folder / "labels.json"), f"is {short(found)}; it must be a list of label words.")
+            return Task(name, [], [])
+        labels = tuple(found or ())
         splits = {split: _read(folder / f"{split}.json", name, labels, problems) for split in ("train", "dev", "test")}
     return Task(name, splits["train"], splits["test"], "exact_match", labels, splits.get("dev", []))
 

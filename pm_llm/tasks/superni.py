@@ -62,10 +62,11 @@ def _read(path: Path, problems: Problems) -> list[Example]:
     whole = read_json(path, problems)
     if whole is None:
         return []
-    if not isinstance(whole, dict) or not whole.get("Definition"):
-        problems.add(str(path), "has no `Definition`.")
+    definition = whole.get("Definition") if isinstance(whole, dict) else None
+    definition = definition[0] if isinstance(definition, list) and definition else definition
+    if not isinstance(definition, str):
+        problems.add(str(path), "has no `Definition` that is text or a list of it.")
         return []
-    definition = whole["Definition"] if isinstance(whole["Definition"], str) else whole["Definition"][0]
     head = f"Definition: {definition}\n\nNow complete the following example -\nInput: "
     found = [_example(row, head, problems) for row in json_array(path, problems, "Instances")]
     return [example for example in found if example is not None]

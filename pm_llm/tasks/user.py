@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ PAIRS = (
     *(("text", answer) for answer in ("label", "target")),
     *(("sentence", answer) for answer in ("label",)),
 )
+Splits = dict[str, Callable[[], list[Row]]]  # read only where they are used
 CHATS = ("messages", "conversations", "conversation")
 _ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT's `from` names them
 
@@ -73,7 +75,11 @@ def _expand(entry: Any, folder: Path | None) -> list[Any]:
     path = _place(entry, folder) if isinstance(entry, str) else None
     if path is None or not path.is_dir() or _is_saved(path):
         return [entry]
-    children = sorted(child for child in path.iterdir() if child.is_dir() or child.suffix in READERS)
+    children = sorted(
+        child
+        for child in path.iterdir()
+        if not child.name.startswith(".") and (child.is_dir() or child.suffix in READERS)
+    )
     if not children or any(child.stem == "train" for child in children):
         return [entry]
     return [str(child.absolute()) for child in children]
@@ -92,7 +98,11 @@ def _parse(entry: Any) -> UserTask:
         return UserTask(entry)
     if not isinstance(entry, dict) or "data" not in entry:
         raise PmLlmError(f"tasks: {entry!r} is not a task. Give a path, a dataset id, or a mapping with `data`.")
-    return build(UserTask, entry, "")
+    spec = build(UserTask, entry, "")
+    for label in spec.labels:
+        if not isinstance(label, str):
+            raise PmLlmError(f"labels: {label!r} is no text. Quote it: YAML takes yes, no and 1 for something else.")
+    return spec
 
 
 def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
@@ -101,20 +111,23 @@ def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
     if path.is_dir():
         splits = _from_folder(path, spec, problems)
     elif path.suffix in READERS or path.is_file() or spec.data.startswith((".", "/")):
-        splits = {spec.train_split: read_rows(path, problems)}
+        splits = {spec.train_split: lambda: read_rows(path, problems)}
     else:
-        loaded = load_hub_dataset(spec.data, spec.subset)
-        splits = {split: list(dataset_rows(rows, f"{spec.data}/{split}")) for split, rows in loaded.items()}
+        splits = _from_datasets(load_hub_dataset(spec.data, spec.subset), spec.data)
     for split, file in ((spec.test_split, spec.test_data), (spec.validation_split, spec.validation_data)):
         if file is not None:
-            splits[split] = read_rows(_place(file, folder), problems)
-    if spec.train_split not in splits:
-        problems.add(
-            "",
-            f"task {name!r} has no split {spec.train_split!r}; it has {', '.join(splits)}. Name it with train_split.",
-        )
-        return Task(name, [], [], spec.scorer)
-    examples = {split: _examples(rows, spec, problems) for split, rows in splits.items()}
+            splits[split] = partial(read_rows, _place(file, folder), problems)
+    default = {f.name: f.default for f in fields(UserTask)}
+    for key in ("train_split", "test_split", "validation_split"):
+        split = getattr(spec, key)
+        # a split that was asked for must be there; the usual ones may be missing, but the training rows
+        if split not in splits and (key == "train_split" or split != default[key]):
+            problems.add("", f"task {name!r} has no split {split!r}; it has {', '.join(splits)}. Name it with {key}.")
+            return Task(name, [], [], spec.scorer)
+    wanted = [split for split in (spec.train_split, spec.test_split, spec.validation_split) if split in splits]
+    if spec.test_split not in splits:  # validation stands in for test
+        wanted += [next((split for split in _TEST_ALIASES if split in splits), spec.train_split)]
+    examples = {split: _examples(splits[split](), spec, problems) for split in dict.fromkeys(wanted)}
     return Task(name, *_divide(examples, spec, name, problems))
 
 
@@ -125,7 +138,7 @@ def _divide(
     train = examples[spec.train_split]
     validation = examples.get(spec.validation_split)
     test = examples.get(spec.test_split)
-    if test is None:  # validation stands in for test
+    if test is None:
         alias = next((a for a in (spec.validation_split, *_TEST_ALIASES) if a in examples), None)
         test = examples[alias] if alias else None
         validation = None
@@ -135,49 +148,63 @@ def _divide(
     if spec.validation_size and validation is None:
         what = f"task {name!r}: validation_size"
         train, validation = _split_off(train, spec.validation_size, spec.seed + 1, what, problems)
-    return train, test, spec.scorer, tuple(str(label) for label in spec.labels), validation or []
+    return train, test, spec.scorer, tuple(spec.labels), validation or []
 
 
 def _split_off(
     rows: list[Example], share: float, seed: int, what: str, problems: Problems
 ) -> tuple[list[Example], list[Example]]:
+    """The rows without, and only, a share of them drawn by `seed`."""
     from datasets import Dataset
 
-    if rows and (not 0 < share < 1 or len(rows) < 2):
-        problems.add("", f"{what}={share} of {len(rows)} row(s) cannot make one; it must lie between 0 and 1.")
-        return rows, []
     if not rows:
         return [], []
-    halves = Dataset.from_dict({"at": list(range(len(rows)))}).train_test_split(test_size=share, seed=seed)
+    try:
+        if not 0 < share < 1:
+            raise ValueError("it must lie between 0 and 1")
+        halves = Dataset.from_dict({"at": list(range(len(rows)))}).train_test_split(test_size=share, seed=seed)
+    except ValueError as error:
+        problems.add("", f"{what}={share} of {len(rows)} row(s) with seed {seed} cannot make one: {error}.")
+        return rows, []
     return [rows[i] for i in halves["train"]["at"]], [rows[i] for i in halves["test"]["at"]]
 
 
-def _from_folder(path: Path, spec: UserTask, problems: Problems) -> dict[str, list[Row]]:
+def _from_folder(path: Path, spec: UserTask, problems: Problems) -> Splits:
     from datasets import load_from_disk
+    from pyarrow import ArrowException
 
     if _is_saved(path):
-        loaded = load_from_disk(str(path))
-        splits = dict(loaded) if isinstance(loaded, dict) else {spec.train_split: loaded}
-        return {split: list(dataset_rows(rows, f"{path}/{split}")) for split, rows in splits.items()}
+        try:
+            loaded = load_from_disk(str(path))
+        except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
+            raise PmLlmError(f"{path} cannot be read as a saved dataset: {error!r}") from error
+        return _from_datasets(dict(loaded) if isinstance(loaded, dict) else {spec.train_split: loaded}, str(path))
     files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in READERS}
     if not files:
         raise PmLlmError(f"{path} holds no {', '.join(READERS)} file and no saved dataset.")
-    return {split: read_rows(file, problems) for split, file in files.items()}
+    return {split: partial(read_rows, file, problems) for split, file in files.items()}
 
 
-def _examples(rows: Iterable[Row], spec: UserTask, problems: Problems) -> list[Example]:
-    rows = list(rows)
+def _from_datasets(loaded: dict[str, Any], name: str) -> Splits:
+    return {split: partial(_listed, rows, f"{name}/{split}") for split, rows in loaded.items()}
+
+
+def _listed(rows: Any, name: str) -> list[Row]:
+    return list(dataset_rows(rows, name))
+
+
+def _examples(rows: list[Row], spec: UserTask, problems: Problems) -> list[Example]:
     if not rows:
         return []
-    found = [_columns(row, spec) for row in rows]
-    common = max(found, key=lambda columns: (columns is not None, found.count(columns)))
-    if common is None:
+    found = Counter(_columns(row, spec) for row in rows)
+    if list(found) == [None]:
         problems.add(
             rows[0].place,
             f"the columns are {', '.join(map(str, rows[0].values))}; needed are prompt and completion, or messages. "
             "Name yours with `prompt` and `completion`, or `messages`.",
         )
         return []
+    common = max((columns for columns in found if columns is not None), key=found.__getitem__)
     examples = [_example(row, *common, spec, problems) for row in rows]
     return [example for example in examples if example is not None]
 
