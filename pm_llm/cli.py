@@ -123,7 +123,7 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
             raise PmLlmError(f"{word!r} is not a flag. Settings are given as --key value.")
         else:
             overrides[key].append(_yaml(word))
-    lists = {"tasks", "lora.target_modules", "lora.layers_to_transform"}
+    lists = {"tasks", "probes", "lora.target_modules", "lora.layers_to_transform"}
     for key, values in overrides.items():
         if not values:
             raise PmLlmError(f"--{key} needs a value.")
@@ -173,26 +173,28 @@ def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
     from pm_llm.processes import process_state, shut_down
     from pm_llm.run_dir import write_jsonl
 
-    if given.predictions and not Path(given.predictions).absolute().parent.is_dir():
-        raise PmLlmError(f"the folder of --predictions {given.predictions} does not exist.")
+    keep = Path(given.predictions) if given.predictions else None
+    if keep is not None and (keep.is_dir() or not keep.absolute().parent.is_dir()):
+        raise PmLlmError(f"--predictions {keep} is a folder, or in one that does not exist. Name a file.")
     found = evaluate_adapter(given.adapter, config)
-    if given.predictions and process_state().is_main_process:
-        write_jsonl(Path(given.predictions), [line for one in found for line in one.lines()])
     for line in _score_lines(found):
         say(line)
     shut_down()
+    if keep is not None and process_state().is_main_process:
+        write_jsonl(keep, [line for one in found for line in one.lines()])
     return 0
 
 
 def _score_lines(found: Sequence[Any], scorer: str | None = None) -> list[str]:
     from pm_llm.evaluation.bootstrap import interval, mean_interval
+    from pm_llm.evaluation.scorers import scorer_named
 
     if scorer is not None:
         found = [dataclasses.replace(one, scorer=scorer) for one in found]
     named = [(one.task, interval(one)) for one in found]
-    return [
-        f"{name}\t{x.value:.2f}\t({x.low:.2f} to {x.high:.2f})" for name, x in [*named, ("mean", mean_interval(found))]
-    ]
+    if len({scorer_named(one.scorer).lower_is_better for one in found}) == 1:
+        named.append(("mean", mean_interval(found)))
+    return [f"{name}\t{x.value:.2f}\t({x.low:.2f} to {x.high:.2f})" for name, x in named]
 
 
 def check_tasks(given: argparse.Namespace, config: RunConfig) -> int:
@@ -214,6 +216,8 @@ def score(given: argparse.Namespace) -> int:
     path = Path(given.predictions)
     if path.is_dir():
         run_dir = RunDir.open(path)
+        if not run_dir.state()["stages"]:
+            raise PmLlmError(f"{path} has finished no task yet, so there is nothing to score.")
         path = run_dir.predictions(len(run_dir.state()["stages"]) - 1)
     found = read_predictions(path)
     print("\n".join(_score_lines(list(found.values()), given.scorer)))
@@ -238,7 +242,7 @@ def report(given: argparse.Namespace) -> int:
     for one in runs:
         print(f"{one.path}\n{describe(one.results)}\n")
     if len(runs) > 1:
-        print(compare([one.results for one in runs], given.joint) + "\n")
+        print(compare([one.results for one in runs], given.joint, [one.name for one in runs]) + "\n")
     try:
         from pm_llm.report.page import write_report
     except ImportError as error:

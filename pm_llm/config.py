@@ -101,6 +101,8 @@ class RunConfig:
     bad_rows: str = option("error", "Rows that cannot be used: error (all are shown), or drop.")
     data_dir: str | None = option(None, "Folder with the benchmark's rows, or that `tasks` are relative to.")
     tasks: list[Any] = option([], "Your own tasks: files, folders, dataset ids, or mappings with `data`.")
+    probes: list[Any] = option([], "Tasks that are scored and never trained, given as `tasks` are.")
+    fuar: dict[str, Any] | None = option(None, "For FUAR: {kept: [a task a state], updated: task, acquired: task}.")
     method: str = option("pm", "Preset: " + ", ".join(PRESETS) + ".")
     start: Any = option(None, "Replaces the preset's start.")
     constrain: Any = option(None, "Replaces the preset's constraints: a name, a mapping, a list, or none.")
@@ -128,6 +130,11 @@ class RunConfig:
             value = _get(self, name)
             if value not in allowed:
                 raise PmLlmError(f"{name} is {value!r}; it must be {' or '.join(allowed)}.")
+        if self.fuar is not None:
+            if set(self.fuar) != {"kept", "updated", "acquired"} or not isinstance(self.fuar["kept"], list):
+                raise PmLlmError(f"fuar is {self.fuar!r}; it names kept (a list of tasks), updated and acquired.")
+            if self.evaluate != "all":
+                raise PmLlmError("fuar needs scores before training and after every task: set evaluate to all.")
         if not 0 <= self.blur < 1:
             raise PmLlmError(f"blur is {self.blur}; it is a share from 0 to below 1.")
         for name in (

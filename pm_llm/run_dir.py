@@ -111,14 +111,26 @@ class RunDir:
 
     def state(self) -> dict[str, Any]:
         """`tasks`, `stages` (each with folder, task, scores, merge) and `versions`."""
-        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        return self._json("state.json", {"tasks", "stages", "versions"})
 
     def results(self) -> dict[str, Any]:
         """`results.json`. Raises PmLlmError if the run is not finished."""
         path = self.path / "results.json"
         if not path.is_file():
             raise PmLlmError(f"{self.path} has no results.json: the run is not finished. Run the same command again.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return self._json(
+            path.name, {"config", "tasks", "stages", "matrix", "untrained", "lower_is_better", "seconds"}
+        )
+
+    def _json(self, name: str, keys: set[str]) -> dict[str, Any]:
+        """A JSON file of the run. Raises PmLlmError if it is damaged, or lacks what this version writes."""
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise PmLlmError(f"{self.path / name} cannot be read ({error}). Run the same command again.") from error
+        if not isinstance(found, dict) or not keys <= found.keys():
+            raise PmLlmError(f"{self.path / name} is not what this version of pm_llm writes. Run in another folder.")
+        return found
 
     @property
     def adapter(self) -> Path:

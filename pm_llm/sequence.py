@@ -28,7 +28,7 @@ from pm_llm.processes import Clock, process_state
 from pm_llm.progress import TrainingBar, bar, say
 from pm_llm.run_dir import ADAPTER, PREDICTIONS, TASK_ADAPTER, RunDir, write_jsonl
 from pm_llm.starts import RUNNING, TASK
-from pm_llm.tasks import Task, checked, distinct, load_tasks
+from pm_llm.tasks import Task, checked, distinct, load_probes, load_tasks, one_direction
 from pm_llm.tasks.encode import encoders_for
 from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
 
@@ -47,6 +47,12 @@ class ContinualSequence:
         self.config = config.check()
         self.tasks = load_tasks(config) if tasks is None else checked(tasks)  # a stage each; a task may recur
         self.distinct = distinct(self.tasks)
+        self.columns = self.distinct | {task.name: task for task in load_probes(config)}  # all that is scored
+        if len(self.columns) < len(self.distinct) + len(config.probes):
+            raise PmLlmError("a probe has the name of a task or of another probe. Give each its own `name`.")
+        one_direction(self.columns.values())
+        if config.fuar:
+            Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
         self.method = config.parsed_method()
         self.state = process_state()
         self.run_dir = RunDir(config.output_dir)
@@ -58,14 +64,14 @@ class ContinualSequence:
                 "several GPUs are visible to one process. Use `accelerate launch recipes/continual.py`, "
                 "or show it one with CUDA_VISIBLE_DEVICES."
             )
-        self.encoders = encoders_for(self.config, self.distinct.values())
+        self.encoders = encoders_for(self.config, self.columns.values())
         names = [task.name for task in self.tasks]
         self._on_main(lambda: self.run_dir.create(self.config, names, _versions()))
         self.base = load_base(self.config.model, self.config.dtype)
         self.model: Any = self.base.model.to(self.state.device)
         merger, running, done = self._resume()
         if self.config.evaluate == "all" and not done:
-            untrained = self._evaluate(list(self.distinct))
+            untrained = self._evaluate(list(self.columns))
             self._on_main(
                 lambda: self.run_dir.note_untrained({p.task: p.score() for p in untrained}, _lines(untrained))
             )
@@ -162,15 +168,15 @@ class ContinualSequence:
 
     def _to_score(self, number: int) -> list[str]:
         """The tasks that are scored after stage `number` (from 1)."""
-        what, every = self.config.evaluate, list(self.distinct)
-        if what == "all" or (what != "seen" and number == len(self.tasks)):
+        what, every = self.config.evaluate, list(self.columns)
+        if what == "all" or number == len(self.tasks):
             return every
         seen = list(dict.fromkeys(task.name for task in self.tasks[:number]))
         return {"seen": seen, "final": [], "diagonal+final": [self.tasks[number - 1].name]}[what]
 
     def _evaluate(self, names: list[str]) -> list[Predictions]:
         how = self.config.evaluation
-        return [answer_task(self.model, self.encoders[name], self.distinct[name], how) for name in names]
+        return [answer_task(self.model, self.encoders[name], self.columns[name], how) for name in names]
 
     def _commit(
         self,
@@ -202,10 +208,10 @@ class ContinualSequence:
         return merger, running, len(stages)
 
     def _finish(self) -> dict[str, Any]:
-        state, scorers = self.run_dir.state(), [task.scorer for task in self.distinct.values()]
+        state, scorers = self.run_dir.state(), [task.scorer for task in self.columns.values()]
         stages = state["stages"]
         matrix = Matrix(
-            list(self.distinct),
+            list(self.columns),
             stages=[task.name for task in self.tasks],
             lower_is_better=SCORERS[scorers[0]].lower_is_better,
         )
@@ -222,7 +228,7 @@ class ContinualSequence:
             "stages": matrix.stages,
             "scorers": scorers,
             "lower_is_better": matrix.lower_is_better,
-            "test_rows": [len(task.test) for task in self.distinct.values()],
+            "test_rows": [len(task.test) for task in self.columns.values()],
             "matrix": matrix.rows(),
             "untrained": state.get("untrained"),
             "coefficients": [stage["coefficient"] for stage in stages],
@@ -234,6 +240,7 @@ class ContinualSequence:
             "seconds": [stage["seconds"] for stage in stages],
             "peak_memory_bytes": [stage["peak_memory_bytes"] for stage in stages],
             **matrix.summary(self.config.evaluate),
+            **({"fuar": matrix.fuar(**self.config.fuar)} if self.config.fuar else {}),
         }
         self._on_main(lambda: self.run_dir.write_results(results))
         return results

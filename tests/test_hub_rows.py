@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -61,19 +62,19 @@ def test_all_fifteen_tasks(hub) -> None:
 @pytest.mark.shared
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_text_and_labels_are_laid_out_as_upstream(name: str, hub) -> None:
-    """The words around the columns are those of the upstream file's rows, and the labels are its labels."""
+    """All that stands around the columns is as in the upstream file's rows, and the labels are its labels."""
     (category,) = (SHARED / "data/olora_subset/CL_Benchmark").glob(f"*/{name}")
     upstream = json.loads((category / "train.json").read_text())[:50]
     (task,) = load_tasks(RunConfig(benchmark="long_sequence", order=[name]))
     assert list(task.labels) == json.loads((category / "labels.json").read_text())
-    text = task.train[0].body
+    pattern = re.escape(task.train[0].body)
     for column in CLASSIFICATION[name].columns:
-        text = text.replace(f" {column} x", "\0").replace(f"{column} x", "\0")
-    words = [part for part in text.split("\0") if part.strip() and part.strip() not in ('"', "?")]
-    if name == "agnews":
-        return  # the Hub's has no title of its own
-    for part in words:
-        assert any(part.strip() in row["sentence"] for row in upstream), part
+        pattern = re.sub(rf"(\\ )*{column}\\ x", "(.*?)", pattern)
+    fits = sum(re.fullmatch(pattern, row["sentence"], re.S) is not None for row in upstream) / len(upstream)
+    if name == "agnews":  # the Hub's has no title of its own
+        assert fits == 0
+    else:  # yahoo's questions without a body are laid out in another way
+        assert fits > (0.3 if name == "yahoo" else 0.99), pattern
 
 
 def test_trace(hub) -> None:

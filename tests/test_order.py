@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from pm_llm.cli import main
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.sequence import ContinualSequence
 from pm_llm.tasks import load_tasks
+from pm_llm.tasks.embedded import make_task
 from pm_llm.tasks.order import blurred, pick_order
 from tests.conftest import small_tasks
 from tests.test_sequence import config_for
@@ -87,6 +91,82 @@ def test_a_recurring_sequence_runs_and_goes_on(pico_folders, tmp_path) -> None:
         "04-topic",
     ]
     assert ContinualSequence(config).run() == results
+
+
+WAYS = [{"evaluate": "final"}, {"evaluate": "diagonal+final"}, {"evaluate": "all"}, {"repeat": 2, "blur": 0.25}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_stopped_in_any_way_of_measuring(way: dict, stop: int, pico_folders, tmp_path, monkeypatch) -> None:
+    """Stopped before stage 1 (after the untrained model was scored), 2 or 3, and begun again: the same results."""
+
+    def config(name: str):
+        return config_for(pico_folders["llama"], tmp_path / name, **{**way, "train.max_steps": 2})
+
+    whole = ContinualSequence(config("whole")).run()
+    stopped = ContinualSequence(config("parts"))
+    original = stopped._stage
+
+    def interrupted(number, *arguments):
+        if number == stop + 1:
+            raise KeyboardInterrupt
+        return original(number, *arguments)
+
+    monkeypatch.setattr(stopped, "_stage", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    again = ContinualSequence(config("parts")).run()
+    same = ("matrix", "untrained", "stages", "tasks", "coefficients", "truncation_errors", "average_accuracy")
+    assert {key: again[key] for key in same} == {key: whole[key] for key in same}
+
+
+def test_foreign_rows_are_trained_on_with_their_own_tasks_frame(pico_folders, tmp_path, monkeypatch) -> None:
+    config = config_for(pico_folders["llama"], tmp_path / "run", blur=0.5, **{"train.max_steps": 1})
+    sequence = ContinualSequence(config)
+    seen = []
+    original = sequence._train
+    monkeypatch.setattr(sequence, "_train", lambda n, task, rows: (seen.append(rows), original(n, task, rows))[1])
+    sequence.run()
+    for task, rows in zip(sequence.tasks, seen, strict=True):
+        expected = sequence.encoders[task.name].features(task.train)
+        for name, foreign in task.foreign:
+            expected += sequence.encoders[name].features(foreign)
+        assert len(task.foreign) in (1, 2)
+        assert rows == expected
+    ContinualSequence(config, load_tasks(config))  # foreign labels are no mistake
+
+
+def test_probes_are_scored_and_never_trained(pico_folders, tmp_path, capsys) -> None:
+    """FUAR from a run: what was known before, between, and what the last task changes and brings."""
+    rows = {name: make_task(name, 2, 6).test for name in ("intent", "puzzle")}
+    for name, examples in rows.items():
+        lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}) + "\n" for row in examples]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    probes = [str(tmp_path / "intent.jsonl"), {"data": str(tmp_path / "puzzle.jsonl"), "scorer": "token_f1"}]
+    roles = {"kept": ["intent", "sentiment"], "updated": "puzzle", "acquired": "topic"}
+    overrides = {"order": ["sentiment", "topic"], "probes": probes, "evaluate": "all", "fuar": roles}
+    sequence = ContinualSequence(config_for(pico_folders["llama"], tmp_path / "run", **overrides))
+    results = sequence.run()
+    assert results["tasks"] == ["sentiment", "topic", "intent", "puzzle"]
+    assert results["stages"] == ["sentiment", "topic"]
+    assert results["test_rows"] == [4, 4, 4, 4]
+    assert all(x is not None for row in results["matrix"] for x in row)
+    assert results["untrained"].keys() == set(results["tasks"])
+    matrix = Matrix.from_results(results)
+    assert results["fuar"] == matrix.fuar(**roles)
+    assert results["average_accuracy"] == pytest.approx((matrix.get(1, 0) + matrix.get(1, 1)) / 2)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "FUAR: " in capsys.readouterr().out
+    for wrong, said in (
+        ({"fuar": {**roles, "updated": "nothing"}}, "unknown task of fuar 'nothing'"),
+        ({"fuar": {**roles, "kept": ["intent"]}}, "a kept task for each of 2 states"),
+        ({"fuar": {"kept": "intent"}}, "it names kept"),
+        ({"evaluate": "seen"}, "set evaluate to all"),
+        ({"probes": [*probes, probes[0]]}, "a probe has the name"),
+    ):
+        with pytest.raises(PmLlmError, match=said):
+            ContinualSequence(config_for(pico_folders["llama"], tmp_path / "other", **{**overrides, **wrong}))
 
 
 def test_numbers_of_a_recurring_sequence() -> None:

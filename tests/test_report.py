@@ -16,7 +16,9 @@ from pm_llm.cli import main
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import interval, mean_interval, paired_difference
 from pm_llm.evaluation.predictions import Predictions, read_predictions
+from pm_llm.report import comparison
 from pm_llm.report.data import difference, open_run
+from pm_llm.run_dir import write_jsonl
 from pm_llm.sequence import ContinualSequence
 from tests.test_sequence import TASKS, config_for
 
@@ -180,11 +182,65 @@ def test_scores_again_without_the_model(runs, capsys) -> None:
     assert main(["score", str(file), "--scorer", "perplexity"]) == 2
 
 
+def test_characters_that_end_lines_elsewhere_survive(tmp_path) -> None:
+    said = "a\u2028b\x85c\u2029d\re"
+    found = Predictions("a", "exact_match", [said], [[said]], [said], ["k"])
+    write_jsonl(tmp_path / "p.jsonl", found.lines())
+    (again,) = read_predictions(tmp_path / "p.jsonl").values()
+    assert (list(again.predictions), again.references, again.sources) == ([said], [[said]], [said])
+
+
+def line(**changes) -> dict:
+    return {"task": "a", "scorer": "exact_match", "row": 0, "of": 1, "prediction": "x", "references": ["x"], **changes}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "it holds none"),
+        ([line(references=[])], "no list of references"),
+        ([line(references=[1])], "these predictions are something else"),
+        ([line(scorer=5)], "unknown scorer '5'"),
+        ([line(scorer="perplexity")], "these predictions are something else"),
+        ([line(), line(row=1)], "do not belong to one evaluation"),
+        ([line(of=2), line(row=1, of=2, scorer="bleu")], "do not belong to one evaluation"),
+        ([{"task": "a"}], "'row' is missing"),
+        ([[1]], "cannot be read as predictions"),
+    ],
+)
+def test_predictions_that_cannot_be(lines, said: str, tmp_path, capsys) -> None:
+    write_jsonl(tmp_path / "p.jsonl", lines)
+    assert main(["score", str(tmp_path / "p.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["state.json", "results.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "[" * 100_000])
+def test_folders_that_are_no_whole_run(name: str, text: str, runs, tmp_path, capsys) -> None:
+    shutil.copytree(runs["pm"], tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / name).write_text(text)
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_gap_closed_of_several_runs(runs) -> None:
+    pm, seqlora = (json.loads((runs[name] / "results.json").read_text()) for name in ("pm", "seqlora"))
+    other = {**seqlora, "average_accuracy": seqlora["average_accuracy"] + 10}
+    header, rows = comparison([pm, seqlora, other], joint=90.0)
+    base = seqlora["average_accuracy"] + 5  # the mean of the two seeds
+    assert rows[0][header.index("gap closed")] == f"{(pm['average_accuracy'] - base) / (90 - base):.2f}"
+    assert "gap closed" not in comparison([pm, seqlora], joint=seqlora["average_accuracy"])[0]
+    assert "gap closed" not in comparison([pm], joint=90.0)[0]
+
+
 def test_evaluate_keeps_its_predictions(runs, pico_folders, tmp_path, capsys) -> None:
     arguments = ["evaluate", "--model", pico_folders["llama"], "--benchmark", "embedded", "--order", "topic"]
     arguments += ["--max_test_samples", "6", "--max_length", "96", "--adapter", str(runs["pm"] / "adapter")]
     assert main([*arguments, "--predictions", str(tmp_path / "no/p.jsonl")]) == 2
     assert "does not exist" in capsys.readouterr().err
+    assert main([*arguments, "--predictions", str(tmp_path)]) == 2
     assert main([*arguments, "--predictions", str(tmp_path / "p.jsonl")]) == 0
     (found,) = read_predictions(tmp_path / "p.jsonl").values()
     last = read_predictions(runs["pm"] / "stages/03-question/predictions.jsonl")["topic"]

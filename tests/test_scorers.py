@@ -59,10 +59,10 @@ def test_edge_cases(scorer: str, prediction: str, reference: str, expected: floa
 
 
 def test_fuzzy_is_not_difflib() -> None:
-    a, b = "abxcd", "cdxab"
-    indel = 2 * 2 / 10  # the longest common subsequence has length 3 for neither order of blocks: "ab" or "cd" or x
-    assert score("fuzzy", [a], [b]) == round(100 * max(indel, 2 * 2 / 10))
-    assert difflib.SequenceMatcher(None, a, b).ratio() == pytest.approx(0.4)
+    # the longest common subsequence is "abcd"; difflib takes the longest common block "xyz" first, and has no more
+    a, b = "abcdxyz", "xyzabcd"[:3] + "a1b2c3d"
+    assert difflib.SequenceMatcher(None, a, b).ratio() == pytest.approx(6 / 17)
+    assert score("fuzzy", [a], [b]) == round(100 * 8 / 17)
 
 
 def test_sari_as_published() -> None:

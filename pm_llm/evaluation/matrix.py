@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, unknown_name
 
 UNTRAINED = -1  # the stage before the first task
 # what can be said where only so much was measured (`evaluate`)
@@ -83,7 +83,10 @@ class Matrix:
         return fmean(self.get(last, j) - self.get(i, j) for j, i in self.learned(last).items() if i < last)
 
     def forgetting(self) -> float:
-        """`mean_{j<T} (max_{j<=i<T} a[i][j] - a[T][j])`; needs two tasks."""
+        """`mean_{j<T} (max_{j<=i<T} a[i][j] - a[T][j])`; needs two tasks.
+
+        What a task scored before it was trained does not count, so that the number is the same for `seen` and `all`.
+        """
         last, best = self._last_of_several(), min if self.lower_is_better else max
         gaps = []
         for j, i in self.learned(last).items():
@@ -119,11 +122,8 @@ class Matrix:
         Returns:
             The ratio (below 1: more gained than forgotten), or None where nothing was gained.
         """
+        self.check_fuar(kept, updated, acquired)
         last = len(self.stages) - 1
-        if len(kept) != last + 1:
-            raise PmLlmError(
-                f"fuar needs a kept task for each of {last + 1} states before the last; {len(kept)} given."
-            )
         sign = -1 if self.lower_is_better else 1
 
         def gap(task: str, a: int, b: int) -> float:
@@ -134,6 +134,16 @@ class Matrix:
         forgotten = sum(gap(task, i, last) for i, task in zip(before, kept, strict=True))
         gained = sum(gap(task, last, i) for i in before for task in (updated, acquired))
         return forgotten / gained if gained > 0 else None
+
+    def check_fuar(self, kept: Sequence[str], updated: str, acquired: str) -> None:
+        """Raises PmLlmError if these cannot be the tasks of :meth:`fuar`."""
+        for task in (*kept, updated, acquired):
+            if task not in self.tasks:
+                raise unknown_name("task of fuar", str(task), self.tasks)
+        if len(kept) != len(self.stages):
+            raise PmLlmError(
+                f"fuar needs a kept task for each of {len(self.stages)} states before the last; {len(kept)} given."
+            )
 
     def _last_of_several(self) -> int:
         if len(set(self.stages)) < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from pm_llm.evaluation.matrix import Matrix, gap_closed
@@ -14,6 +15,7 @@ LABELS = {
     "forward_transfer": "forward transfer",
     "forgetting": "forgetting",
     "plasticity": "plasticity",
+    "fuar": "FUAR",
 }
 
 
@@ -21,36 +23,49 @@ def describe(results: dict[str, Any]) -> str:
     """The matrix with coefficients, and the numbers below it."""
     lines = [f"method {results['config']['method']}", ""]
     lines += [Matrix.from_results(results).table(results["coefficients"]), ""]
-    lines += [f"{label}: {results[key]:.2f}" for key, label in LABELS.items() if key in results]
-    return "\n".join(lines)
+    return "\n".join(lines + numbers(results))
 
 
-def compare(runs: Sequence[dict[str, Any]], joint: float | None = None) -> str:
+def numbers(results: dict[str, Any]) -> list[str]:
+    """A line for each number of a run; FUAR is None where nothing was gained."""
+    known = [(label, results[key]) for key, label in LABELS.items() if key in results]
+    return [f"{label}: nothing was gained" if x is None else f"{label}: {x:.2f}" for label, x in known]
+
+
+def compare(runs: Sequence[dict[str, Any]], joint: float | None = None, names: Sequence[str] = ()) -> str:
     """A row a run, side by side, as Markdown."""
-    header, rows = comparison(runs, joint)
+    header, rows = comparison(runs, joint, names)
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def comparison(runs: Sequence[dict[str, Any]], joint: float | None = None) -> tuple[list[str], list[list[str]]]:
+def comparison(
+    runs: Sequence[dict[str, Any]], joint: float | None = None, names: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of methods: the numbers all runs have, and the gap closed where it can be had.
 
     Args:
         runs: Their `results.json`.
-        joint: Final average of joint training; by default that of a run of the method `joint`, if there is one.
+        joint: Final average of joint training; by default the mean of the runs of a method `joint`.
+        names: What to call the runs; by default, by their methods.
     """
-    keys = [key for key in LABELS if all(key in run for run in runs)]
-    finals = {run["config"]["method"]: run["average_accuracy"] for run in runs}
-    upper = finals.get("joint") if joint is None else joint
-    gap = upper is not None and "seqlora" in finals
+    keys = [key for key in LABELS if all(run.get(key) is not None for run in runs)]
+    lower, upper = _final(runs, "seqlora"), _final(runs, "joint") if joint is None else joint
+    gap = lower is not None and upper is not None and lower != upper
     header = ["method", *(LABELS[key] for key in keys), *(["gap closed"] if gap else []), "coefficients"]
     rows = []
-    for run in runs:
-        row = [run["config"]["method"], *(f"{run[key]:.1f}" for key in keys)]
-        if gap and upper is not None:
-            row.append(f"{gap_closed(run['average_accuracy'], finals['seqlora'], upper):.2f}")
+    for run, name in zip(runs, names or [run["config"]["method"] for run in runs], strict=True):
+        row = [name, *(f"{run[key]:.1f}" for key in keys)]
+        if lower is not None and upper is not None and gap:
+            row.append(f"{gap_closed(run['average_accuracy'], lower, upper):.2f}")
         rows.append([*row, ", ".join(f"{c:.2f}" for c in run["coefficients"])])
     return header, rows
+
+
+def _final(runs: Sequence[dict[str, Any]], method: str) -> float | None:
+    """The mean final average of the runs of a method; None if there is none."""
+    found = [run["average_accuracy"] for run in runs if run["config"]["method"] == method]
+    return fmean(found) if found else None
 
 
 def words(choice: Any) -> str:

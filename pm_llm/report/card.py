@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pm_llm import __version__
 from pm_llm.evaluation.matrix import Matrix
-from pm_llm.report import LABELS, words
+from pm_llm.report import numbers, words
 
 # the ranks vLLM's --max-lora-rank accepts
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -69,7 +69,7 @@ def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, tas
     coefficients = ", ".join(
         f"{task} {c:.3f}" for task, c in zip(results["stages"], results["coefficients"], strict=True)
     )
-    numbers = "\n".join(f"- {label}: {results[key]:.2f}" for key, label in LABELS.items() if key in results)
+    shown_numbers = "\n".join(f"- {line}" for line in numbers(results))
     auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
     shown = base_model if _is_hub_id(base_model) else "BASE_MODEL"
     return f"""# {repo_id.rpartition("/")[2]}
@@ -87,7 +87,7 @@ Scores after each task ({", ".join(sorted(set(results["scorers"])))}, rows: the 
 
 {matrix.table(results["coefficients"])}
 
-{numbers}
+{shown_numbers}
 
 Test rows per task: {", ".join(f"{t} {n}" for t, n in zip(results["tasks"], results["test_rows"], strict=True))}.
 

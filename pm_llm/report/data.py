@@ -60,9 +60,9 @@ class Run:
 
     @property
     def final(self) -> list[Predictions]:
-        """The predictions after the last stage, in the tasks' order."""
+        """The predictions on the trained tasks after the last stage."""
         last = self.predictions[len(self.matrix.stages) - 1]
-        return [last[name] for name in self.matrix.tasks]
+        return [last[self.matrix.tasks[j]] for j in self.matrix.learned(len(self.matrix.stages) - 1)]
 
 
 def open_run(path: str | Path) -> Run:
@@ -83,10 +83,10 @@ def open_run(path: str | Path) -> Run:
 
 def difference(a: Run, b: Run) -> Interval | None:
     """Final average of `a` minus that of `b`, paired by rows; None if they were not scored on the same rows."""
-    tasks = sorted(a.matrix.tasks)
-    if sorted(b.matrix.tasks) != tasks:
-        return None
     x, y = ({one.task: one for one in run.final} for run in (a, b))
+    tasks = sorted(x)
+    if sorted(y) != tasks:
+        return None
     try:
         return paired_difference([x[name] for name in tasks], [y[name] for name in tasks])
     except PmLlmError:  # other rows: there is no difference to give

@@ -55,10 +55,7 @@ def accuracy_over_time(runs: Sequence[Run]) -> Figure:
         found = [run.averages[stage] for stage in stages]
         axes.plot(at, [x.value for x in found], marker="o", color=colour, label=run.name)
         axes.fill_between(at, [x.low for x in found], [x.high for x in found], color=colour, alpha=0.15, linewidth=0)
-    if len({tuple(run.matrix.stages) for run in runs}) == 1:
-        _name_columns(axes, range(1, len(runs[0].matrix.stages) + 1), runs[0].matrix.stages)
-    else:
-        axes.set_xlabel("stage")
+    _name_stages(axes, runs, first=1)
     axes.set_ylabel("average score on tasks so far")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, loc="best")
@@ -75,7 +72,7 @@ def coefficients(runs: Sequence[Run]) -> Figure:
         for x, modules in zip(at, run.results["module_coefficients"], strict=True):
             if modules and len(set(modules.values())) > 1:
                 axes.vlines(x, min(modules.values()), max(modules.values()), color=colour, linewidth=3, alpha=0.35)
-    _name_stages(axes, runs[0])
+    _name_stages(axes, runs)
     axes.set_ylabel("coefficient of the new adapter")
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     axes.legend(frameon=False)
@@ -91,7 +88,7 @@ def module_coefficients(run: Run) -> Figure | None:
     rows = [[(modules or {}).get(name, float("nan")) for modules in stages] for name in names]
     figure, axes = _new(WIDTH, 1.6 + 0.16 * len(names), len(stages))
     image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0)
-    _name_stages(axes, run)
+    _name_stages(axes, [run])
     axes.set_yticks(range(len(names)), [_short(name, 34) for name in names], fontsize=6)
     figure.colorbar(image, label="coefficient")
     return figure
@@ -127,7 +124,7 @@ def truncation(runs: Sequence[Run]) -> Figure | None:
     figure, axes = _new(WIDTH, 2.6, len(runs[0].matrix.stages))
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
         axes.plot(run.results["truncation_errors"], marker="o", color=colour, label=run.name)
-    _name_stages(axes, runs[0])
+    _name_stages(axes, runs)
     axes.set_ylabel("relative truncation error")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
@@ -143,7 +140,7 @@ def costs(run: Run) -> Figure:
         values = [seconds[part] for seconds in stages]
         axes.bar(range(len(stages)), values, bottom=bottom, color=colour, label=part, width=0.6)
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
-    _name_stages(axes, run)
+    _name_stages(axes, [run])
     axes.set_ylabel("seconds")
     right = axes.twinx()
     right.plot([n / 2**30 for n in run.results["peak_memory_bytes"]], color="#000000", marker="_", linestyle=":")
@@ -167,8 +164,13 @@ def _new(width: float, height: float, columns: int = 0) -> tuple[Figure, Any]:
         return figure, figure.subplots()
 
 
-def _name_stages(axes: Any, run: Run) -> None:
-    _name_columns(axes, range(len(run.matrix.stages)), run.matrix.stages)
+def _name_stages(axes: Any, runs: Sequence[Run], first: int = 0) -> None:
+    """The stages' tasks along the axis, where all runs have the same ones."""
+    if len({tuple(run.matrix.stages) for run in runs}) == 1:
+        names = runs[0].matrix.stages
+        _name_columns(axes, range(first, first + len(names)), names)
+    else:
+        axes.set_xlabel("stage")
 
 
 def _name_columns(axes: Any, at: Sequence[int], names: Sequence[str]) -> None:

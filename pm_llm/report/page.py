@@ -110,7 +110,7 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
                 yaml.safe_dump(run.results["config"], sort_keys=False),
             )
         )
-    header, rows = comparison([run.results for run in runs], joint)
+    header, rows = comparison([run.results for run in runs], joint, [run.name for run in runs])
     finals = [run.averages.get(len(run.matrix.stages) - 1) for run in runs]
     differences = [None if run is runs[0] else difference(run, runs[0]) for run in runs]
     environment = Environment(loader=PackageLoader("pm_llm.report"), autoescape=True, undefined=StrictUndefined)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -173,12 +173,23 @@ def load_tasks(config: RunConfig) -> list[Task]:
         from pm_llm.progress import say
 
         say(line)
-    _one_direction(tasks.values())
+    one_direction(tasks.values())
     cut = {
         name: task.subset(config.max_train_samples, config.max_test_samples, config.seed)
         for name, task in tasks.items()
     }
     return blurred([cut[name] for name in names * config.repeat], config.blur, config.seed)
+
+
+def load_probes(config: RunConfig) -> list[Task]:
+    """The tasks that are scored and never trained. Raises PmLlmError as :func:`load_tasks` does."""
+    from pm_llm.tasks.user import load_user_tasks
+
+    problems = Problems(drop=config.bad_rows == "drop")
+    folder = Path(config.data_dir) if config.data_dir else None
+    tasks = load_user_tasks(config.probes, folder, problems, probe=True)
+    problems.check()
+    return [task.subset(None, config.max_test_samples, config.seed) for task in tasks]
 
 
 def check_while(problems: Problems, load: Callable[[Problems], Task]) -> Task:
@@ -193,7 +204,7 @@ def checked(tasks: Sequence[Task]) -> list[Task]:
     problems = Problems()
     found = [task.checked(problems) for task in tasks]
     problems.check()
-    _one_direction(found)
+    one_direction(found)
     return found
 
 
@@ -220,7 +231,7 @@ def _on_validation(task: Task, problems: Problems) -> Task:
     return replace(task, test=task.validation)
 
 
-def _one_direction(tasks: Any) -> None:
+def one_direction(tasks: Iterable[Task]) -> None:
     """An average over scores of which some are better high and some low would mean nothing."""
     from pm_llm.evaluation.scorers import SCORERS
 

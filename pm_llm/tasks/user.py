@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,18 @@ class UserTask:
     seed: int = 0
 
 
-def load_user_tasks(entries: Sequence[Any], folder: Path | None, problems: Problems) -> list[Task]:
+def load_user_tasks(
+    entries: Sequence[Any], folder: Path | None, problems: Problems, probe: bool = False
+) -> list[Task]:
     """The tasks named by `entries` (strings or mappings); relative paths are looked up in `folder`, if given.
+
+    With `probe`, a file's rows are all test rows.
 
     A folder without a `train.*` file (and no saved dataset) is a folder of tasks: one a file or subfolder, by name.
     """
     specs = [_parse(one) for entry in entries for one in _expand(entry, folder)]
+    if probe:
+        specs = [s if _place(s.data, folder).is_dir() else replace(s, test_data=s.test_data or s.data) for s in specs]
     return [check_while(problems, partial(_load, spec, folder)) for spec in specs]
 
 
