@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test quality clean
+.PHONY: quickstart test bench quality clean
 
 quickstart: $(READY)
 	$(BIN)/python recipes/quickstart/quickstart.py $(ARGS)
@@ -11,6 +11,9 @@ quickstart: $(READY)
 # one thread a worker: two cores, two workers
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/evaluation.py $(ARGS)
 
 quality: $(READY)
 	$(BIN)/ruff check .

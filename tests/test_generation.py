@@ -287,6 +287,25 @@ shut_down()
 
 
 @pytest.mark.slow
+def test_evaluate_under_a_launcher(tmp_path) -> None:
+    """As in the docs: two processes, one set of lines, one file, the scores of one process."""
+    arguments = ["evaluate", "--model", "embedded:llama", "--benchmark", "embedded", "--order", "topic,intent"]
+    arguments += ["--max_test_samples", "21", "--max_length", "96"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml"), "-m", "pm_llm.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = []
+    for name, command in (("two", launch), ("one", [sys.executable, "-m", "pm_llm.cli"])):
+        whole = [*command, *arguments, "--predictions", str(tmp_path / f"{name}.jsonl")]
+        done = subprocess.run(whole, capture_output=True, text=True, env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr
+        said.append([line for line in done.stdout.splitlines() if "\t" in line])
+    assert said[0] == said[1]
+    assert len(said[0]) == 3
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_share_the_rows_and_agree(family: str, tmp_path) -> None:
     """16 rows in batches of 3 make six batches for two processes; then one row, so that one has nothing to do."""
