@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,9 +18,9 @@ from transformers import MistralConfig, MistralForCausalLM, set_seed
 from pm_llm.cli import main
 from pm_llm.config import EvaluationSection
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.batches import in_batches, pack
+from pm_llm.evaluation.batches import OVERHEAD, in_batches, pack
 from pm_llm.evaluation.generate import common_prefix, generate
-from pm_llm.evaluation.likelihood import answer_losses, choose_labels, log_likelihoods
+from pm_llm.evaluation.likelihood import answer_losses, choose_labels, label_ids, log_likelihoods
 from pm_llm.evaluation.predictions import MissingPredictionError, gather, read_predictions
 from pm_llm.evaluation.run import answer_task
 from pm_llm.models import load_base
@@ -63,6 +65,22 @@ def test_packing() -> None:
     assert pack([300], 10, 8, 100) == [[0]]  # a row over the budget is alone, not lost
     assert pack([], 10, 8, 100) == []
     assert len(pack([1] * 100, 0, 64, 10**6)) == 2
+
+
+def test_packing_costs_least() -> None:
+    """Against all ways to cut eleven sorted rows into batches."""
+    rng = random.Random(0)
+    for _ in range(20):
+        lengths = [rng.choice([20, 60, 100, 300, 310]) + rng.randrange(40) for _ in range(11)]
+        ordered = sorted(lengths, reverse=True)
+
+        def cost(cuts: tuple[int, ...], ordered=ordered) -> int:
+            edges = [0, *cuts, len(ordered)]
+            return sum((b - a) * ordered[a] + OVERHEAD for a, b in itertools.pairwise(edges))
+
+        ways = (cuts for n in range(11) for cuts in itertools.combinations(range(1, 11), n))
+        found = pack(lengths, 0, 64, 10**6)
+        assert sum(len(b) * lengths[b[0]] + OVERHEAD for b in found) == min(map(cost, ways))
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(1, 10**6), (4, 10**6), (64, 300), (64, 10**6)])
@@ -176,8 +194,6 @@ def test_options_with_a_shared_cache_score_as_whole_sequences(answering, size: i
     for row, ids, scores in zip(rows, options, found, strict=True):
         expected = [reference_log_likelihood(model, encoder, row, one) for one in ids]
         assert scores == pytest.approx(expected, abs=1e-4)
-    best = [labels[max(range(4), key=scores.__getitem__)] for scores in found]
-    assert choose_labels(model, encoder, rows, labels, size) == best
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,13 +204,23 @@ def test_leaving_out_labels_that_cannot_win_changes_nothing(family: str) -> None
         for weight in model.parameters():
             weight.mul_(3)  # or all tokens would be about as likely
     rows, labels = mixed_rows(), ["xq vz", "kj wq", "zz qq", "vv xj", "jq kz", "wx vq"]
-    options = [[encoder.whole_answer(replace(row, completion=label)) for label in labels] for row in rows]
+    options = [label_ids(encoder, row, labels) for row in rows]
+    assert {len(ids) for ids in options[0]} != {1}
     full = log_likelihoods(model, encoder, rows, options, 5)
     best = [max(range(6), key=scores.__getitem__) for scores in full]
     assert choose_labels(model, encoder, rows, labels, 5) == [labels[i] for i in best]
     firsts = log_likelihoods(model, encoder, rows, [[ids[:1] for ids in row] for row in options], 5)
     likeliest = [max(range(6), key=scores.__getitem__) for scores in firsts]
     assert best != likeliest
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_end_of_sequence_counts_where_one_label_begins_with_another(family: str) -> None:
+    encoder = Encoder(tokenizer(family), family == "t5", 160, 6)
+    row, end = mixed_rows()[0], encoder.tokenizer.eos_token_id
+    assert all(ids[-1] != end for ids in label_ids(encoder, row, ["positive", "negative", "a cat"]))
+    assert all(ids[-1] == end for ids in label_ids(encoder, row, ["a cat", "a cat and a dog", "dog"]))
+    assert all(ids[-1] == end for ids in label_ids(encoder, row, ["dog", "dog"]))
 
 
 def test_perplexity_is_that_of_the_plain_loss(answering) -> None:

@@ -9,11 +9,11 @@ from accelerate.utils import gather_object
 
 from pm_llm.processes import process_state
 
-PADDING = 0.2  # a row joins a batch if padding makes up at most this share of it
+OVERHEAD = 100  # what a batch costs besides its tokens, in tokens: the weights are read once for all its rows
 
 
 def pack(lengths: Sequence[int], extra: int, rows: int, tokens: int) -> list[list[int]]:
-    """Row numbers in batches of like length: longest first, at most `rows` in one and at most `tokens` with padding.
+    """Row numbers in batches, longest first, that cost least: the sum of rows x longest + OVERHEAD over the batches.
 
     Args:
         lengths: Each row's length in tokens.
@@ -21,17 +21,25 @@ def pack(lengths: Sequence[int], extra: int, rows: int, tokens: int) -> list[lis
         rows: Largest number of rows in a batch.
         tokens: Largest number of rows x (longest length + extra); a longer row is a batch of its own.
     """
-    batches: list[list[int]] = []
     # longest first: running out of memory shows at once
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        last = batches[-1] if batches else []
-        longest = lengths[last[0]] if last else 0
-        fits = len(last) < rows and (len(last) + 1) * (longest + extra) <= tokens
-        if last and fits and lengths[i] >= (1 - PADDING) * longest:
-            last.append(i)
-        else:
-            batches.append([i])
-    return batches
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    least, begins = [0.0], [0]  # for the first n rows: their least cost, and where its last batch begins
+    for end in range(1, len(order) + 1):
+        best, begin = float("inf"), end - 1
+        for start in range(end - 1, max(-1, end - 1 - rows), -1):
+            longest, count = lengths[order[start]], end - start
+            if count > 1 and count * (longest + extra) > tokens:
+                break
+            cost = least[start] + count * longest + OVERHEAD
+            if cost < best:
+                best, begin = cost, start
+        least.append(best)
+        begins.append(begin)
+    batches, end = [], len(order)
+    while end:
+        batches.append(order[begins[end] : end])
+        end = begins[end]
+    return batches[::-1]
 
 
 def in_batches(

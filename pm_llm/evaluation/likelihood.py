@@ -47,12 +47,14 @@ def log_likelihoods(
 def choose_labels(
     model: Any, encoder: Encoder, examples: Sequence[Example], labels: Sequence[str], *sizes: Any
 ) -> list[str]:
-    """The most likely label for each example, end of sequence counted as part of it. Sizes as in `generate`.
+    """The label that each example's answer most likely begins with. Sizes as in `generate`.
+
+    Where one label begins with another, the end of sequence counts as part of each: it tells them apart.
 
     No label is more likely than its first token. So labels are tried in the order of their first tokens, until none
     that is left can win: the answer is that of trying all.
     """
-    options = [[encoder.whole_answer(replace(row, completion=label)) for label in labels] for row in examples]
+    options = [label_ids(encoder, row, labels) for row in examples]
 
     def best(reader: Reader, mine: list[Sequence[Ids]]) -> list[int]:
         at_most = reader.first.gather(
@@ -64,12 +66,25 @@ def choose_labels(
         for k in range(len(labels)):
             if not (bound[:, k] > value).any():
                 break
-            found = reader.score([row[i] for row, i in zip(mine, order[:, k].tolist(), strict=True)])
+            # a row that is settled is not asked for more than a first token
+            tried = [
+                row[i] if bound[at, k] > value[at] else row[i][:1]
+                for at, (row, i) in enumerate(zip(mine, order[:, k].tolist(), strict=True))
+            ]
+            found = torch.where(bound[:, k] > value, reader.score(tried), -torch.inf)
             chosen = torch.where(found > value, order[:, k], chosen)
             value = torch.maximum(found, value)
         return chosen.tolist()
 
     return [labels[i] for i in _read(model, encoder, examples, options, best, *sizes)]
+
+
+def label_ids(encoder: Encoder, example: Example, labels: Sequence[str]) -> list[list[int]]:
+    """The labels' token ids after the example's prompt; without end of sequence, where that changes nothing."""
+    ids = [encoder.whole_answer(replace(example, completion=label)) for label in labels]
+    bare = [row[:-1] for row in ids]
+    nested = any(a == b[: len(a)] for i, a in enumerate(bare) for k, b in enumerate(bare) if i != k)
+    return ids if nested else bare
 
 
 def answer_losses(
