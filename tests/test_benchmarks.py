@@ -68,7 +68,7 @@ def test_superni_prompt_and_answers(folders) -> None:
     row = quoref.train[1]
     assert row.prompt == "Definition: Do it.\n\nNow complete the following example -\nInput: i 1\nOutput: "
     assert (row.completion, row.references, row.id) == ("a b", ["a b", "c"], "train1")
-    assert row.place.endswith("train.json:14")
+    assert row.place.endswith("train.json:14 (row 2)")
     assert (sst2.train[0].references, sst2.scorer) == (["POS"], "rougeL")
     assert [len(x) for x in (sst2.train, sst2.validation, sst2.test)] == [6, 2, 3]
 
