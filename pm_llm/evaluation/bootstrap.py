@@ -68,11 +68,10 @@ def paired_difference(
 
 def _draws(found: Predictions, resamples: int, seed: int) -> tuple[float, np.ndarray]:
     """The score, and that of `resamples` draws of rows with replacement, shape (resamples,)."""
-    rows, scorer = found.numbers(), scorer_named(found.scorer)
+    rows, scorer = found.numbers, scorer_named(found.scorer)
     rng = np.random.default_rng(seed)
     times = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=resamples)
-    whole = float(scorer.total(rows.sum(axis=0), len(rows)))
-    return whole, scorer.total(times @ rows, len(rows))
+    return scorer.of(rows), scorer.total(times @ rows, len(rows))
 
 
 def _interval(value: float, draws: np.ndarray, level: float) -> Interval:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,15 @@ class Predictions:
     sources: Sequence[str | None]
     keys: Sequence[str] = ()  # what tells rows apart: a digest of prompt and answer
 
-    def numbers(self, scorer: str | None = None) -> np.ndarray:
-        """Each row's numbers under `scorer` (by default the task's), shape (rows, k)."""
-        return scorer_named(scorer or self.scorer).numbers(self.predictions, self.references, self.sources)
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """Each row's numbers under the task's scorer, shape (rows, k)."""
+        return scorer_named(self.scorer).numbers(self.predictions, self.references, self.sources)
 
     def score(self, scorer: str | None = None) -> float:
         """The score under `scorer` (by default the task's)."""
-        found = scorer_named(scorer or self.scorer)
-        rows = self.numbers(scorer)
-        return float(found.total(rows.sum(axis=0), len(rows)))
+        one = self if scorer is None else replace(self, scorer=scorer)
+        return scorer_named(one.scorer).of(one.numbers)
 
     def lines(self) -> list[dict[str, Any]]:
         """A mapping a row, as written to JSONL; `of` is the number of rows."""

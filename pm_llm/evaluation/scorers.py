@@ -50,6 +50,10 @@ class Scorer(evaluate.Metric):
         """Scores from sums over `rows` rows: shape (..., k) to (...)."""
         return sums[..., 0] / rows
 
+    def of(self, numbers: np.ndarray) -> float:
+        """The score of a set of rows from their numbers, shape (rows, k)."""
+        return float(self.total(numbers.sum(axis=0), len(numbers)))
+
     def numbers(self, predictions: Sequence[Any], references: Sequence[Any], sources: Any = None) -> np.ndarray:
         """Each row's numbers, shape (rows, k). Raises ValueError where nothing or not everything is given."""
         if not len(predictions):
@@ -81,8 +85,7 @@ class Scorer(evaluate.Metric):
         )
 
     def _compute(self, predictions: Any, references: Any, sources: Any = None, **_: Any) -> dict[str, float]:
-        rows = self.numbers(predictions, references, sources)
-        return {self.name: float(self.total(rows.sum(axis=0), len(rows)))}
+        return {self.name: self.of(self.numbers(predictions, references, sources))}
 
 
 class ExactMatch(Scorer):
@@ -222,10 +225,7 @@ class Perplexity(Scorer):
 
 SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer
-    for scorer in (
-        *(ExactMatch, Accuracy, FirstCharacter, RougeL, Sari, Bleu, Fuzzy, FuzzyCode, TokenF1),
-        Perplexity,
-    )
+    for scorer in (ExactMatch, Accuracy, FirstCharacter, RougeL, Sari, Bleu, Fuzzy, FuzzyCode, TokenF1, Perplexity)
 }
 
 
@@ -239,5 +239,4 @@ def scorer_named(name: str) -> Scorer:
 def score(scorer: str, predictions: Sequence[Any], references: Sequence[Any], sources: Any = None) -> float:
     """One number. Raises PmLlmError on an unknown scorer, ValueError where nothing or not everything is given."""
     found = scorer_named(scorer)
-    rows = found.numbers(predictions, references, sources)
-    return float(found.total(rows.sum(axis=0), len(rows)))
+    return found.of(found.numbers(predictions, references, sources))

@@ -14,7 +14,6 @@ from typing import Any
 
 from pm_llm.errors import PmLlmError
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.rows import Row
 
 LARGEST = 20_000
 _TEST = ("train", "test")
@@ -211,8 +210,8 @@ TRACE: dict[str, HubRows] = {
 }
 
 
-def load_rows(source: HubRows, problems: Problems) -> dict[str, list[Row]]:
-    """Rows with `text` and `answer` of the splits `train` and `test`.
+def load_rows(source: HubRows, problems: Problems) -> dict[str, list[tuple[str, str, str]]]:
+    """(text, answer, place) of the rows of the splits `train` and `test`.
 
     Raises:
         PmLlmError: If the dataset cannot be had, or lacks a split or a column.
@@ -221,7 +220,7 @@ def load_rows(source: HubRows, problems: Problems) -> dict[str, list[Row]]:
         loaded = load_hub_dataset(source.id, source.subset)
     except PmLlmError as error:
         raise PmLlmError(f"{error} To read the benchmark's upstream files from a folder, give --data-dir.") from error
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[tuple[str, str, str]]] = {}
     for split, name in zip(("train", "test"), source.splits, strict=True):
         if name not in loaded:
             raise PmLlmError(f"dataset {source.id} has no split {name!r}; it has {', '.join(loaded)}.")
@@ -241,14 +240,14 @@ def load_rows(source: HubRows, problems: Problems) -> dict[str, list[Row]]:
     return found
 
 
-def _row(source: HubRows, values: dict[str, Any], place: str, problems: Problems) -> Row | None:
+def _row(source: HubRows, values: dict[str, Any], place: str, problems: Problems) -> tuple[str, str, str] | None:
     number = values[source.label]
     if not isinstance(number, int) or number < 0 or (source.words and number >= len(source.words)):
         problems.row(place, f"{source.label} is {number!r}; it must be a class number below {len(source.words)}.")
         return None
     text = source.text.format(**values) if isinstance(source.text, str) else source.text(values)
     answer = source.answer(values) if source.answer else source.words[number]
-    return Row({"text": text, "answer": answer}, place)
+    return text, answer, place
 
 
 def load_hub_dataset(name: str, subset: str | None) -> dict[str, Any]:

@@ -90,6 +90,22 @@ def json_array(path: Path, problems: Problems, key: str | None = None) -> Iterat
         _, at = decoder.raw_decode(text, at)
 
 
+def text_pairs(path: Path, columns: tuple[str, str], problems: Problems) -> Iterator[tuple[str, str, str]]:
+    """(text, answer, place) of the rows of a JSON array that have both."""
+    for row in json_array(path, problems):
+        text, answer = (row.text(column, problems) for column in columns)
+        if text is not None and answer is not None:
+            yield text, answer, row.place
+
+
+def is_there(path: Path, advice: str, problems: Problems, optional: bool = False, folder: bool = False) -> bool:
+    """Whether a file (or folder) is there; if not, and it must be, `problems` says so."""
+    found = path.is_dir() if folder else path.is_file()
+    if not found and not optional:
+        problems.add(str(path), f"is missing. {advice}")
+    return found
+
+
 def _json(path: Path, problems: Problems) -> Iterator[Row]:
     """An array of rows, or a row a line."""
     text = _decoded(path).strip()

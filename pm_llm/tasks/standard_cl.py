@@ -12,7 +12,7 @@ from pathlib import Path
 from pm_llm.tasks import Example, Task
 from pm_llm.tasks.hub_rows import CLASSIFICATION, load_rows
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.rows import json_array, read_json, short
+from pm_llm.tasks.rows import is_there, read_json, short, text_pairs
 
 CATEGORY = {
     **dict.fromkeys(("yelp", "amazon", "IMDB", "SST-2"), "SC"),
@@ -51,14 +51,12 @@ def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
         source = CLASSIFICATION[name]
         labels = source.labels
         splits = {
-            split: [example(name, labels, row.values["text"], row.values["answer"], row.place) for row in rows]
-            for split, rows in load_rows(source, problems).items()
+            split: [example(name, labels, *row) for row in rows] for split, rows in load_rows(source, problems).items()
         }
     else:
         folder = Path(data_dir)
         folder = (folder / "CL_Benchmark" if (folder / "CL_Benchmark").is_dir() else folder) / CATEGORY[name] / name
-        if not folder.is_dir():
-            problems.add(str(folder), f"is missing. {ADVICE}")
+        if not is_there(folder, ADVICE, problems, folder=True):
             return Task(name, [], [])
         found = read_json(folder / "labels.json", problems)
         if found is not None and not (found and isinstance(found, list) and all(isinstance(x, str) for x in found)):
@@ -79,13 +77,6 @@ def example(name: str, labels: tuple[str, ...], sentence: str, label: str, place
 
 
 def _read(path: Path, name: str, labels: tuple[str, ...], problems: Problems) -> list[Example]:
-    if not path.is_file():
-        if path.stem != "dev":
-            problems.add(str(path), f"is missing. {ADVICE}")
+    if not is_there(path, ADVICE, problems, optional=path.stem == "dev"):
         return []
-    examples = []
-    for row in json_array(path, problems):
-        sentence, label = row.text("sentence", problems), row.text("label", problems)
-        if sentence is not None and label is not None:
-            examples.append(example(name, labels, sentence, label, row.place))
-    return examples
+    return [example(name, labels, *row) for row in text_pairs(path, ("sentence", "label"), problems)]

@@ -13,7 +13,7 @@ from typing import Any
 from pm_llm.errors import PmLlmError
 from pm_llm.tasks import Example, Task
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.rows import Row, json_array, read_json
+from pm_llm.tasks.rows import Row, is_there, json_array, read_json
 
 TASKS = (
     "task002_quoref_answer_generation",
@@ -47,17 +47,14 @@ def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
         raise PmLlmError(f"benchmark superni reads its rows from a folder. {ADVICE}")
     folder = Path(data_dir)
     folder = (folder / "SuperNI" if (folder / "SuperNI").is_dir() else folder) / name
-    if not folder.is_dir():
-        problems.add(str(folder), f"is missing. {ADVICE}")
+    if not is_there(folder, ADVICE, problems, folder=True):
         return Task(name, [], [])
     splits = {split: _read(folder / f"{split}.json", problems) for split in ("train", "dev", "test")}
     return Task(name, splits["train"], splits["test"], "rougeL", validation=splits["dev"])
 
 
 def _read(path: Path, problems: Problems) -> list[Example]:
-    if not path.is_file():
-        if path.stem != "dev":
-            problems.add(str(path), f"is missing. {ADVICE}")
+    if not is_there(path, ADVICE, problems, optional=path.stem == "dev"):
         return []
     whole = read_json(path, problems)
     if whole is None:

@@ -12,7 +12,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.tasks import Example, Task
 from pm_llm.tasks.hub_rows import TRACE, load_rows
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.rows import json_array
+from pm_llm.tasks.rows import is_there, text_pairs
 
 SCORER = {
     "C-STANCE": "accuracy",
@@ -43,13 +43,11 @@ def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
                 f"From the Hub come {', '.join(TRACE)}."
             )
         splits = {
-            split: [_example(name, row.values["text"], row.values["answer"], row.place) for row in rows]
-            for split, rows in load_rows(TRACE[name], problems).items()
+            split: [_example(name, *row) for row in rows] for split, rows in load_rows(TRACE[name], problems).items()
         }
     else:
         folder = Path(data_dir) / name
-        if not folder.is_dir():
-            problems.add(str(folder), f"is missing. {ADVICE}")
+        if not is_there(folder, ADVICE, problems, folder=True):
             return Task(name, [], [])
         files = {"train": "train", "dev": "eval", "test": "test"}
         splits = {split: _read(folder / f"{file}.json", name, problems) for split, file in files.items()}
@@ -57,16 +55,9 @@ def load_task(name: str, data_dir: str | None, problems: Problems) -> Task:
 
 
 def _read(path: Path, name: str, problems: Problems) -> list[Example]:
-    if not path.is_file():
-        if path.stem != "eval":
-            problems.add(str(path), f"is missing. {ADVICE}")
+    if not is_there(path, ADVICE, problems, optional=path.stem == "eval"):
         return []
-    examples = []
-    for row in json_array(path, problems):
-        prompt, answer = row.text("prompt", problems), row.text("answer", problems)
-        if prompt is not None and answer is not None:
-            examples.append(_example(name, prompt, answer, row.place))
-    return examples
+    return [_example(name, *row) for row in text_pairs(path, ("prompt", "answer"), problems)]
 
 
 def _example(name: str, prompt: str, answer: str, place: str) -> Example:

@@ -130,31 +130,22 @@ def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
         if split not in splits and (key == "train_split" or split != default[key]):
             problems.add("", f"task {name!r} has no split {split!r}; it has {', '.join(splits)}. Name it with {key}.")
             return Task(name, [], [], spec.scorer)
-    wanted = [split for split in (spec.train_split, spec.test_split, spec.validation_split) if split in splits]
-    if spec.test_split not in splits:  # validation stands in for test
-        wanted += [next((split for split in _TEST_ALIASES if split in splits), spec.train_split)]
-    examples = {split: _examples(splits[split](), spec, problems) for split in dict.fromkeys(wanted)}
-    return Task(name, *_divide(examples, spec, name, problems))
 
+    def read(split: str) -> list[Example] | None:
+        return _examples(splits[split](), spec, problems) if split in splits else None
 
-def _divide(
-    examples: dict[str, list[Example]], spec: UserTask, name: str, problems: Problems
-) -> tuple[list[Example], list[Example], str, tuple[str, ...], list[Example]]:
-    """Train and test rows, scorer, labels, validation rows; missing splits are split off the training rows."""
-    train = examples[spec.train_split]
-    validation = examples.get(spec.validation_split)
-    test = examples.get(spec.test_split)
-    if test is None:
-        alias = next((a for a in (spec.validation_split, *_TEST_ALIASES) if a in examples), None)
-        test = examples[alias] if alias else None
-        validation = None
+    train, test, validation = read(spec.train_split) or [], read(spec.test_split), None
+    if spec.test_split in splits:
+        validation = read(spec.validation_split)
+    else:  # validation stands in for test
+        test = next((read(split) for split in (spec.validation_split, *_TEST_ALIASES) if split in splits), None)
     if test is None:
         what = f"task {name!r} has no test split and test_size"
         train, test = _split_off(train, spec.test_size, spec.seed, what, problems)
     if spec.validation_size and validation is None:
         what = f"task {name!r}: validation_size"
         train, validation = _split_off(train, spec.validation_size, spec.seed + 1, what, problems)
-    return train, test, spec.scorer, tuple(spec.labels), validation or []
+    return Task(name, train, test, spec.scorer, tuple(spec.labels), validation or [])
 
 
 def _split_off(
