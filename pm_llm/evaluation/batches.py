@@ -10,20 +10,16 @@ from accelerate.utils import gather_object
 from pm_llm.processes import process_state
 
 OVERHEAD = 100  # what a batch costs besides its tokens, in tokens: the weights are read once for all its rows
-FEWEST = 1e12  # an overhead with which the fewest batches cost least
 
 
-def pack(
-    lengths: Sequence[int], extra: int, rows: int, tokens: int, overhead: float = OVERHEAD
-) -> list[list[int]]:
-    """Row numbers in batches, longest first, that cost least: the sum of rows x longest + overhead over the batches.
+def pack(lengths: Sequence[int], extra: int, rows: int, tokens: int) -> list[list[int]]:
+    """Row numbers in batches, longest first, that cost least: the sum of rows x longest + OVERHEAD over the batches.
 
     Args:
         lengths: Each row's length in tokens.
         extra: What a row may grow by, in tokens.
         rows: Largest number of rows in a batch.
         tokens: Largest number of rows x (longest length + extra); a longer row is a batch of its own.
-        overhead: What a batch costs besides, in tokens. The larger, the fewer batches.
     """
     # longest first: running out of memory shows at once
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -34,7 +30,7 @@ def pack(
             longest, count = lengths[order[start]], end - start
             if count > 1 and count * (longest + extra) > tokens:
                 break
-            cost = least[start] + count * longest + overhead
+            cost = least[start] + count * longest + OVERHEAD
             if cost < best:
                 best, begin = cost, start
         least.append(best)

@@ -1,26 +1,21 @@
 """Log-likelihoods of given answers: of each option of a classification task, or of the right answer (perplexity).
 
-Prompts are read once, in batches of like length, and what they have in common at the front (a benchmark's instruction)
-once for all of them; every option then goes on from the key-value caches (an encoder-decoder's: from the encoder's
-states) of several batches at a time.
+A batch's prompts are read once, and what they have in common at the front (a benchmark's instruction) once for all of
+them; every option then goes on from the key-value cache (an encoder-decoder's: from the encoder's states).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import ceil
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import BaseModelOutput
+from torch import Tensor
 
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.batches import FEWEST, in_batches, pack
+from pm_llm.evaluation.batches import in_batches, pack
 from pm_llm.evaluation.generate import Prompts, evaluating, is_plain, is_prompt_learning
-from pm_llm.processes import process_state
 from pm_llm.tasks import Example
 from pm_llm.tasks.encode import Encoder
 
@@ -120,25 +115,18 @@ def _read(
         )
     longest = max((len(ids) for row in options for ids in row), default=0)
 
-    def on_group(group: Sequence[int]) -> list[Any]:
-        parts = pack([lengths[i] for i in group], extra, batch_size, batch_tokens)
-        order = [group[i] for part in parts for i in part]
-        reader = (EncoderDecoderReader if encoder.seq2seq else DecoderReader)(
-            prompts, [[group[i] for i in part] for part in parts]
-        )
-        found = dict(zip(order, work(reader, [options[i] for i in order]), strict=True))
-        return [found[i] for i in group]
+    def on_batch(batch: Sequence[int]) -> list[Any]:
+        reader = (EncoderDecoderReader if encoder.seq2seq else DecoderReader)(prompts, batch)
+        return work(reader, [options[i] for i in batch])
 
     with evaluating(model):
         prompts = Prompts(model, encoder, [encoder.prompt(example) for example in examples])
-        lengths, extra = [len(ids) - prompts.common for ids in prompts.prompts], prompts.common + longest
-        share = max(1, ceil(len(examples) / process_state().num_processes))  # so that every process has a group
-        groups = pack(lengths, extra, min(batch_size, share), batch_tokens, overhead=FEWEST)
-        return in_batches(groups, on_group, progress)
+        lengths = [len(ids) - prompts.common for ids in prompts.prompts]
+        return in_batches(pack(lengths, prompts.common + longest, batch_size, batch_tokens), on_batch, progress)
 
 
 class Reader:
-    """Prompts that have been read, batch after batch, and put together.
+    """Prompts that have been read.
 
     `first` are the log-probabilities of the answers' first token, shape (rows, vocabulary).
     """
@@ -159,26 +147,21 @@ class Reader:
 class DecoderReader(Reader):
     """Prompts in a decoder's key-value cache; where that forgets tokens, each answer is read with its prompt."""
 
-    def __init__(self, prompts: Prompts, batches: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompts: Prompts, rows: Sequence[int]) -> None:
         self.model = prompts.model
-        ids, masks, first, caches = zip(*(self._read(prompts, rows) for rows in batches), strict=True)
-        self.ids, self.mask, self.first = _joined(ids), _joined(masks), torch.cat(first)
-        self.cache = _joined_caches(caches) if all(map(is_plain, caches)) else None
-
-    def _read(self, prompts: Prompts, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Ids and mask (rows, length), first log-probabilities, cache."""
         inputs, cache = prompts.batch(rows)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
         read = cache.get_seq_length() if cache is not None else 0
         out = self.model(
-            input_ids=ids[:, read:],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, read:],
+            input_ids=self.ids[:, read:],
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, read:],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        return ids, mask, out.logits[:, -1].float().log_softmax(-1), out.past_key_values
+        self.cache = out.past_key_values if is_plain(out.past_key_values) else None
+        self.first = out.logits[:, -1].float().log_softmax(-1)
 
     def score(self, answers: Sequence[Ids]) -> Tensor:
         ids, kept = self._right_padded(answers)
@@ -206,12 +189,11 @@ class DecoderReader(Reader):
 class EncoderDecoderReader(Reader):
     """Prompts as an encoder's states."""
 
-    def __init__(self, prompts: Prompts, batches: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompts: Prompts, rows: Sequence[int]) -> None:
         self.model = prompts.model
-        inputs = [prompts.batch(rows)[0] for rows in batches]
-        states = [self.model.get_encoder()(**one).last_hidden_state for one in inputs]
-        self.mask = _joined([one["attention_mask"] for one in inputs], left=False)
-        self.states = BaseModelOutput(_joined(states, left=False))
+        inputs, _ = prompts.batch(rows)
+        self.mask = inputs["attention_mask"]
+        self.states = self.model.get_encoder()(**inputs)
         self.begin = torch.full_like(self.mask[:, :1], self.model.config.decoder_start_token_id)
         self.first = self._decode(self.begin)[:, 0].float().log_softmax(-1)
 
@@ -221,28 +203,6 @@ class EncoderDecoderReader(Reader):
 
     def _decode(self, ids: Tensor) -> Tensor:
         return self.model(encoder_outputs=self.states, attention_mask=self.mask, decoder_input_ids=ids).logits
-
-
-def _joined(parts: Sequence[Tensor], left: bool = True, dim: int = 1) -> Tensor:
-    """Rows of several tensors in one, padded with zeros on the left or right of `dim`."""
-    longest = max(x.shape[dim] for x in parts)
-    padded = []
-    for x in parts:
-        missing = longest - x.shape[dim]
-        widths = [0, 0] * (x.ndim - 1 - dim) + ([missing, 0] if left else [0, missing])
-        padded.append(nn.functional.pad(x, widths))
-    return torch.cat(padded)
-
-
-def _joined_caches(caches: Sequence[Any]) -> Any:
-    """The rows of several caches in one, padded on the left."""
-    if len(caches) == 1:
-        return caches[0]
-    whole = DynamicCache()
-    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
-        keys, values = (_joined([getattr(layer, name) for layer in layers], dim=2) for name in ("keys", "values"))
-        whole.update(keys, values, number)
-    return whole
 
 
 def _summed(logits: Tensor, ids: Tensor, kept: Tensor) -> Tensor:

@@ -196,6 +196,14 @@ class Matrix:
         return "\n".join(lines)
 
 
+def asked_for(evaluate: str, stages: Sequence[str], columns: Sequence[str], stage: int) -> list[str]:
+    """The tasks that are scored after stage `stage` (from 0; -1: before the first), under `evaluate`."""
+    if evaluate == "all" or stage == len(stages) - 1:
+        return list(columns)
+    seen = list(dict.fromkeys(stages[: stage + 1]))
+    return {"seen": seen, "final": [], "diagonal+final": seen and [stages[stage]]}[evaluate]
+
+
 def gap_closed(method: float, seqlora: float, joint: float) -> float:
     """`(method - seqlora) / (joint - seqlora)` of final averages: 0 is plain sequential fine-tuning, 1 joint training.
 

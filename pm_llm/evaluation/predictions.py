@@ -74,6 +74,11 @@ def read_predictions(path: str | Path) -> dict[str, Predictions]:
         raise PmLlmError(f"{path} cannot be read as predictions: {said}.") from error
 
 
+def read_all(paths: Iterable[str | Path]) -> dict[str, Predictions]:
+    """Task name -> its predictions, from files of different tasks."""
+    return {name: found for path in paths for name, found in read_predictions(path).items()}
+
+
 def gather(lines: Iterable[dict[str, Any]]) -> dict[str, Predictions]:
     """Task name -> its predictions. Raises MissingPredictionError if a row is missing or occurs twice."""
     tasks: dict[str, dict[int, dict[str, Any]]] = {}
