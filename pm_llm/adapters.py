@@ -7,7 +7,6 @@ into the factors. What cannot be folded exactly (DoRA, biases, saved modules ...
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,14 +18,13 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pm_llm.errors import PmLlmError
+from pm_llm.foreign import WEIGHTS_FILE, check_files
 from pm_llm.lowrank import LowRank
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 # fields of LoraConfig that say which modules are adapted; they travel unchanged from adapter to adapter
@@ -112,20 +110,10 @@ class Adapter:
     def load(cls, folder: str | Path) -> Adapter:
         """Read an adapter folder. Raises PmLlmError if it is missing, damaged, or not a LoRA that folds exactly."""
         folder = Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise PmLlmError(
-                    f"{folder} is not an adapter folder: {name} is missing. "
-                    "Give a folder written by PEFT's save_pretrained with safetensors."
-                )
-        try:
-            raw = json.loads((folder / CONFIG_FILE).read_text())
-            state = load_file(folder / WEIGHTS_FILE)
-        except (json.JSONDecodeError, SafetensorError) as error:
-            raise PmLlmError(f"{folder} is damaged: {error}. Write the adapter again.") from error
-        kind = raw.get("peft_type") if isinstance(raw, dict) else None
+        kind = check_files(folder)["peft_type"]
         if kind != "LORA":
             raise PmLlmError(f"{folder} holds an adapter of type {kind}; only LORA can be merged here.")
+        state = load_file(folder / WEIGHTS_FILE)
         return cls.from_state(state, PeftConfig.from_pretrained(str(folder)), where=str(folder))
 
     @classmethod

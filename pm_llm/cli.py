@@ -1,9 +1,10 @@
-"""The command line: pm-llm run, tasks, evaluate, score, report, merge, push. Heavy imports wait for the commands."""
+"""The command line, `pm-llm COMMAND`. Heavy imports wait for the commands."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
@@ -15,6 +16,9 @@ import yaml
 from pm_llm import __version__
 from pm_llm.config import RunConfig, flags, load_config
 from pm_llm.errors import PmLlmError
+
+# what a disk may say at any time; whatever was being written, what is committed stays as it is
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,6 +39,20 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+    run.add_argument(
+        "--restart-from", metavar="TASK", help="redo a run from this task on (its name or number), keeping the rest"
+    )
+
+    status = commands.add_parser("status", help="show where a run stands and what it will do next")
+    status.add_argument("run_dir", metavar="RUN_DIR")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what of this machine will not work, and what to install",
+        description="Check versions, devices, bfloat16, disk and the Hub login, for the run that the configuration "
+        "describes. Further flags are keys of the configuration, as for run. Exit status 1 if a run would fail.",
+    )
+    doctor.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
 
     merge = commands.add_parser("merge", help="fold one LoRA adapter into another, exactly")
     merge.add_argument("--running", required=True, metavar="DIR", help="the adapter to fold into")
@@ -93,16 +111,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     given, rest = parser.parse_known_args(arguments)
     try:
-        if given.command in ("run", "evaluate", "tasks"):
+        if given.command in ("run", "evaluate", "tasks", "doctor"):
             files = list(takewhile(lambda word: not word.startswith("-"), rest)) if given.command == "tasks" else []
             overrides = parse_overrides(rest[len(files) :]) | ({"tasks": files} if files else {})
             config = load_config(given.config, overrides).check()
-            return {"run": run, "evaluate": evaluate, "tasks": check_tasks}[given.command](given, config)
+            configured = {"run": run, "evaluate": evaluate, "tasks": check_tasks, "doctor": doctor}
+            return configured[given.command](given, config)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return {"merge": merge, "score": score, "report": report, "push": push}[given.command](given)
+        simple = {"merge": merge, "score": score, "report": report, "push": push, "status": status}
+        return simple[given.command](given)
     except PmLlmError as error:
         print(f"pm-llm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pm-llm: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"pm-llm: error: {error.strerror}: {error.filename or 'while writing'}.", file=sys.stderr)
         return 2
 
 
@@ -148,19 +176,34 @@ def run(given: argparse.Namespace, config: RunConfig) -> int:
     from pm_llm.processes import shut_down
     from pm_llm.report import describe
     from pm_llm.sequence import ContinualSequence
+    from pm_llm.stopping import Stopped
 
-    sequence = ContinualSequence(config)
-    results = sequence.run()
+    sequence = ContinualSequence(config, restart_from=given.restart_from)
+    try:
+        results = sequence.run()
+    except Stopped as stop:
+        say(f"{stop}; the same command goes on from here. Where that is: pm-llm status {sequence.run_dir.path}")
+        return 128 + stop.number
     if sequence.state.is_main_process:
         say("\n" + describe(results))
+        folder = sequence.run_dir.path
         try:
-            from pm_llm.report.figures import save_matrix
+            from pm_llm.report.figures import matrix_png
 
-            save_matrix(results, sequence.run_dir.path / "matrix.png")
+            with sequence.run_dir.locked():
+                sequence.run_dir.write("matrix.png", matrix_png(results))
         except ImportError:  # matplotlib is an extra; the results are there all the same
             say('for a picture of the matrix: pip install "pm_llm[report]"')
-        say(f"\nadapter: {sequence.run_dir.adapter}\nresults: {sequence.run_dir.path / 'results.json'}")
+        say(f"\nadapter: {folder / 'adapter'}\nresults: {folder / 'results.json'}")
     shut_down()
+    return 0
+
+
+def status(given: argparse.Namespace) -> int:
+    """`pm-llm status`: where a run stands."""
+    from pm_llm.status import describe_run
+
+    print(describe_run(given.run_dir))
     return 0
 
 
@@ -171,17 +214,19 @@ def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
     quiet_libraries()
     from pm_llm.evaluation.run import evaluate_adapter
     from pm_llm.processes import process_state, shut_down
-    from pm_llm.run_dir import write_jsonl
+    from pm_llm.run_dir import RunDir, jsonl
 
     keep = Path(given.predictions) if given.predictions else None
     if keep is not None and (keep.is_dir() or not keep.absolute().parent.is_dir()):
         raise PmLlmError(f"--predictions {keep} is a folder, or in one that does not exist. Name a file.")
+    if given.adapter:
+        RunDir.check_within(given.adapter)
     found = evaluate_adapter(given.adapter, config)
     for line in _score_lines(found):
         say(line)
     shut_down()
     if keep is not None and process_state().is_main_process:
-        write_jsonl(keep, [line for one in found for line in one.lines()])
+        keep.write_bytes(jsonl([line for one in found for line in one.lines()]))
     return 0
 
 
@@ -197,6 +242,18 @@ def _score_lines(found: Sequence[Any], scorer: str | None = None) -> list[str]:
     return [f"{name}\t{x.value:.2f}\t({x.low:.2f} to {x.high:.2f})" for name, x in named]
 
 
+def doctor(given: argparse.Namespace, config: RunConfig) -> int:
+    """`pm-llm doctor`: a line for each thing that was looked at."""
+    from pm_llm.progress import quiet_libraries
+
+    quiet_libraries()
+    from pm_llm.doctor import main_text
+
+    text, status = main_text(config)
+    print(text)
+    return status
+
+
 def check_tasks(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm tasks check`: what a run would train on."""
     from pm_llm.progress import quiet_libraries
@@ -210,16 +267,16 @@ def check_tasks(given: argparse.Namespace, config: RunConfig) -> int:
 
 def score(given: argparse.Namespace) -> int:
     """`pm-llm score`: scores of saved predictions."""
-    from pm_llm.evaluation.predictions import read_predictions
+    from pm_llm.evaluation.predictions import read_all
     from pm_llm.run_dir import RunDir
 
-    path = Path(given.predictions)
-    if path.is_dir():
-        run_dir = RunDir.open(path)
-        if not run_dir.state()["stages"]:
-            raise PmLlmError(f"{path} has finished no task yet, so there is nothing to score.")
-        path = run_dir.predictions(len(run_dir.state()["stages"]) - 1)
-    found = read_predictions(path)
+    paths = [Path(given.predictions)]
+    if paths[0].is_dir():
+        run_dir = RunDir.open(paths[0])
+        paths = run_dir.predictions(len(run_dir.state()["stages"]) - 1)
+    found = read_all(paths)
+    if not found:
+        raise PmLlmError(f"{given.predictions} holds no predictions: nothing has been scored yet.")
     print("\n".join(_score_lines(list(found.values()), given.scorer)))
     return 0
 
@@ -227,7 +284,10 @@ def score(given: argparse.Namespace) -> int:
 def merge(given: argparse.Namespace) -> int:
     """`pm-llm merge`: fold, write, and say how exact it is."""
     from pm_llm.merges.files import merge_folders
+    from pm_llm.run_dir import RunDir
 
+    for folder in (given.running, given.new):
+        RunDir.check_within(folder)
     report = merge_folders(given.running, given.new, given.coefficient, given.max_rank, given.out)
     print(f"{given.out}: rank {report.rank}, relative truncation error {report.truncation_error:.3e}")
     return 0
@@ -237,6 +297,7 @@ def report(given: argparse.Namespace) -> int:
     """`pm-llm report`: tables here, and the page with its figures in a folder."""
     from pm_llm.report import compare, describe
     from pm_llm.report.data import open_run
+    from pm_llm.run_dir import RunDir
 
     runs = [open_run(path) for path in given.run_dir]
     for one in runs:
@@ -244,10 +305,15 @@ def report(given: argparse.Namespace) -> int:
     if len(runs) > 1:
         print(compare([one.results for one in runs], given.joint, [one.name for one in runs]) + "\n")
     try:
-        from pm_llm.report.page import write_report
+        from pm_llm.report.page import FIGURES, write_report
     except ImportError as error:
         raise PmLlmError(f'the page needs matplotlib: pip install "pm_llm[report]" ({error})') from error
-    print(f"page: {write_report(runs, given.out or given.run_dir[0], given.joint)}")
+    page = write_report(runs, given.out or given.run_dir[0], given.joint)
+    if not given.out:
+        run_dir = RunDir.open(given.run_dir[0])
+        with run_dir.locked():
+            run_dir.record([page, *(page.parent / FIGURES).iterdir()])
+    print(f"page: {page}")
     return 0
 
 

@@ -65,6 +65,7 @@ class TrainSection:
     optim: str = option("adamw_torch", "Optimizer.")
     gradient_checkpointing: bool = option(False, "Trade compute for memory.")
     logging_steps: int = option(10, "Steps between two log lines.")
+    save_steps: int = option(500, "Optimizer steps between two checkpoints within a task; one more at its end.")
     extra: dict[str, Any] = option({}, "Any other field of transformers' TrainingArguments.")
 
 
@@ -94,6 +95,7 @@ class RunConfig:
 
     model: str = option("embedded:llama", "Hub id or folder of the base model, or embedded:llama, embedded:t5.")
     dtype: str = option("float32", "Weights and compute: float32 or bfloat16.")
+    load_in_4bit: bool = option(False, "Base weights in 4 bits (NF4 by bitsandbytes); adapters keep full precision.")
     benchmark: str | None = option(None, "A benchmark: embedded, standard_cl, long_sequence, superni, trace.")
     order: Any = option(None, "An order of the benchmark by name, a list of task names, or random:SEED.")
     repeat: int = option(1, "How many times the sequence is gone through.")
@@ -140,7 +142,13 @@ class RunConfig:
         for name in (
             *("max_rank", "max_train_samples", "max_test_samples", "max_length", "max_new_tokens", "lora.r"),
             *("fisher.samples", "fisher.batch_size", "evaluation.batch_size", "train.per_device_train_batch_size"),
-            *("train.gradient_accumulation_steps", "train.logging_steps", "evaluation.batch_tokens", "repeat"),
+            *(
+                "train.gradient_accumulation_steps",
+                "train.logging_steps",
+                "train.save_steps",
+                "evaluation.batch_tokens",
+                "repeat",
+            ),
         ):
             value = _get(self, name)
             if value is not None and value < 1:

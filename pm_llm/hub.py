@@ -36,14 +36,16 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
         raise PmLlmError(f"{repo_id!r} is no repository name: {error}") from error
     if "/" not in repo_id:
         raise PmLlmError(f"{repo_id!r} names no user. Give user/name.")
-    config = json.loads((run.adapter / FILES[0]).read_text())
+    adapter = run.adapter
+    config = json.loads((adapter / FILES[0]).read_text())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name in FILES[:2]:
-            shutil.copy(run.adapter / name, folder / name)
+            shutil.copy(adapter / name, folder / name)
         base_model, rank = results["config"]["model"], _rank(config)
         write_card(results, repo_id, base_model, rank, config.get("task_type"), folder / FILES[2])
-        shutil.copy(folder / FILES[2], run.path / FILES[2])
+        with run.locked():
+            run.write(FILES[2], (folder / FILES[2]).read_bytes())
         sizes = ", ".join(f"{name} ({(folder / name).stat().st_size:,} bytes)" for name in FILES)
         if dry_run:
             return f"dry run: would upload to {repo_id}: {sizes}. The card is in {run.path / FILES[2]}."

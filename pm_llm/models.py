@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import (
@@ -27,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.processes import process_state
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -76,8 +79,8 @@ def load_tokenizer(name: str) -> tuple[Any, bool]:
     """
     path = resolve(name)
     with _told(name):
-        seq2seq = is_seq2seq(AutoConfig.from_pretrained(path))
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        seq2seq = is_seq2seq(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise PmLlmError(f"the tokenizer of {name!r} has no end-of-sequence token, so answers could not end.")
     if tokenizer.pad_token is None:
@@ -86,12 +89,26 @@ def load_tokenizer(name: str) -> tuple[Any, bool]:
     return tokenizer, seq2seq
 
 
-def load_base(name: str, dtype: str = "float32") -> Base:
-    """Load model and tokenizer. Raises PmLlmError if there is no such model, or it cannot generate."""
+def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> Base:
+    """Load model and tokenizer onto this process's device.
+
+    Args:
+        name: Hub id, folder, or `embedded:...`.
+        dtype: Of weights and compute; in 4 bits, of compute and of what stays unquantised.
+        load_in_4bit: Quantise linear layers to NF4 with double quantisation (QLoRA, arXiv 2305.14314).
+
+    Raises:
+        PmLlmError: If there is no such model, it cannot generate, or bitsandbytes is missing.
+    """
     tokenizer, seq2seq = load_tokenizer(name)
+    device, options = process_state().device, {}
+    if load_in_4bit:
+        options = {"quantization_config": _nf4(dtype), "device_map": {"": device}}
     with _told(name):
         auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        model = auto.from_pretrained(resolve(name), dtype=getattr(torch, dtype))
+        model = auto.from_pretrained(resolve(name), dtype=getattr(torch, dtype), trust_remote_code=False, **options)
+    if not load_in_4bit:
+        model = model.to(device)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
         setattr(model.config, token, getattr(tokenizer, token))
     # plain greedy decoding: no penalties or forced tokens that the model may ship; its own end tokens still end
@@ -103,6 +120,26 @@ def load_base(name: str, dtype: str = "float32") -> Base:
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
     return Base(model, tokenizer, seq2seq)
+
+
+def empty_base(name: str) -> tuple[Any, bool]:
+    """A model of the right shapes without weights, and whether it is an encoder-decoder. Raises as `load_base`."""
+    with _told(name):
+        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+    seq2seq = is_seq2seq(config)
+    with torch.device("meta"):
+        return (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_config(config), seq2seq
+
+
+def _nf4(dtype: str) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise PmLlmError('load_in_4bit needs bitsandbytes: pip install "pm_llm[qlora]"')
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 @contextmanager

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+RESET_PEAK = Path("/proc/self/clear_refs")  # on Linux
 
 
 def process_state() -> PartialState:
@@ -18,7 +23,7 @@ def process_state() -> PartialState:
 
 
 class Clock:
-    """Seconds of each part of a stage, and the peak of memory.
+    """Seconds of each part of a stage, and each part's peak of memory in bytes: the device's, on CPU the process's.
 
     Args:
         device: Where the model is.
@@ -27,22 +32,29 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        self._last = time.monotonic()
+        self.peak_memory: dict[str, int] = {}
+        self._begin()
 
     def stop(self, part: str) -> None:
         """The time since the last stop was that of `part`."""
-        now = time.monotonic()
-        self.seconds[part] = now - self._last
-        self._last = now
+        self.seconds[part] = time.monotonic() - self._last
+        self.peak_memory[part] = self._peak()
+        self._begin()
 
-    def peak_memory(self) -> int:
-        """Bytes: the device's peak since the clock was made, on CPU the process's peak so far."""
+    def _begin(self) -> None:
+        self._last = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif RESET_PEAK.exists() and os.access(RESET_PEAK, os.W_OK):
+            RESET_PEAK.write_text("5")  # see proc(5): the peak becomes what is resident now
+
+    def _peak(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+        if RESET_PEAK.exists():
+            return int(re.findall(r"VmHWM:\s+(\d+) kB", RESET_PEAK.with_name("status").read_text())[0]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process so far
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def shut_down() -> None:

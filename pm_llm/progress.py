@@ -23,21 +23,20 @@ def say(line: str) -> None:
 
 
 class TrainingBar(TrainerCallback):
-    """Shows steps and loss of a training stage, and keeps the Trainer's log lines."""
+    """Shows steps and loss of a training stage."""
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.bar: Any = None
-        self.logs: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = bar(state.max_steps, self.label, "step")
+        self.bar.update(state.global_step)  # where training goes on from a checkpoint
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.logs.append({"step": state.global_step, **(logs or {})})
         if logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
 

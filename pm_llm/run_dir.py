@@ -1,226 +1,361 @@
 """The run's folder. The only place that knows its layout on disk.
 
-    config.yaml            the whole configuration
-    state.json             the finished stages with scores and coefficients, and library versions
-    stages/01-agnews/      adapter/ (merged, standard PEFT), task_adapter/ (as trained), predictions.jsonl, log.jsonl
+    state.json             the one file that says what is done: configuration, finished stages, scores, and the
+                           manifest (size and SHA-256 of every other file); it holds its own digest
+    config.yaml            the configuration, for people
+    stages/01-agnews/      adapter/ (merged, standard PEFT), task_adapter/ (as trained), log.jsonl, predictions/
     curvature.safetensors  in the last stage's folder only: what the merge rule remembers
-    adapter -> stages/..   the merged adapter after the last finished task, at a stable path
-    untrained.jsonl        predictions before the first task, where they were asked for
+    adapter -> stages/..   the merged adapter after the last trained task, at a stable path
+    untrained/             predictions before the first task, where they were asked for
+    work/                  the Trainer's checkpoints of the task in training
     results.json, matrix.png, report.html, README.md
 
-A stage is written under a temporary name and renamed when whole; then `state.json` is replaced, then the link.
+Files are written under a temporary name, flushed and renamed; then `state.json` is replaced. What it does not list is
+not part of the run, whatever a crash has left, and is swept away.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pm_llm.config import RunConfig
+from pm_llm import durable
+from pm_llm.durable import Lock, sha256_of, writing
 from pm_llm.errors import PmLlmError
 
-ADAPTER, TASK_ADAPTER, CURVATURE = "adapter", "task_adapter", "curvature.safetensors"
-PREDICTIONS, UNTRAINED = "predictions.jsonl", "untrained.jsonl"
+ADAPTER, TASK_ADAPTER, CURVATURE, LOG = "adapter", "task_adapter", "curvature.safetensors", "log.jsonl"
+STATE, RESULTS, STAGES, UNTRAINED, WORK = "state.json", "results.json", "stages", "untrained", "work"
+KEYS = {"tasks", "config", "rows", "stages", "untrained", "files"}
 
 
 class RunDir:
     """One run's folder.
 
     Args:
-        path: The folder; made by :meth:`create`.
+        path: The folder; made by :meth:`begin`.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-
-    # ---- making and opening ----
-    def create(self, config: RunConfig, tasks: list[str], versions: dict[str, str]) -> None:
-        """Make the folder for a run, or open it to go on.
-
-        Raises:
-            PmLlmError: If the folder holds a run with another configuration (the differences are shown), holds
-                something else, or cannot be written.
-        """
-        plain = config.plain()
-        del plain["output_dir"]
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-        try:
-            if (self.path / "state.json").is_file():
-                finished = self.state()["stages"]
-                if finished:  # a run that never finished a task may be begun anew with another configuration
-                    self._check_same(plain, tasks)
-                self._sweep()
-                if finished:
-                    return
-            elif self._holds_something():
-                raise PmLlmError(f"{self.path} is not empty and holds no run. Choose another output_dir.")
-            (self.path / "stages").mkdir(parents=True, exist_ok=True)
-            # the state comes first: from then on the folder is known as a run's
-            self.write_state({"tasks": tasks, "stages": [], "versions": versions})
-            self._write_text("config.yaml", text)
-        except OSError as error:
-            raise PmLlmError(f"cannot write to {self.path}: {error.strerror}. Choose another output_dir.") from error
+        self._lock = Lock(self.path)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
         """An existing run. Raises PmLlmError if there is none."""
-        if not (Path(path) / "state.json").is_file():
-            raise PmLlmError(f"{path} is not a run folder: state.json is missing.")
-        return cls(path)
+        run = cls(path)
+        if not (run.path / STATE).is_file():
+            hint = " Its stages are there: put state.json back from a copy." if run._stages_on_disk() else ""
+            raise PmLlmError(f"{path} is not a run folder: state.json is missing.{hint}")
+        return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out; a folder that was made for nothing is removed.
+
+        Raises:
+            PmLlmError: If another process is in, the folder cannot be written, or it holds something that is no run.
+        """
+        with writing(self.path):
+            if not (self.path / STATE).exists() and self._holds_something():
+                raise PmLlmError(
+                    f"{self.path} is not empty and holds no run: {self.path / STATE} is missing. Put it back from a "
+                    "copy, or choose another output_dir."
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            begun = (self.path / STATE).exists()
+            self._lock.release(remove=not begun)
+            if not begun and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def holder(self) -> str | None:
+        """The process that is at work here; None if there is none."""
+        return self._lock.holder()
+
+    # ---- beginning and going on; the caller has the lock ----
+    def begin(self, state: dict[str, Any]) -> None:
+        """Make the folder a run's that has done nothing yet."""
+        with writing(self.path):
+            (self.path / STAGES).mkdir(exist_ok=True)
+            self._write_state({**state, "stages": [], "untrained": None, "files": {}})  # from here it is a run folder
+            self.sweep()
+            self._record_config(state["config"])
+
+    def go_on(self, config: dict[str, Any], rows: dict[str, Any], tasks: list[str]) -> None:
+        """Take over what may have changed since (settings and rows of what has not run yet), and sweep."""
+        with writing(self.path):
+            self._write_state({**self.state(), "config": config, "rows": rows, "tasks": tasks})
+            self.sweep()
+            self._record_config(config)
+
+    def restart(self, stage: int) -> None:
+        """Forget stage `stage` (from 0) and those after it."""
+        state = self.state()
+        folders = {entry["folder"] for entry in state["stages"][stage:]}
+        files = {
+            name: known
+            for name, known in state["files"].items()
+            if name != RESULTS and not (name.startswith(f"{STAGES}/") and name.split("/")[1] in folders)
+        }
+        with writing(self.path):
+            self._write_state({**state, "stages": state["stages"][:stage], "files": files})
+            self.sweep()
 
     def _holds_something(self) -> bool:
         """Whether there is more than a start leaves that was killed before it wrote its state."""
-        if not self.path.exists():
-            return False
-        names = {p.name for p in self.path.iterdir()}
-        stages = self.path / "stages"
-        return bool(names - {"stages", ".state.json.tmp"}) or (stages.is_dir() and any(stages.iterdir()))
+        names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
+        return bool(names - {STAGES, ".lock", f".{STATE}.tmp"}) or self._stages_on_disk()
 
-    def _check_same(self, plain: dict[str, Any], tasks: list[str]) -> None:
-        old, new = _flat({**self.config(), "its tasks": self.state()["tasks"]}), _flat({**plain, "its tasks": tasks})
-        differences = [
-            f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)
-        ]
-        if differences:
-            raise PmLlmError(
-                f"{self.path} holds a run with another configuration ({'; '.join(differences)}). "
-                "Choose another output_dir, or delete the folder."
-            )
+    def _stages_on_disk(self) -> bool:
+        return (self.path / STAGES).is_dir() and any((self.path / STAGES).iterdir())
 
-    def _sweep(self) -> None:
-        """Remove what a killed process left half-done: stages that no state file knows."""
-        known = {stage["folder"] for stage in self.state()["stages"]}
-        for folder in (self.path / "stages").iterdir():
-            if folder.name not in known:
+    def sweep(self) -> None:
+        """Remove what a killed process left half-done, and let `adapter` point to the last stage's."""
+        state = self.state()
+        stages = [entry["folder"] for entry in state["stages"]]
+        if stages:
+            durable.replace_link(self.path / ADAPTER, Path(STAGES) / stages[-1] / ADAPTER)
+        else:
+            (self.path / ADAPTER).unlink(missing_ok=True)
+        for temporary in self.path.glob(".*.tmp"):
+            temporary.unlink()
+        for folder in (self.path / STAGES).iterdir():
+            if folder.name not in stages:
                 shutil.rmtree(folder)
-        if known:
-            self._link(self.state()["stages"][-1]["folder"])
+        for folder in [*(self.path / STAGES / name for name in stages), self.path / UNTRAINED]:
+            for file in [path for path in folder.rglob("*") if path.is_file()]:
+                if file.relative_to(self.path).as_posix() not in state["files"]:
+                    file.unlink()
+        if (self.path / WORK).is_dir():
+            for folder in (self.path / WORK).iterdir():
+                if folder.name in stages or f"{len(stages) + 1:02d}-" != folder.name[:3]:
+                    shutil.rmtree(folder)
 
     # ---- reading ----
-    def config(self) -> dict[str, Any]:
-        """The configuration the run was made with."""
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-
     def state(self) -> dict[str, Any]:
-        """`tasks`, `stages` (each with folder, task, scores, merge) and `versions`."""
-        return self._json("state.json", {"tasks", "stages", "versions"})
+        """`tasks`, `config`, `rows`, `stages`, `untrained`, `files`. Raises PmLlmError if the file is damaged."""
+        found = self._json(STATE)
+        if "digest" not in found and {"tasks", "stages", "versions"} <= found.keys():
+            raise PmLlmError(f"{self.path} holds a run of an older pm_llm, which cannot go on. Run in another folder.")
+        digest = found.pop("digest", None)
+        if digest != sha256_of(found) or not found.keys() >= KEYS or not all(map(_is_inside, _names(found))):
+            raise PmLlmError(
+                f"{self.path / STATE} has other content than was written. Put it back from a copy, or run in another "
+                f"folder. The adapters in {self.path / STAGES} are ordinary PEFT adapters still."
+            )
+        return found
 
     def results(self) -> dict[str, Any]:
-        """`results.json`. Raises PmLlmError if the run is not finished."""
-        path = self.path / "results.json"
-        if not path.is_file():
+        """`results.json`. Raises PmLlmError if the run is not finished, or the file is damaged."""
+        if RESULTS not in self.state()["files"]:
             raise PmLlmError(f"{self.path} has no results.json: the run is not finished. Run the same command again.")
-        return self._json(
-            path.name, {"config", "tasks", "stages", "matrix", "untrained", "lower_is_better", "seconds"}
-        )
+        self.check([RESULTS])
+        return self._json(RESULTS)
 
-    def _json(self, name: str, keys: set[str]) -> dict[str, Any]:
-        """A JSON file of the run. Raises PmLlmError if it is damaged, or lacks what this version writes."""
+    def _json(self, name: str) -> dict[str, Any]:
         try:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise PmLlmError(f"{self.path / name} cannot be read ({error}). Run the same command again.") from error
-        if not isinstance(found, dict) or not keys <= found.keys():
+            again = "Run the same command again." if name == RESULTS else "Put it back from a copy."
+            raise PmLlmError(f"{self.path / name} cannot be read ({error}). {again}") from error
+        if not isinstance(found, dict):
             raise PmLlmError(f"{self.path / name} is not what this version of pm_llm writes. Run in another folder.")
         return found
 
+    def damaged(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
+        """What is wrong with the manifest's files, by their path in the folder."""
+        state = self.state()
+        found = durable.damaged(self.path, {name: x for name, x in state["files"].items() if wanted(name)})
+        if state["stages"] and wanted(ADAPTER):
+            target = Path(STAGES) / state["stages"][-1]["folder"] / ADAPTER
+            link = self.path / ADAPTER
+            if not link.is_symlink() or link.readlink() != target:
+                found[ADAPTER] = f"is no link to {target.as_posix()}"
+        return found
+
+    def check(self, names: Sequence[str] = ()) -> None:
+        """Compare files, or all of some folders, with the manifest: by default all that a run needs to go on.
+
+        Raises:
+            PmLlmError: If one is damaged: which, how, and what to do.
+        """
+        needed = tuple(names) or (f"{STAGES}/", f"{UNTRAINED}/")
+        found = self.damaged(lambda name: name in needed or name.startswith(tuple(n for n in needed if n[-1] == "/")))
+        if found:
+            shown = "; ".join(f"{self.path / name} {what}" for name, what in list(found.items())[:5])
+            more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+            raise PmLlmError(f"the run's folder was damaged: {shown}{more}. {self.remedy(found)}")
+
+    def remedy(self, found: dict[str, str]) -> str:
+        """What to do about damaged files."""
+        state = self.state()
+        folders = [entry["folder"] for entry in state["stages"]]
+        stages = [folders.index(name.split("/")[1]) for name in found if name.startswith(f"{STAGES}/")]
+        if any(name.startswith(f"{UNTRAINED}/") for name in found):
+            stages.append(0)
+        if stages:
+            return (
+                "Put it back from a copy, or run the same command with "
+                f"--restart-from {min(stages) + 1} (task {state['stages'][min(stages)]['task']!r})."
+                if folders
+                else "Put it back from a copy, or run in another folder."
+            )
+        pages = [name for name in found if name not in (RESULTS, ADAPTER, "config.yaml", "matrix.png")]
+        return "Make it again with pm-llm report or pm-llm push." if pages else "Run the same command again."
+
+    @classmethod
+    def check_within(cls, path: str | Path) -> None:
+        """If a folder is part of a run, check it. Raises PmLlmError if the run's manifest knows it otherwise."""
+        folder = Path(path).resolve()
+        for above in folder.parents[:3]:
+            if (above / STATE).is_file():
+                cls(above).check([f"{folder.relative_to(above).as_posix()}/"])
+                return
+
     @property
     def adapter(self) -> Path:
-        """The merged adapter after the last finished task. Raises PmLlmError if no task is finished."""
-        if not (self.path / ADAPTER).is_dir():
-            raise PmLlmError(f"{self.path} holds no adapter yet: no task is finished.")
-        return self.path / ADAPTER
-
-    def curvature(self) -> dict[str, Tensor]:
-        """What the merge rule remembers (empty if nothing)."""
+        """The merged adapter after the last trained task. Raises PmLlmError if there is none, or it is damaged."""
         stages = self.state()["stages"]
-        file = self.path / "stages" / stages[-1]["folder"] / CURVATURE
-        return load_file(file) if file.is_file() else {}
+        if not stages:
+            raise PmLlmError(f"{self.path} holds no adapter yet: no task is finished.")
+        folder = f"{STAGES}/{stages[-1]['folder']}/{ADAPTER}"
+        self.check([f"{folder}/"])
+        return self.path / folder
 
-    def predictions(self, stage: int) -> Path:
-        """The predictions after stage `stage` (from 0), or -1 for those of the untrained model."""
-        if stage < 0:
-            return self.path / UNTRAINED
-        return self.path / "stages" / self.state()["stages"][stage]["folder"] / PREDICTIONS
+    def stage_adapter(self, stage: int, which: str = ADAPTER) -> Path:
+        """An adapter of stage `stage` (from 0): merged, or as trained (`task_adapter`)."""
+        return self.path / STAGES / self.state()["stages"][stage]["folder"] / which
+
+    def curvature(self) -> dict[str, Tensor] | None:
+        """What the merge rule remembers after the last stage; None where it is not on disk."""
+        state = self.state()
+        name = f"{STAGES}/{state['stages'][-1]['folder']}/{CURVATURE}"
+        return load_file(self.path / name) if name in state["files"] else None
+
+    def predictions(self, stage: int) -> list[Path]:
+        """The files of predictions after stage `stage` (from 0), or -1 for those of the untrained model.
+
+        Raises:
+            PmLlmError: If one is damaged.
+        """
+        state = self.state()
+        names = (state["untrained"] or {}) if stage < 0 else state["stages"][stage]["scores"]
+        files = [entry["predictions"] for entry in names.values()]
+        if files:
+            self.check(files)
+        return [self.path / name for name in files]
 
     def log(self, stage: int) -> list[dict[str, Any]]:
-        """The training log of stage `stage` (from 0)."""
-        text = (self.path / "stages" / self.state()["stages"][stage]["folder"] / "log.jsonl").read_text("utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
+        """The training log of stage `stage` (from 0). Raises PmLlmError if it is damaged."""
+        name = f"{STAGES}/{self.state()['stages'][stage]['folder']}/{LOG}"
+        self.check([name])
+        return [json.loads(line) for line in (self.path / name).read_text("utf-8").split("\n") if line]
 
-    # ---- writing ----
-    def note_untrained(self, scores: dict[str, float], predictions: list[dict[str, Any]]) -> None:
-        """Keep what the model scored before the first task."""
-        write_jsonl(self.path / UNTRAINED, predictions)
-        self.write_state({**self.state(), "untrained": scores})
+    def work(self, number: int, task: str) -> Path:
+        """The folder for the Trainer's checkpoints of stage `number` (from 1); it may not exist."""
+        return self.path / WORK / _folder(number, task)
 
-    def new_stage(self, number: int, task: str) -> Path:
-        """A temporary folder for stage `number` (from 1), to be filled and then committed."""
-        folder = self.path / "stages" / f".{number:02d}-{_safe(task)}.tmp"
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
-        return folder
+    # ---- writing; the caller has the lock ----
+    def commit_stage(
+        self, number: int, entry: dict[str, Any], fill: Callable[[Path], None], curvature: dict[str, Tensor]
+    ) -> None:
+        """Make stage `number` (from 1) part of the run: its folder as `fill` fills it, then state, then the link."""
+        name = _folder(number, entry["task"])
+        temporary, folder = self.path / STAGES / f".{name}.tmp", self.path / STAGES / name
+        with writing(self.path, leftover=temporary):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir()
+            fill(temporary)
+            if curvature:
+                save_file(curvature, temporary / CURVATURE)
+            durable.rename_tree(temporary, folder)
+            state = self.state()
+            old = [file for file in state["files"] if file.endswith(f"/{CURVATURE}")]
+            state["stages"].append({"folder": name, **entry, "remembers": bool(curvature)})
+            state["files"] = {k: x for k, x in state["files"].items() if k not in old}
+            state["files"] |= durable.digests(self.path, [path for path in folder.rglob("*") if path.is_file()])
+            self._write_state(state)
+            durable.replace_link(self.path / ADAPTER, Path(STAGES) / name / ADAPTER)
+            for file in old:
+                (self.path / file).unlink(missing_ok=True)
+            shutil.rmtree(self.work(number, entry["task"]), ignore_errors=True)
 
-    def commit(self, folder: Path, entry: dict[str, Any], curvature: dict[str, Tensor]) -> None:
-        """Make a filled stage folder part of the run: rename, then state, then link; then drop old curvature."""
-        if curvature:
-            save_file(curvature, folder / CURVATURE)
-        name = folder.name.removeprefix(".").removesuffix(".tmp")
-        folder.rename(folder.parent / name)
+    def commit_score(
+        self, stage: int, task: str, score: float, lines: list[dict[str, Any]], seconds: float, peak_memory: int
+    ) -> None:
+        """Keep what stage `stage` (from 0; -1: the untrained model) answers on a task, its score, and what it took."""
         state = self.state()
-        before = [stage["folder"] for stage in state["stages"]]
-        state["stages"].append({"folder": name, **entry})
-        self.write_state(state)
-        self._link(name)
-        for old in before:
-            (self.path / "stages" / old / CURVATURE).unlink(missing_ok=True)
+        scores = (state["untrained"] or {}) if stage < 0 else state["stages"][stage]["scores"]
+        above = Path(UNTRAINED) if stage < 0 else Path(STAGES) / state["stages"][stage]["folder"] / "predictions"
+        name = (above / f"{_folder(len(scores) + 1, task)}.jsonl").as_posix()
+        with writing(self.path):
+            (self.path / above).mkdir(exist_ok=True)
+            durable.replace_bytes(self.path / name, jsonl(lines))
+            scores[task] = {"score": score, "predictions": name}
+            if stage < 0:
+                state["untrained"] = scores
+            else:
+                entry = state["stages"][stage]
+                entry["seconds"]["evaluate"] += seconds
+                entry["peak_memory_bytes"]["evaluate"] = max(
+                    peak_memory, entry["peak_memory_bytes"].get("evaluate", 0)
+                )
+            state["files"] |= durable.digests(self.path, [self.path / name])
+            self._write_state(state)
 
-    def write_state(self, state: dict[str, Any]) -> None:
-        """Replace `state.json`."""
-        self._write_text("state.json", json.dumps(state, indent=1))
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file of the run's folder and list it in the manifest."""
+        with writing(self.path):
+            durable.replace_bytes(self.path / name, content.encode() if isinstance(content, str) else content)
+        self.record([self.path / name])
+
+    def record(self, files: Sequence[Path]) -> None:
+        """List files that are whole in the manifest."""
+        state = self.state()
+        with writing(self.path):
+            state["files"] |= durable.digests(self.path.absolute(), [path.absolute() for path in files])
+            self._write_state(state)
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Replace `results.json`."""
-        self._write_text("results.json", json.dumps(results, indent=1))
+        self.write(RESULTS, json.dumps(results, indent=1))
 
-    def _write_text(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / name)
+    def _record_config(self, config: dict[str, Any]) -> None:
+        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
-    def _link(self, stage: str) -> None:
-        temporary = self.path / f".{ADAPTER}.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(Path("stages") / stage / ADAPTER, target_is_directory=True)
-        temporary.replace(self.path / ADAPTER)
+    def _write_state(self, state: dict[str, Any]) -> None:
+        state = json.loads(json.dumps(state))  # as it will be read
+        durable.replace_bytes(self.path / STATE, json.dumps({**state, "digest": sha256_of(state)}, indent=1).encode())
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
     """A line a row."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+def _folder(number: int, name: str) -> str:
+    return f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:80]}"
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _names(state: dict[str, Any]) -> list[str]:
+    """All paths that a state names."""
+    return [*state["files"], *(entry["folder"] for entry in state["stages"])]
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative path stays in the folder: a run may come from elsewhere."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path != PurePosixPath()

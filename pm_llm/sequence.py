@@ -1,50 +1,54 @@
-"""The loop over tasks: start, train, Fisher, merge, evaluate, commit."""
+"""The loop over tasks: start, train, Fisher, merge, commit, evaluate, commit."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, reduce
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig
+from transformers import DataCollatorForSeq2Seq, set_seed
 
 from pm_llm.adapters import Adapter, lora_layers, remove, set_active
+from pm_llm.checkpoints import Checkpoints
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.matrix import UNTRAINED, Matrix
-from pm_llm.evaluation.predictions import Predictions
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix, asked_for
 from pm_llm.evaluation.run import answer_task
-from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.fisher import Fisher, diagonal_fisher
 from pm_llm.merges import Merger
 from pm_llm.models import load_base
 from pm_llm.processes import Clock, process_state
-from pm_llm.progress import TrainingBar, bar, say
-from pm_llm.run_dir import ADAPTER, PREDICTIONS, TASK_ADAPTER, RunDir, write_jsonl
+from pm_llm.progress import bar, say
+from pm_llm.results import gather_results
+from pm_llm.resume import stage_key, take_up
+from pm_llm.run_dir import ADAPTER, LOG, TASK_ADAPTER, RunDir, jsonl
 from pm_llm.starts import RUNNING, TASK
+from pm_llm.stopping import Stopping
 from pm_llm.tasks import Task, checked, distinct, load_probes, load_tasks, one_direction
 from pm_llm.tasks.encode import encoders_for
-from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
+from pm_llm.training import train
 
 VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
 class ContinualSequence:
-    """Fine-tunes one model on a sequence of tasks; a run that was stopped goes on after its last finished task.
+    """Fine-tunes one model on a sequence of tasks; a run that was stopped goes on where it was.
 
     Args:
         config: The run's configuration.
         tasks: The tasks in order; by default what the configuration names.
+        restart_from: Redo from this task on (its name, or its number in the sequence); what comes before is kept.
     """
 
-    def __init__(self, config: RunConfig, tasks: list[Task] | None = None) -> None:
+    def __init__(self, config: RunConfig, tasks: list[Task] | None = None, restart_from: str | None = None) -> None:
         self.config = config.check()
+        self.restart_from = restart_from
         self.tasks = load_tasks(config) if tasks is None else checked(tasks)  # a stage each; a task may recur
         self.distinct = distinct(self.tasks)
         self.columns = self.distinct | {task.name: task for task in load_probes(config)}  # all that is scored
@@ -56,101 +60,115 @@ class ContinualSequence:
         self.method = config.parsed_method()
         self.state = process_state()
         self.run_dir = RunDir(config.output_dir)
+        self.stopping = Stopping()
 
     def run(self) -> dict[str, Any]:
-        """Train everything that is not done yet and return the results (as in `results.json`)."""
+        """Train everything that is not done yet and return the results (as in `results.json`).
+
+        Raises:
+            PmLlmError: If the run cannot begin or go on; what is committed stays as it is.
+            Stopped: After SIGTERM or SIGINT.
+        """
         if self.state.num_processes == 1 and self.state.device.type == "cuda" and torch.cuda.device_count() > 1:
             raise PmLlmError(
                 "several GPUs are visible to one process. Use `accelerate launch recipes/continual.py`, "
                 "or show it one with CUDA_VISIBLE_DEVICES."
             )
         self.encoders = encoders_for(self.config, self.columns.values())
-        names = [task.name for task in self.tasks]
-        self._on_main(lambda: self.run_dir.create(self.config, names, _versions()))
-        self.base = load_base(self.config.model, self.config.dtype)
-        self.model: Any = self.base.model.to(self.state.device)
-        merger, running, done = self._resume()
-        if self.config.evaluate == "all" and not done:
-            untrained = self._evaluate(list(self.columns))
-            self._on_main(
-                lambda: self.run_dir.note_untrained({p.task: p.score() for p in untrained}, _lines(untrained))
-            )
-        with bar(len(self.tasks), self.config.method, "task") as progress:
-            progress.update(done)
-            for number, task in enumerate(self.tasks[done:], start=done + 1):
-                started = time.monotonic()
-                running, entry = self._stage(number, task, merger, running)
-                progress.update(1)
-                say(_stage_line(number, len(self.tasks), entry, time.monotonic() - started))
-        return self._finish()
+        with self.stopping, ExitStack() as stack:
+            self._on_main(lambda: stack.enter_context(self.run_dir.locked()) and None)
+            self._on_main(lambda: take_up(self.run_dir, self.config, self.tasks, self.columns, self.restart_from))
+            run = self._on_main(self.run_dir.state)
+            self.stages: list[dict[str, Any]] = run["stages"]
+            self.rows = run["rows"]["train"]
+            self.base = load_base(self.config.model, self.config.dtype, self.config.load_in_4bit)
+            self.model: Any = self.base.model
+            if self.config.evaluate == "all" and not self.stages:
+                self._evaluate(UNTRAINED, run["untrained"] or {})
+            merger, running = self._go_on()
+            with bar(len(self.tasks), self.config.method, "task") as progress:
+                progress.update(len(self.stages))
+                for number, task in enumerate(self.tasks[len(self.stages) :], start=len(self.stages) + 1):
+                    running = self._stage(number, task, merger, running)
+                    progress.update(1)
+            return self._on_main(self._finish)
 
     # ---- one task ----
-    def _stage(
-        self, number: int, task: Task, merger: Merger, running: Adapter | None
-    ) -> tuple[Adapter, dict[str, Any]]:
+    def _stage(self, number: int, task: Task, merger: Merger, running: Adapter | None) -> Adapter:
+        started = time.monotonic()
         set_seed(self.config.seed * 1000 + number)
         clock = Clock(self.state.device)
         start = self.method.start.build("start")
         self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
-        rows = self.encoders[task.name].features(task.train)
-        for name, foreign in task.foreign:
-            rows += self.encoders[name].features(foreign)
-        logs = self._train(number, task, rows)
+        rows = self._features(task)
+        logs, seconds = self._train(number, task, rows)
         clock.stop("train")
         new = Adapter.from_model(self.model, TASK)
         fisher = self._fisher(number, task, rows) if merger.rule.needs_fisher else None
         clock.stop("fisher")
         merged = merger.fold(running, new, fisher, continues=start.continues)
-        merged.attach(self.model, RUNNING)
-        remove(self.model, TASK)
-        set_active(self.model, [RUNNING], trainable=None)
+        self._activate(merged)
         clock.stop("merge")
-        predictions = self._evaluate(self._to_score(number))
-        clock.stop("evaluate")
+        report = merger.report
         entry = {
             "task": task.name,
-            "scores": {found.task: found.score() for found in predictions},
-            "coefficient": merger.report.coefficient,
-            "raw_coefficient": merger.report.raw_coefficient,
-            "clipped": merger.report.clipped,
-            "coefficients": merger.report.coefficients,
-            "raw_coefficients": merger.report.raw_coefficients,
-            "truncation_error": merger.report.truncation_error,
-            "rank": merger.report.rank,
+            "seed": self.config.seed * 1000 + number,
+            "config": {key: value for key, value in self.config.plain().items() if key != "output_dir"},
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            "processes": self.state.num_processes,
+            "coefficient": report.coefficient,
+            "raw_coefficient": report.raw_coefficient,
+            "clipped": report.clipped,
+            "coefficients": report.coefficients,
+            "raw_coefficients": report.raw_coefficients,
+            "truncation_error": report.truncation_error,
+            "rank": report.rank,
             "curvature": next((log["curvature"] for log in reversed(logs) if "curvature" in log), None),
-            "seconds": clock.seconds,
-            "peak_memory_bytes": clock.peak_memory(),
+            "seconds": {**clock.seconds, "train": seconds, "evaluate": 0.0},
+            "peak_memory_bytes": clock.peak_memory,
+            "scores": {},
         }
-        self._on_main(lambda: self._commit(number, task, merged, new, merger, _lines(predictions), logs, entry))
-        return merged, entry
 
-    def _train(self, number: int, task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        constraints = [choice.build("constrain") for choice in self.method.constrain]
-        shown = TrainingBar(f"train {task.name}")
-        trainer_class = ContinualSeq2SeqTrainer if self.base.seq2seq else ContinualSFTTrainer
-        with tempfile.TemporaryDirectory() as scratch, original_forward(self.model):
-            trainer = trainer_class(
-                self.model,
-                args=training_arguments(
-                    self.config, self.base.seq2seq, scratch, self.config.seed * 1000 + number, self.state.device.type
-                ),
-                train_dataset=Dataset.from_list(rows),
-                data_collator=self._collator(),
-                processing_class=self.base.tokenizer,
-                constraint=constraints,
-                callbacks=[shown],
-            )
-            for callback in (PrinterCallback, ProgressCallback):
-                trainer.remove_callback(callback)
-            trainer.train()
-        return shown.logs
+        def fill(folder: Any) -> None:
+            merged.save(folder / ADAPTER)
+            new.save(folder / TASK_ADAPTER)
+            (folder / LOG).write_bytes(jsonl(logs))
+
+        self._on_main(lambda: self.run_dir.commit_stage(number, entry, fill, merger.state()))
+        self.stages.append(entry)
+        self._evaluate(number - 1, entry["scores"])
+        say(_stage_line(number, len(self.tasks), entry, time.monotonic() - started))
+        return merged
+
+    def _features(self, task: Task) -> list[dict[str, Any]]:
+        rows = self.encoders[task.name].features(task.train)
+        for name, foreign in task.foreign:
+            rows += self.encoders[name].features(foreign)
+        return rows
+
+    def _train(self, number: int, task: Task, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+        """The Trainer's log, and the seconds that training took, in all processes that had a part in it."""
+        key = stage_key(self.config, number, self.rows[number - 1], self.state.num_processes)
+        checkpoints = Checkpoints(self.run_dir.work(number, task.name), key)
+        logs = train(
+            self.model,
+            self.base,
+            self.config,
+            Dataset.from_list(rows),
+            label=task.name,
+            seed=self.config.seed * 1000 + number,
+            constraints=[choice.build("constrain") for choice in self.method.constrain],
+            checkpoints=checkpoints,
+            stopping=self.stopping,
+        )
+        return logs, checkpoints.elapsed()
 
     def _fisher(self, number: int, task: Task, rows: list[dict[str, Any]]) -> Fisher:
         size = self.config.fisher.batch_size
         rng = torch.Generator().manual_seed(self.config.seed * 1000 + number)
         chosen = torch.randperm(len(rows), generator=rng)[: self.config.fisher.samples].tolist()
         mine = chosen[self.state.process_index :: self.state.num_processes]
-        collate = self._collator()
+        collate = DataCollatorForSeq2Seq(self.base.tokenizer, self.model)
         batches = (
             collate([rows[i] for i in mine[at : at + size]]).to(self.state.device) for at in range(0, len(mine), size)
         )
@@ -166,95 +184,80 @@ class ContinualSequence:
             mine = torch.zeros(layer.out_features, layer.in_features)
         return reduce(mine.to(self.state.device), "sum").cpu()
 
-    def _to_score(self, number: int) -> list[str]:
-        """The tasks that are scored after stage `number` (from 1)."""
-        what, every = self.config.evaluate, list(self.columns)
-        if what == "all" or number == len(self.tasks):
-            return every
-        seen = list(dict.fromkeys(task.name for task in self.tasks[:number]))
-        return {"seen": seen, "final": [], "diagonal+final": [self.tasks[number - 1].name]}[what]
+    def _activate(self, merged: Adapter) -> None:
+        """Only the running adapter, frozen."""
+        merged.attach(self.model, RUNNING)
+        remove(self.model, TASK)
+        set_active(self.model, [RUNNING], trainable=None)
 
-    def _evaluate(self, names: list[str]) -> list[Predictions]:
-        how = self.config.evaluation
-        return [answer_task(self.model, self.encoders[name], self.columns[name], how) for name in names]
-
-    def _commit(
-        self,
-        number: int,
-        task: Task,
-        merged: Adapter,
-        new: Adapter,
-        merger: Merger,
-        predictions: list[dict[str, Any]],
-        logs: list[dict[str, Any]],
-        entry: dict[str, Any],
-    ) -> None:
-        folder = self.run_dir.new_stage(number, task.name)
-        merged.save(folder / ADAPTER)
-        new.save(folder / TASK_ADAPTER)
-        write_jsonl(folder / PREDICTIONS, predictions)
-        write_jsonl(folder / "log.jsonl", logs)
-        self.run_dir.commit(folder, entry, merger.state())
+    def _evaluate(self, stage: int, scores: dict[str, Any]) -> None:
+        """Score and commit what stage `stage` (from 0) is to be scored on and is not in `scores` yet."""
+        wanted = asked_for(self.config.evaluate, [task.name for task in self.tasks], list(self.columns), stage)
+        clock = Clock(self.state.device)
+        for name in [name for name in wanted if name not in scores]:
+            found = answer_task(self.model, self.encoders[name], self.columns[name], self.config.evaluation)
+            clock.stop("evaluate")
+            took, memory = clock.seconds["evaluate"], clock.peak_memory["evaluate"]
+            score = found.score()
+            self._on_main(partial(self.run_dir.commit_score, stage, name, score, found.lines(), took, memory))
+            scores[name] = {"score": score}
 
     # ---- around the tasks ----
-    def _resume(self) -> tuple[Merger, Adapter | None, int]:
-        merger = Merger(self.method.merge, max_rank=self.config.max_rank)
-        stages = self.run_dir.state()["stages"]
-        if not stages:
-            return merger, None, 0
-        merger.load_state(self.run_dir.curvature(), len(stages))
+    def _go_on(self) -> tuple[Merger, Adapter | None]:
+        """The merger and the running adapter after the finished stages; scores that the last one lacks are made."""
+        merger, done = Merger(self.method.merge, max_rank=self.config.max_rank), len(self.stages)
+        if not done:
+            return merger, None
+        say(f"going on after task {done} of {len(self.tasks)} in {self.run_dir.path}")
+        curvature = self.run_dir.curvature()
+        if curvature is None and self.stages[-1]["remembers"]:
+            self._replay(merger)
+        else:
+            merger.load_state(curvature or {}, done)
         running = Adapter.load(self.run_dir.adapter)
-        say(f"going on after task {len(stages)} of {len(self.tasks)} in {self.run_dir.path}")
-        return merger, running, len(stages)
+        self.model = self.method.start.build("start").prepare(self.model, running, self.config.lora, self.base.seq2seq)
+        self._activate(running)
+        self._evaluate(done - 1, self.stages[-1]["scores"])
+        return merger, running
+
+    def _replay(self, merger: Merger) -> None:
+        """Let the merger remember the finished tasks, from their adapters and rows: a Fisher and a fold each.
+
+        After a restart in the middle, since only the last stage's curvature is kept.
+
+        Raises:
+            PmLlmError: If another coefficient comes out than was used.
+        """
+        start = self.method.start.build("start")
+        running: Adapter | None = None
+        for number, (task, entry) in enumerate(zip(self.tasks, self.stages, strict=False), start=1):
+            say(f"curvature of task {number} of {len(self.stages)}, {task.name}, once more")
+            new = Adapter.load(self.run_dir.stage_adapter(number - 1, TASK_ADAPTER))
+            self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+            new.attach(self.model, TASK)
+            beneath = [RUNNING] if running is not None and not start.continues else []
+            set_active(self.model, [*beneath, TASK], trainable=TASK)
+            merger.fold(running, new, self._fisher(number, task, self._features(task)), continues=start.continues)
+            if abs(merger.report.raw_coefficient - entry["raw_coefficient"]) > 1e-2 * abs(entry["raw_coefficient"]):
+                raise PmLlmError(
+                    f"the curvature of task {task.name!r} gives the coefficient {merger.report.raw_coefficient:.4f} "
+                    f"now and gave {entry['raw_coefficient']:.4f}. Restart from an earlier task, or run elsewhere."
+                )
+            running = Adapter.load(self.run_dir.stage_adapter(number - 1))
+            self._activate(running)
 
     def _finish(self) -> dict[str, Any]:
-        state, scorers = self.run_dir.state(), [task.scorer for task in self.columns.values()]
-        stages = state["stages"]
-        matrix = Matrix(
-            list(self.columns),
-            stages=[task.name for task in self.tasks],
-            lower_is_better=SCORERS[scorers[0]].lower_is_better,
-        )
-        for i, stage in enumerate(stages):
-            for name, value in stage["scores"].items():
-                matrix.set(i, name, value)
-        for name, value in state.get("untrained", {}).items():
-            matrix.set(UNTRAINED, name, value)
-        results = {
-            "config": self.run_dir.config(),
-            "method": self.method.plain(),
-            "versions": state["versions"],
-            "tasks": matrix.tasks,
-            "stages": matrix.stages,
-            "scorers": scorers,
-            "lower_is_better": matrix.lower_is_better,
-            "test_rows": [len(task.test) for task in self.columns.values()],
-            "matrix": matrix.rows(),
-            "untrained": state.get("untrained"),
-            "coefficients": [stage["coefficient"] for stage in stages],
-            "raw_coefficients": [stage["raw_coefficient"] for stage in stages],
-            "module_coefficients": [stage["coefficients"] for stage in stages],
-            "truncation_errors": [stage["truncation_error"] for stage in stages],
-            "ranks": [stage["rank"] for stage in stages],
-            "curvatures": [stage["curvature"] for stage in stages],
-            "seconds": [stage["seconds"] for stage in stages],
-            "peak_memory_bytes": [stage["peak_memory_bytes"] for stage in stages],
-            **matrix.summary(self.config.evaluate),
-            **({"fuar": matrix.fuar(**self.config.fuar)} if self.config.fuar else {}),
-        }
-        self._on_main(lambda: self.run_dir.write_results(results))
+        results = gather_results(self.run_dir.state(), self.method.plain(), self.columns)
+        self.run_dir.write_results(results)
         return results
 
-    def _collator(self) -> DataCollatorForSeq2Seq:
-        return DataCollatorForSeq2Seq(self.base.tokenizer, self.model)
-
-    def _on_main(self, action: Any) -> None:
-        """Run `action` on the main process; if it fails there, every process stops with that error."""
-        box: list[str | None] = [None]
+    def _on_main(self, action: Callable[[], Any]) -> Any:
+        """What `action` gives on the main process, on every process; if it fails there, all stop with that error."""
+        box: list[Any] = [None, None]
         failed: BaseException | None = None
         if self.state.is_main_process:
             try:
-                action()
+                box[1] = action()
             except Exception as error:
                 failed, box[0] = error, str(error)
         if self.state.num_processes > 1:
@@ -263,41 +266,13 @@ class ContinualSequence:
             raise failed
         if box[0] is not None:
             raise PmLlmError(box[0])
-
-
-def training_arguments(config: RunConfig, seq2seq: bool, scratch: str, seed: int, device: str) -> Any:
-    """The Trainer's arguments for one task. Raises PmLlmError if transformers does not take them."""
-    fields = {key: value for key, value in vars(config.train).items() if key != "extra"}
-    fields |= {
-        "output_dir": scratch,
-        "seed": seed,
-        "bf16": config.dtype == "bfloat16",
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": device == "cpu",
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": device == "cuda",
-    }
-    if not seq2seq:
-        fields["max_length"] = None  # rows are cut inside their frame already
-    try:
-        return (Seq2SeqTrainingArguments if seq2seq else SFTConfig)(**{**fields, **config.train.extra})
-    except (TypeError, ValueError) as error:
-        raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error
+        return box[1]
 
 
 def _stage_line(number: int, total: int, entry: dict[str, Any], seconds: float) -> str:
-    scores = " ".join(f"{name} {value:.1f}" for name, value in entry["scores"].items()) or "(not scored)"
+    scores = " ".join(f"{name} {found['score']:.1f}" for name, found in entry["scores"].items()) or "(not scored)"
     clipped = f" (raw {entry['raw_coefficient']:.3f})" if entry["clipped"] else ""
     return (
         f"[{number}/{total}] {entry['task']}: coefficient {entry['coefficient']:.3f}{clipped}, rank {entry['rank']}, "
         f"truncation error {entry['truncation_error']:.1e} | {scores} | {seconds:.0f} s"
     )
-
-
-def _lines(found: list[Predictions]) -> list[dict[str, Any]]:
-    return [line for one in found for line in one.lines()]
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in VERSIONS}

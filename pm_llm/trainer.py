@@ -6,17 +6,20 @@ Both take an ordinary PeftModel with exactly one trainable LoRA adapter; other a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 from trl import SFTTrainer
 
 from pm_llm.adapters import lora_layers, scaled, set_active, trainable_adapter
+from pm_llm.checkpoints import Checkpoints
 from pm_llm.constraints import Constraint, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 
@@ -28,8 +31,16 @@ class ConstraintMixin:
     checkpointing runs the forward again inside the backward, and would otherwise see another scale.
     """
 
-    def __init__(self, *args: Any, constraint: Constraint | Sequence[Constraint] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        constraint: Constraint | Sequence[Constraint] = (),
+        checkpoints: Checkpoints | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.constraints = [constraint] if isinstance(constraint, Constraint) else list(constraint)
+        self.checkpoints = checkpoints
+        self._staging: Path | None = None  # where a checkpoint is being written
         super().__init__(*args, **kwargs)
         model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
         if not isinstance(model, PeftModel):
@@ -69,6 +80,45 @@ class ConstraintMixin:
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._same_activation():
             super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_finite()
+        step = self.state.global_step  # type: ignore[attr-defined]
+        try:
+            with self.checkpoints.writing(step) if self.checkpoints else nullcontext() as self._staging:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                sums = self._constraint_sums()
+                if sums:
+                    folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
+                    save_file(sums, folder / self._constraints_file())
+        finally:
+            self._staging = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        file = Path(checkpoint or "") / self._constraints_file()
+        if checkpoint is None or not file.is_file():
+            return
+        found = load_file(file)
+        for i, constraint in enumerate(self.constraints):
+            constraint.load_state(
+                {k: [found[f"{i}.{k}.{j}"] for j in range(len(v))] for k, v in constraint.state().items()}
+            )
+
+    def _constraint_sums(self) -> dict[str, Tensor]:
+        """What the constraints have summed up, each tensor under `constraint.name.number`."""
+        states = [constraint.state() for constraint in self.constraints]
+        return {f"{i}.{k}.{j}": x for i, s in enumerate(states) for k, v in s.items() for j, x in enumerate(v)}
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.checkpoints is None:  # a checkpoint within a run is nothing to publish
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+
+    def _constraints_file(self) -> str:
+        return f"constraints-{self.accelerator.process_index}.safetensors"  # type: ignore[attr-defined]
 
     def _load_best_model(self) -> None:
         with self._same_activation():

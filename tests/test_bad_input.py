@@ -194,8 +194,8 @@ def test_a_start_killed_before_its_state_was_written(run, tmp_path) -> None:
 
 def test_nan_loss_stops_the_run(run, tmp_path) -> None:
     out = tmp_path / "nan"
-    # a learning rate that overflows float32 in the first step
-    arguments = ["--output_dir", out, "--train.learning_rate", "3e38", "--train.max_steps", "6"]
+    # a scaling that overflows float32 in the first step
+    arguments = ["--output_dir", out, "--lora.lora_alpha", 10**40, "--train.max_steps", "6"]
     code, error = run(*arguments, "--train.max_grad_norm", "0", "--train.logging_steps", "1")
     one_line(code, error, "NaN or infinite", "learning rate")
     assert not (out / "adapter").exists()
@@ -244,7 +244,7 @@ def test_no_write_permission() -> None:
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        one_line(done.returncode, done.stderr, "cannot write to", "Choose another output_dir")
+        one_line(done.returncode, done.stderr, "cannot write to", "choose another output_dir")
     finally:
         folder.chmod(0o700)
         shutil.rmtree(folder)

@@ -24,7 +24,7 @@ from pm_llm.evaluation.likelihood import answer_losses, choose_labels, label_ids
 from pm_llm.evaluation.predictions import MissingPredictionError, gather, read_predictions
 from pm_llm.evaluation.run import answer_task
 from pm_llm.models import load_base
-from pm_llm.run_dir import write_jsonl
+from pm_llm.run_dir import jsonl
 from pm_llm.tasks import Example, Task
 from pm_llm.tasks.embedded import make_task
 from pm_llm.tasks.encode import Encoder, longest_answer
@@ -253,7 +253,7 @@ def test_scores_follow_from_the_file_alone(answering, tmp_path) -> None:
     rows = [replace(row, alternatives=("x y",), source="a source") for row in mixed_rows()]
     for scorer in ("exact_match", "rougeL", "sari", "perplexity"):
         found = answer_task(model, encoder, Task("a", rows, rows, scorer), EvaluationSection())
-        write_jsonl(tmp_path / "p.jsonl", found.lines())
+        (tmp_path / "p.jsonl").write_bytes(jsonl(found.lines()))
         (again,) = read_predictions(tmp_path / "p.jsonl").values()
         assert again.score() == found.score()
     assert answer_task(model, encoder, Task("a", rows, rows), EvaluationSection()).score("token_f1") >= 0

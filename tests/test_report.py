@@ -18,7 +18,7 @@ from pm_llm.evaluation.bootstrap import interval, mean_interval, paired_differen
 from pm_llm.evaluation.predictions import Predictions, read_predictions
 from pm_llm.report import comparison
 from pm_llm.report.data import difference, open_run
-from pm_llm.run_dir import write_jsonl
+from pm_llm.run_dir import RunDir, jsonl
 from pm_llm.sequence import ContinualSequence
 from tests.test_sequence import TASKS, config_for
 
@@ -154,15 +154,20 @@ def test_intervals_and_differences_of_runs(runs) -> None:
 def test_a_run_with_a_missing_or_altered_prediction(runs, tmp_path, capsys) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["pm"], run, symlinks=True)
-    file = run / "stages/03-question/predictions.jsonl"
+    file = run / "stages/03-question/predictions/03-question.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
     assert main(["report", str(run)]) == 2
+    assert re.search(r"03-question\.jsonl has \d+ bytes instead of", capsys.readouterr().err)
+    assert main(["score", str(file)]) == 2
     assert "1 of 6 predictions of task 'question' are missing (row 5)" in capsys.readouterr().err
     altered = [
         json.dumps({**json.loads(line), "prediction": json.loads(line)["references"][0]}) + "\n" for line in lines
     ]
     file.write_text("".join(altered))
+    assert main(["report", str(run)]) == 2
+    assert "03-question.jsonl has " in capsys.readouterr().err
+    RunDir(run).record([file])  # as if it had been written so
     assert main(["report", str(run)]) == 2
     assert re.search(r"predictions after stage 3 give 100\.000 on '\w+'", capsys.readouterr().err)
 
@@ -173,7 +178,7 @@ def test_scores_again_without_the_model(runs, capsys) -> None:
     lines = {line.split("\t")[0]: line.split("\t")[1] for line in capsys.readouterr().out.strip().splitlines()}
     for j, name in enumerate(TASKS):
         assert float(lines[name]) == pytest.approx(results["matrix"][-1][j], abs=0.01)
-    file = runs["pm"] / "stages/01-sentiment/predictions.jsonl"
+    file = runs["pm"] / "stages/01-sentiment/predictions/01-sentiment.jsonl"
     assert main(["score", str(file), "--scorer", "token_f1"]) == 0
     assert "sentiment\t" in capsys.readouterr().out
     assert main(["score", str(file), "--scorer", "tokenf1"]) == 2
@@ -185,7 +190,7 @@ def test_scores_again_without_the_model(runs, capsys) -> None:
 def test_characters_that_end_lines_elsewhere_survive(tmp_path) -> None:
     said = "a\u2028b\x85c\u2029d\re"
     found = Predictions("a", "exact_match", [said], [[said]], [said], ["k"])
-    write_jsonl(tmp_path / "p.jsonl", found.lines())
+    (tmp_path / "p.jsonl").write_bytes(jsonl(found.lines()))
     (again,) = read_predictions(tmp_path / "p.jsonl").values()
     assert (list(again.predictions), again.references, again.sources) == ([said], [[said]], [said])
 
@@ -209,7 +214,7 @@ def line(**changes) -> dict:
     ],
 )
 def test_predictions_that_cannot_be(lines, said: str, tmp_path, capsys) -> None:
-    write_jsonl(tmp_path / "p.jsonl", lines)
+    (tmp_path / "p.jsonl").write_bytes(jsonl(lines))
     assert main(["score", str(tmp_path / "p.jsonl")]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -243,7 +248,7 @@ def test_evaluate_keeps_its_predictions(runs, pico_folders, tmp_path, capsys) ->
     assert main([*arguments, "--predictions", str(tmp_path)]) == 2
     assert main([*arguments, "--predictions", str(tmp_path / "p.jsonl")]) == 0
     (found,) = read_predictions(tmp_path / "p.jsonl").values()
-    last = read_predictions(runs["pm"] / "stages/03-question/predictions.jsonl")["topic"]
+    last = read_predictions(runs["pm"] / "stages/03-question/predictions/02-topic.jsonl")["topic"]
     assert found.predictions == last.predictions
 
 

@@ -73,21 +73,28 @@ def test_merged_adapter_is_running_plus_coefficient_times_task(pico_folders, tmp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["pm", "seqlora"])
-def test_going_on_after_a_stop_changes_nothing(family: str, method: str, pico_folders, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [("pm", "_train"), ("pm", "_fisher"), ("pm", "_evaluate"), ("seqlora", "_train"), ("seqlora", "_evaluate")],
+)
+def test_going_on_after_a_stop_changes_nothing(
+    family: str, method: str, where: str, pico_folders, tmp_path, monkeypatch
+) -> None:
     whole = ContinualSequence(config_for(pico_folders[family], tmp_path / "whole", method=method)).run()
     stopped = ContinualSequence(config_for(pico_folders[family], tmp_path / "parts", method=method))
-    original = stopped._to_score
+    original = getattr(stopped, where)
 
-    def interrupted(number):
-        if number == 2:
+    def interrupted(number, *rest):
+        if number == (1 if where == "_evaluate" else 2):  # in the second task
             raise KeyboardInterrupt
-        return original(number)
+        return original(number, *rest)
 
-    monkeypatch.setattr(stopped, "_to_score", interrupted)
+    monkeypatch.setattr(stopped, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    assert Adapter.load(tmp_path / "parts/adapter").rank == 4  # that of the first task is in place
+    trained = 2 if where == "_evaluate" else 1
+    assert len(stopped.run_dir.state()["stages"]) == trained
+    Adapter.load(tmp_path / "parts/adapter")
     resumed = ContinualSequence(config_for(pico_folders[family], tmp_path / "parts", method=method)).run()
     for key in ("matrix", "coefficients", "raw_coefficients"):
         assert resumed[key] == whole[key]
@@ -134,7 +141,8 @@ def test_accelerate_launch_with_two_processes_is_the_same_run(family: str, pico_
     one, both = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("one", "two"))
     assert both["coefficients"] == pytest.approx(one["coefficients"], rel=1e-3)
     assert both["matrix"] == one["matrix"]
-    said = [(tmp_path / d / "stages/02-topic/predictions.jsonl").read_text().splitlines() for d in ("one", "two")]
+    files = [sorted((tmp_path / d / "stages/02-topic/predictions").iterdir()) for d in ("one", "two")]
+    said = [[line for file in found for line in file.read_text().splitlines()] for found in files]
     assert len(said[0]) == len(said[1]) == 10
     asked = [[(row["task"], row["row"], row["references"]) for row in map(json.loads, lines)] for lines in said]
     assert asked[0] == asked[1]

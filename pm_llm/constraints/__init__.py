@@ -34,8 +34,11 @@ class Constraint:
         """Take note of the loss (0-dim tensor, mean over answer tokens) of the pass that has just run."""
 
     def state(self) -> dict[str, list[Tensor]]:
-        """Sums that may be added over data-parallel processes before :meth:`logs` reads them."""
+        """This process's sums; they are added over all processes before :meth:`logs` reads them."""
         return {}
+
+    def load_state(self, state: dict[str, list[Tensor]]) -> None:
+        """The inverse of :meth:`state`, when training goes on from a checkpoint."""
 
     def logs(self, state: dict[str, list[float]]) -> dict[str, float]:
         """What to add to the Trainer's log line, from :meth:`state` summed over processes."""

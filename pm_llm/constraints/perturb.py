@@ -78,6 +78,9 @@ class Perturb(Constraint):
     def state(self) -> dict[str, list[Tensor]]:
         return {f"perturb{s:+d}": sums for s, sums in self._sums.items()}
 
+    def load_state(self, state: dict[str, list[Tensor]]) -> None:
+        self._sums = {s: state[f"perturb{s:+d}"] for s in self._sums}
+
     def logs(self, state: dict[str, list[float]]) -> dict[str, float]:
         sums = [state[f"perturb{s:+d}"] for s in (-1, 0, 1)]
         if self.epsilon == 0 or any(weight == 0 for _, weight in sums):

@@ -15,8 +15,8 @@ from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels
 from pm_llm.evaluation.predictions import Predictions
 from pm_llm.evaluation.scorers import SCORERS
+from pm_llm.foreign import fetched
 from pm_llm.models import load_base
-from pm_llm.processes import process_state
 from pm_llm.progress import bar
 from pm_llm.tasks import Task, distinct, load_tasks
 from pm_llm.tasks.encode import Encoder, encoders_for
@@ -49,12 +49,12 @@ def evaluate_adapter(adapter: str | None, config: RunConfig) -> list[Predictions
     """
     tasks = distinct(load_tasks(config))
     encoders = encoders_for(config, tasks.values())
-    base = load_base(config.model, config.dtype)
+    folder = fetched(adapter) if adapter is not None else None
+    base = load_base(config.model, config.dtype, config.load_in_4bit)
     model = base.model
-    if adapter is not None:
+    if folder is not None:
         try:
-            model = PeftModel.from_pretrained(model, adapter)
+            model = PeftModel.from_pretrained(model, folder)
         except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise PmLlmError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
-    model = model.to(process_state().device)
     return [answer_task(model, encoders[name], task, config.evaluation) for name, task in tasks.items()]

@@ -10,7 +10,7 @@ from typing import Any
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import Interval, interval, mean_interval, paired_difference
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
-from pm_llm.evaluation.predictions import Predictions, read_predictions
+from pm_llm.evaluation.predictions import Predictions, read_all
 from pm_llm.run_dir import RunDir
 
 
@@ -77,7 +77,7 @@ def open_run(path: str | Path) -> Run:
         method if method == folder else f"{method} ({folder})",
         results,
         [run_dir.log(stage) for stage in stages],
-        {stage: read_predictions(run_dir.predictions(stage)) for stage in scored},
+        {stage: read_all(run_dir.predictions(stage)) for stage in scored},
     )
 
 

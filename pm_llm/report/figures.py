@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -151,10 +151,12 @@ def costs(run: Run) -> Figure:
     return figure
 
 
-def save_matrix(results: dict[str, Any], path: str | Path) -> None:
-    """The heat map as PNG."""
+def matrix_png(results: dict[str, Any]) -> bytes:
+    """The heat map as a PNG file."""
+    content = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        matrix(results).savefig(path, dpi=120)
+        matrix(results).savefig(content, dpi=120, format="png")
+    return content.getvalue()
 
 
 def _new(width: float, height: float, columns: int = 0) -> tuple[Figure, Any]:

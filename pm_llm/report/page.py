@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pm_llm import __version__
+from pm_llm.durable import replace_bytes, writing
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import Interval
 from pm_llm.report import comparison, figures, words
@@ -47,7 +48,8 @@ def write_report(runs: Sequence[Run], out: str | Path, joint: float | None = Non
     with matplotlib.rc_context(figures.STYLE):
         html = _render(runs, Drawer(folder / FIGURES), joint)
     path = folder / PAGE
-    path.write_text(html, encoding="utf-8")
+    with writing(folder):
+        replace_bytes(path, html.encode())
     return path
 
 

@@ -33,7 +33,7 @@ def main() -> None:
     from pm_llm.progress import quiet_libraries
     from pm_llm.report import compare, describe
     from pm_llm.report.data import open_run
-    from pm_llm.report.figures import save_matrix
+    from pm_llm.report.figures import matrix_png
     from pm_llm.report.page import write_report
     from pm_llm.sequence import ContinualSequence
 
@@ -48,7 +48,7 @@ def main() -> None:
         print(f"\n{method} on the embedded {given.model}", flush=True)
         sequence = ContinualSequence(config)
         results[method] = sequence.run()
-        save_matrix(results[method], out / "matrix.png")
+        sequence.run_dir.write("matrix.png", matrix_png(results[method]))
     print()
     print_side_by_side([describe(results[method]) for method in METHODS])
     print("\n" + compare(list(results.values())))
@@ -61,8 +61,8 @@ def main() -> None:
         for row in task.test
     ]
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    last = sorted((out / "stages").iterdir())[-1]
-    files = (resolve(config.model), out / "adapter", out / "prompts.jsonl", last / "predictions.jsonl")
+    predictions = sequence.run_dir.predictions(len(sequence.tasks) - 1)
+    files = (resolve(config.model), out / "adapter", out / "prompts.jsonl", *predictions)
     python = [sys.executable, "-W", "ignore::FutureWarning"]
     subprocess.run([*python, str(HERE / "reload.py"), *map(str, files)], check=True)
     print(f"adapter: {out / 'adapter'}\nmatrices: {', '.join(str(out.parent / m / 'matrix.png') for m in METHODS)}")

@@ -1,6 +1,6 @@
 """Load an adapter with transformers and peft alone and compare its greedy answers with those of the run.
 
-python reload.py BASE ADAPTER PROMPTS.jsonl PREDICTIONS.jsonl
+python reload.py BASE ADAPTER PROMPTS.jsonl PREDICTIONS.jsonl ...
 """
 
 import json
@@ -12,12 +12,14 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 
-def main(base: str, adapter: str, prompts_file: str, predictions_file: str) -> None:
+def main(base: str, adapter: str, prompts_file: str, *predictions_files: str) -> None:
     """Exit with 1 if any answer differs."""
     with open(prompts_file) as file:
         rows = [json.loads(line) for line in file]
-    with open(predictions_file) as file:
-        expected = [json.loads(line)["prediction"] for line in file]
+    expected = []
+    for predictions_file in predictions_files:
+        with open(predictions_file) as file:
+            expected += [json.loads(line)["prediction"] for line in file]
     seq2seq = AutoConfig.from_pretrained(base).is_encoder_decoder
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     model = PeftModel.from_pretrained(auto.from_pretrained(base), adapter).eval()

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from pm_llm.config import flags, load_config
 from pm_llm.models import lora_config, resolve
-from pm_llm.sequence import training_arguments
+from pm_llm.training import training_arguments
 from pm_llm.tasks import BENCHMARKS, load_benchmark
 from pm_llm.tasks.order import pick_order
 from tests.conftest import ROOT, pm_llm
@@ -49,7 +49,7 @@ def test_recipe(path: Path, tmp_path) -> None:
     benchmark = load_benchmark(config.benchmark)
     assert pick_order(config.order, benchmark.ORDERS, list(benchmark.TASKS))
     # what the sequence itself builds from it
-    arguments = training_arguments(config, seq2seq, str(tmp_path), 0, "cpu")
+    arguments = training_arguments(config, seq2seq, tmp_path, 0)
     assert arguments.learning_rate == config.train.learning_rate
     assert arguments.bf16 == (config.dtype == "bfloat16")
     assert lora_config(config.lora, targets or ["q"], seq2seq).r == config.lora.r

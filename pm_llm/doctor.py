@@ -1,0 +1,221 @@
+"""`pm-llm doctor`: what of this machine and configuration will not work, and what to do about it."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+
+from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
+
+OK, WARNING, FAILURE = "ok", "warning", "FAILURE"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: `what` was looked at, what was found, and what to do where it is not well."""
+
+    level: str
+    what: str
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<8} {self.what}: {self.found}" + (f". {self.remedy}" if self.remedy else "")
+
+
+def examine(config: RunConfig) -> list[Finding]:
+    """Everything that can be known before a run of `config` begins."""
+    checks = (_versions, _devices, _precision, _quantisation, _disk, _hub)
+    return [finding for check in checks for finding in check(config)]
+
+
+def _versions(config: RunConfig) -> Iterator[Finding]:
+    """The lower bounds that the package itself states."""
+    yield Finding(OK, "python", platform.python_version())
+    wanted = config_extras(config)
+    for line in importlib.metadata.requires("pm_llm") or ():
+        requirement = Requirement(line)
+        extra = next((name for name in ("report", "qlora") if _needs(requirement, name)), None)
+        if requirement.marker is not None and extra is None:
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            needed = extra is None or extra in wanted
+            install = (
+                f'pip install "pm_llm[{extra}]"'
+                if extra
+                else f'pip install "{requirement.name}{requirement.specifier}"'
+            )
+            yield Finding(FAILURE if needed else WARNING, requirement.name, "is not installed", install)
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            yield Finding(OK, requirement.name, version)
+        else:
+            remedy = f'pip install "{requirement.name}{requirement.specifier}"'
+            yield Finding(FAILURE, requirement.name, f"{version} is not {requirement.specifier}", remedy)
+
+
+def _needs(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
+    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+
+
+def config_extras(config: RunConfig) -> set[str]:
+    """The optional parts that a configuration cannot do without."""
+    return {"qlora"} if config.load_in_4bit else set()
+
+
+def _devices(config: RunConfig) -> Iterator[Finding]:
+    count = torch.cuda.device_count()
+    for i in range(count):
+        gpu = torch.cuda.get_device_properties(i)
+        yield Finding(OK, f"GPU {i}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    if count > 1:
+        yield Finding(
+            WARNING, "launch", f"{count} GPUs", "Use accelerate launch, or CUDA_VISIBLE_DEVICES for one of them"
+        )
+    if not count:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found = f"none; {os.cpu_count()} CPU cores, {memory / 2**30:.0f} GiB of memory"
+        yield Finding(WARNING, "GPU", found, "Small models train on CPU; for others use a machine with a GPU")
+    if shutil.which("mpirun") is None and not count:
+        remedy = "Use accelerate_configs/ddp_cpu.yaml, which needs none"
+        yield Finding(WARNING, "mpirun", "not found: accelerate's MULTI_CPU would start one process only", remedy)
+
+
+def _precision(config: RunConfig) -> Iterator[Finding]:
+    if torch.cuda.is_available():
+        good, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    else:
+        good, where = _bfloat16_on_cpu(), "this CPU"
+    if good:
+        yield Finding(OK, "bfloat16", f"works on {where}")
+    else:
+        level = FAILURE if config.dtype == "bfloat16" else WARNING
+        yield Finding(level, "bfloat16", f"is not supported by {where}", "Use --dtype float32")
+
+
+def _bfloat16_on_cpu() -> bool:
+    x = torch.ones(8, 8, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        (x @ x).sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _quantisation(config: RunConfig) -> Iterator[Finding]:
+    if not config.load_in_4bit:
+        return
+    try:
+        import bitsandbytes
+
+        layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        result = layer.to(device)(torch.ones(1, 64, device=device))
+        yield Finding(OK, "4-bit weights", f"work on {result.device.type}")
+    except (ImportError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        yield Finding(FAILURE, "4-bit weights", f"do not work: {reason}", 'pip install -U "pm_llm[qlora]"')
+
+
+def _disk(config: RunConfig) -> Iterator[Finding]:
+    folder = Path(config.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    yield from _folder(folder)
+    free = shutil.disk_usage(folder).free
+    try:
+        need, tasks = expected_bytes(config)
+    except PmLlmError as error:
+        yield Finding(WARNING, "disk", f"{_size(free)} free in {folder}; what is needed is not known: {error}")
+        return
+    found = f"{_size(free)} free in {folder}, about {_size(need)} needed for {tasks} tasks"
+    if free < need:
+        yield Finding(FAILURE, "disk", found, "Make room, choose another --output_dir, or a method without curvature")
+    else:
+        yield Finding(OK, "disk", found)
+
+
+def _folder(folder: Path) -> Iterator[Finding]:
+    """Whether files can be made, locked, flushed and linked where the run is to be."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".pm-llm-doctor.") as scratch:
+            with (Path(scratch) / "file").open("w") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.fsync(file.fileno())
+            (Path(scratch) / "link").symlink_to("file")
+    except OSError as error:
+        remedy = "A run needs a folder with files, locks and symbolic links. Choose another --output_dir"
+        yield Finding(FAILURE, "folder", f"{folder}: {error.strerror}", remedy)
+    else:
+        yield Finding(OK, "folder", f"{folder} takes files, locks and links")
+
+
+def expected_bytes(config: RunConfig) -> tuple[int, int]:
+    """What a run will write at most at one time, from the shapes of the adapted layers; and its number of tasks.
+
+    Adapters of every task (merged and as trained), the curvature of two tasks while one replaces the other, a
+    checkpoint with two moments, and the one that replaces it. In bytes of float32.
+
+    Raises:
+        PmLlmError: If the model or the tasks cannot be had.
+    """
+    from pm_llm.adapters import lora_layers
+    from pm_llm.models import add_task_adapter, empty_base
+    from pm_llm.tasks import load_tasks
+
+    tasks = len(load_tasks(config))
+    model, seq2seq = empty_base(config.model)
+    layers: Any = lora_layers(add_task_adapter(model, config.lora, seq2seq, "task")).values()
+    shapes = [(layer.out_features, layer.in_features, layer.r["task"]) for layer in layers]
+    trained = sum((n + m) * r for n, m, r in shapes)
+    merged = sum((n + m) * min(n, m, config.max_rank or tasks * r) for n, m, r in shapes)
+    dense = sum(n * m for n, m, _ in shapes)
+    matrices = 2 if config.parsed_method().merge.build("merge").needs_fisher else 0
+    return 4 * (tasks * (merged + trained) + 2 * matrices * dense + 2 * (3 * trained + merged)), tasks
+
+
+def _hub(config: RunConfig) -> Iterator[Finding]:
+    """Who one is on the Hub; the token is never shown."""
+    from huggingface_hub import HfApi, constants, get_token
+
+    if get_token() is None:
+        yield Finding(WARNING, "Hub", "not logged in: pushing and gated models will fail", "hf auth login")
+        return
+    if constants.HF_HUB_OFFLINE:
+        yield Finding(WARNING, "Hub", "a token is set, but HF_HUB_OFFLINE is on", "Unset it to push or download")
+        return
+    try:
+        name = HfApi().whoami()["name"]
+    except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        remedy = "Check the connection and the token (hf auth login)"
+        yield Finding(WARNING, "Hub", f"{constants.ENDPOINT} does not take the token: {reason}", remedy)
+    else:
+        yield Finding(OK, "Hub", f"logged in as {name} at {constants.ENDPOINT}")
+
+
+def _size(n: float) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
+
+
+def main_text(config: RunConfig) -> tuple[str, int]:
+    """All findings, and the exit status: 1 if a run would fail."""
+    found = examine(config)
+    failures = sum(one.level == FAILURE for one in found)
+    end = f"{failures} thing{'s' * (failures > 1)} will not work" if failures else "a run can begin"
+    return "\n".join([*map(str, found), "", end]), int(failures > 0)

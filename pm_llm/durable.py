@@ -1,0 +1,178 @@
+"""Files that survive a crash: written whole or not at all, known by their digest, guarded by a lock."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pm_llm.errors import PmLlmError
+
+Digests = dict[str, dict[str, Any]]  # path relative to a folder -> {"size": bytes, "sha256": hex}
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part, whenever the machine stops."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def replace_link(path: Path, target: Path) -> None:
+    """Let the symbolic link `path` point to `target`, at once."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target, target_is_directory=True)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def rename_tree(temporary: Path, final: Path) -> None:
+    """Flush a folder with all it holds, then give it its name."""
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            sync(Path(folder) / name)
+        sync(Path(folder))
+    temporary.rename(final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of(value: Any) -> str:
+    """The SHA-256 of a JSON-like value, in hex; keys in any order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def digests(folder: Path, paths: Iterable[Path] | None = None) -> Digests:
+    """Size and SHA-256 of files below `folder` (by default all), by their relative path."""
+    files = (path for path in folder.rglob("*") if path.is_file()) if paths is None else paths
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(files)
+    }
+
+
+def damaged(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Relative path -> what is wrong with it, of the files that are not as `expected`."""
+    found = {}
+    for name, known in expected.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != known["size"]:
+                found[name] = f"has {size} bytes instead of {known['size']}"
+            elif sha256(path) != known["sha256"]:
+                found[name] = "has other content than was written"
+        except FileNotFoundError:
+            found[name] = "is missing"
+        except OSError as error:
+            found[name] = f"cannot be read ({error.strerror})"
+    return found
+
+
+@contextmanager
+def writing(where: str | Path, leftover: Path | None = None) -> Iterator[None]:
+    """Around the writing of files: an error that the disk gives becomes one clear line, and `leftover` is removed.
+
+    Libraries report a full disk in their own ways: safetensors as SafetensorError, torch.save as RuntimeError.
+
+    Raises:
+        PmLlmError: If something could not be written.
+    """
+    try:
+        yield
+    except PmLlmError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if leftover is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise PmLlmError(
+            f"cannot write to {where}: {reason}. What was there before is untouched. Make room, give permission or "
+            "choose another output_dir; then run the same command again."
+        ) from error
+
+
+class Lock:
+    """One process at a time in a folder; the kernel lets go of the lock when its holder dies, so none is ever stale.
+
+    A POSIX lock: unlike BSD's `flock`, it is not inherited by forked data-loader workers, and it holds over NFS.
+
+    Args:
+        folder: The folder; the lock is its file `.lock`, which says who holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        self._file: Any = None
+
+    def acquire(self) -> None:
+        """Take the lock. Raises PmLlmError if another process has it."""
+        file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = file.read().strip() or "a process that has not said its name"
+            file.close()
+            raise PmLlmError(
+                f"{self.path.parent} is in use by {holder}. Wait for it, stop it, or choose another output_dir."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        self._file = file
+
+    def release(self, remove: bool = False) -> None:
+        """Let go, and `remove` the file."""
+        if self._file is not None:
+            if remove:
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+    def holder(self) -> str | None:
+        """Who has the lock now; None if nobody."""
+        try:
+            with self.path.open("r+", encoding="utf-8") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    return file.read().strip() or "another process"
+        except (FileNotFoundError, PermissionError):
+            pass  # no lock file, or none of ours: nobody that could be named
+        return None

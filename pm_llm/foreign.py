@@ -1,0 +1,94 @@
+"""Adapters from elsewhere: what is looked at before anything of them is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from pm_llm.errors import PmLlmError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+
+
+def fetched(adapter: str) -> str:
+    """The folder of an adapter given as a folder or a Hub id, after :func:`check_files`.
+
+    Raises:
+        PmLlmError: If there is none, or it is refused.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(adapter, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise PmLlmError(
+                f"cannot load the adapter {adapter!r}: it is no folder, and the Hub says: {reason}"
+            ) from error
+    check_files(folder)
+    return str(folder)
+
+
+def check_files(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter folder whose two files can be loaded without harm.
+
+    Raises:
+        PmLlmError: If a file is missing, damaged or a pickle; the configuration has keys that this PEFT does not know;
+            a tensor's name is none of a module's; or the rank of the configuration is not that of the tensors (PEFT
+            would allocate what the configuration asks for).
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            pickles = [pickle for pickle in PICKLES if (folder / pickle).exists()]
+            found = f" {pickles[0]} is a pickle, which may run any code when it is loaded." if pickles else ""
+            raise PmLlmError(
+                f"{folder} is not an adapter folder: {name} is missing.{found} "
+                "Give a folder written by PEFT's save_pretrained with safetensors."
+            )
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:  # checks the header against the file's size
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise PmLlmError(f"{folder} is damaged: {error}. Write the adapter again.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise PmLlmError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}, which this PEFT does not know.")
+    known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    unknown = sorted(config.keys() - known)
+    if unknown:
+        raise PmLlmError(
+            f"{folder / CONFIG_FILE} has keys that this PEFT does not know for {kind}: {', '.join(unknown[:5])}. "
+            "Upgrade PEFT if a newer one wrote it; otherwise do not trust it."
+        )
+    for name in shapes:
+        if not PLAIN_NAME.fullmatch(name):
+            raise PmLlmError(f"{folder / WEIGHTS_FILE}: {name!r} is not the name of a module's tensor.")
+    if kind == "LORA":
+        _check_ranks(config, shapes, folder)
+    return config
+
+
+def _check_ranks(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    pattern = config.get("rank_pattern") or {}
+    for name, shape in shapes.items():
+        module, side = name.removeprefix("base_model.model.").rpartition(".lora_")[::2]
+        if side == "A.weight" and len(shape) == 2:
+            rank = pattern.get(get_pattern_key(list(pattern), module), config.get("r"))
+            other = shapes.get(name.replace(".lora_A.", ".lora_B."))
+            if rank != shape[0] or (other is not None and other[1:] != (rank,)):
+                raise PmLlmError(
+                    f"{folder}: the configuration gives {module} rank {rank}, its tensors have shapes {shape} and "
+                    f"{other}. The two files do not belong together."
+                )

@@ -1,0 +1,82 @@
+"""Training one task with the Trainer of the model's family, from its newest checkpoint if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig
+
+from pm_llm.checkpoints import Checkpoints
+from pm_llm.config import RunConfig
+from pm_llm.constraints import Constraint
+from pm_llm.errors import PmLlmError
+from pm_llm.models import Base
+from pm_llm.processes import process_state
+from pm_llm.progress import TrainingBar
+from pm_llm.stopping import Stopping
+from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
+
+
+def train(
+    model: Any,
+    base: Base,
+    config: RunConfig,
+    rows: Dataset,
+    label: str,
+    seed: int,
+    constraints: Sequence[Constraint],
+    checkpoints: Checkpoints,
+    stopping: Stopping,
+) -> list[dict[str, Any]]:
+    """Train `model` (a PeftModel with one trainable adapter) on encoded rows, and return the Trainer's log lines.
+
+    Raises:
+        PmLlmError: If the Trainer does not take the settings, the loss is not finite, or a checkpoint cannot be
+            written.
+        Stopped: After a signal, with a checkpoint of the step it came in.
+    """
+    arguments = training_arguments(config, base.seq2seq, checkpoints.folder, seed)
+    newest = checkpoints.newest()
+    trainer_class = ContinualSeq2SeqTrainer if base.seq2seq else ContinualSFTTrainer
+    with stopping.gently() as stop, original_forward(model):
+        trainer = trainer_class(
+            model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(base.tokenizer, model),
+            processing_class=base.tokenizer,
+            constraint=constraints,
+            checkpoints=checkpoints,
+            callbacks=[TrainingBar(f"train {label}"), stop],
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.train(resume_from_checkpoint=newest)
+        return trainer.state.log_history
+
+
+def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int) -> Any:
+    """The Trainer's arguments for one task. Raises PmLlmError if transformers does not take them."""
+    cpu = process_state().device.type == "cpu"
+    fields = {key: value for key, value in vars(config.train).items() if key != "extra"}
+    fields |= {
+        "output_dir": str(folder),
+        "seed": seed,
+        "bf16": config.dtype == "bfloat16",
+        "save_strategy": "steps",
+        "report_to": "none",
+        "use_cpu": cpu,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": not cpu,
+    }
+    if not seq2seq:
+        fields["max_length"] = None  # rows are cut inside their frame already
+    try:
+        return (Seq2SeqTrainingArguments if seq2seq else SFTConfig)(**{**fields, **config.train.extra})
+    except (TypeError, ValueError) as error:
+        raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error

@@ -1,0 +1,60 @@
+"""Runs `pm-llm` commands in forked processes that can be killed, without importing everything anew for each.
+
+Reads a JSON object a line: `argv`, `log` (file for what it prints), `kill` (seconds after which it gets `signal`).
+Answers `{"status": ..., "seconds": ...}`, the status as `os.waitstatus_to_exitcode` gives it (-9: killed).
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+
+import torch
+
+import pm_llm.report.figures
+import pm_llm.report.page
+import pm_llm.sequence
+import pm_llm.status  # noqa: F401
+from pm_llm.cli import main
+
+
+def child(argv: list[str], log: str) -> None:
+    """Become a process of its own that runs one command."""
+    os.setsid()
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    try:
+        status = main(argv)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        status = 99
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def serve() -> None:
+    """Answer until the input ends."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        started = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            child(job["argv"], job["log"])
+        if job["kill"] is not None:
+            while time.monotonic() - started < job["kill"] and not os.waitid(
+                os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ):
+                time.sleep(0.0005)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, job["signal"])
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps({"status": status, "seconds": time.monotonic() - started}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

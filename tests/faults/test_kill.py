@@ -1,0 +1,114 @@
+"""SIGKILL at random instants: a crash is invisible (law 7)."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from pm_llm.cli import main
+from tests.conftest import FAMILIES
+from tests.faults.conftest import arguments, every_adapter_loads, same_outcome
+
+# how many kills a family; `make faults` draws many
+KILLS = int(os.environ.get("PM_LLM_KILLS", "4"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_killed_at_random_instants(family: str, forker, whole, pico_folders, tmp_path) -> None:
+    """Each run is killed again and again, until it is done; then the next begins."""
+    rng = random.Random(f"{family} {os.environ.get('PM_LLM_KILLS_SEED', '0')}")
+    run = [*arguments(pico_folders[family]), "--output_dir", tmp_path / "run"]
+    length = forker(*run).seconds
+    same_outcome(tmp_path / "run", whole[family])
+    kills = rounds = 0
+    while kills < KILLS:
+        shutil.rmtree(tmp_path / "run")
+        rounds += 1
+        status = None
+        while status != 0:
+            # drawn over what is left of a run, so that its end is hit as often as its beginning
+            instant = rng.uniform(0, length) if kills < KILLS else None
+            ended = forker(*run, kill=instant)
+            status = ended.status
+            assert status in (0, -signal.SIGKILL), ended.said
+            kills += status != 0
+            every_adapter_loads(tmp_path / "run")
+            length = length if instant is not None or kills else ended.seconds
+        same_outcome(tmp_path / "run", whole[family])
+    print(f"{family}: {kills} kills in {rounds} runs")
+
+
+def test_the_adapter_loads_at_every_moment(forker, pico_folders, tmp_path) -> None:
+    """Another thread loads every adapter of the folder all the time while the run goes on."""
+    run, failures, seen, done = tmp_path / "run", [], [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            try:
+                seen.append(every_adapter_loads(run))
+            except Exception as error:
+                if not _is_gone(error):
+                    failures.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    ended = forker(*arguments(pico_folders["llama"]), "--output_dir", run)
+    done.set()
+    watcher.join()
+    assert ended.status == 0, ended.said
+    assert not failures
+    assert max(seen) >= 7
+    assert len(set(seen)) > 3
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether a checkpoint was removed, as it should be, while it was looked at."""
+    return "/work/" in str(error)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_signal_leaves_a_checkpoint(number: int, forker, whole, pico_folders, tmp_path, capsys) -> None:
+    run = [*arguments(pico_folders["llama"], **{"train.save_steps": 1000}), "--output_dir", tmp_path / "run"]
+    length = forker(*run).seconds
+    rng, checkpoints = random.Random(int(number)), 0
+    for _ in range(6):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        ended = forker(*run, kill=rng.uniform(0.2, 0.9) * length, number=number)
+        # before and after the run itself, SIGTERM does what it does to any process
+        assert ended.status in (0, 128 + number, -signal.SIGTERM), ended.said
+        assert "Traceback" not in ended.said
+        if ended.status == 128 + number:
+            assert f"stopped by {signal.Signals(number).name}" in ended.said or "interrupted" in ended.said
+            capsys.readouterr()
+            assert main(["status", str(tmp_path / "run")]) == 0
+            checkpoints += "checkpoint at step" in capsys.readouterr().out
+            assert forker(*run).status == 0
+            same_outcome(tmp_path / "run", whole["llama"])
+    assert checkpoints
+
+
+def test_status_says_what_comes_next(forker, pico_folders, tmp_path, capsys) -> None:
+    run = [*arguments(pico_folders["llama"]), "--output_dir", tmp_path / "run"]
+    length = forker(*run).seconds
+    assert main(["status", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "next: nothing, it is finished" in said
+    assert "at work: nobody" in said
+    assert "added to plain training:" in said
+    assert "peak memory: train" in said
+    found = set()
+    for part in range(1, 10):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        forker(*run, kill=length * part / 10)
+        if not (Path(tmp_path) / "run/state.json").exists():
+            continue
+        assert main(["status", str(tmp_path / "run")]) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+        found.add(line.split(" ")[1])
+    assert "train" in found
