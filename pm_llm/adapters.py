@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pm_llm.errors import PmLlmError
 from pm_llm.foreign import WEIGHTS_FILE, check_files
 from pm_llm.lowrank import LowRank
+from pm_llm.sharding import gathered, whole
 
 _PREFIX = "base_model.model."
 
@@ -145,9 +146,12 @@ class Adapter:
     # ---- a live model ----
     @classmethod
     def from_model(cls, model: PeftModel, name: str) -> Adapter:
-        """The adapter `name` of a live PeftModel, copied to CPU in float32."""
-        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        state = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
+        """The adapter `name` of a live PeftModel, copied to CPU in float32; of a sharded one, by all processes."""
+        with gathered(p for key, p in model.named_parameters() if f".{name}." in key):
+            state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            state = {
+                key: whole(tensor.detach()).to("cpu", torch.float32, copy=True) for key, tensor in state.items()
+            }
         return cls.from_state(state, model.peft_config[name], where=f"adapter {name!r}")
 
     def attach(

@@ -107,7 +107,9 @@ def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> 
     with _told(name):
         auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
         model = auto.from_pretrained(resolve(name), dtype=getattr(torch, dtype), trust_remote_code=False, **options)
-    if not load_in_4bit:
+    if load_in_4bit:
+        _keep_packing(model)
+    else:
         model = model.to(device)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
         setattr(model.config, token, getattr(tokenizer, token))
@@ -140,6 +142,19 @@ def _nf4(dtype: str) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
+
+
+def _keep_packing(model: Any) -> None:
+    """Leave 4-bit weights as they were quantised.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks a layer in place when it is first evaluated, rounding its scales to
+    bfloat16: training after an evaluation would go on from other base weights than training before it.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from pm_llm.progress import bar, say
 from pm_llm.results import gather_results
 from pm_llm.resume import stage_key, take_up
 from pm_llm.run_dir import ADAPTER, LOG, TASK_ADAPTER, RunDir, jsonl
+from pm_llm.sharding import is_sharded
 from pm_llm.starts import RUNNING, TASK
 from pm_llm.stopping import Stopping
 from pm_llm.tasks import Task, checked, distinct, load_probes, load_tasks, one_direction
@@ -81,8 +82,7 @@ class ContinualSequence:
             run = self._on_main(self.run_dir.state)
             self.stages: list[dict[str, Any]] = run["stages"]
             self.rows = run["rows"]["train"]
-            self.base = load_base(self.config.model, self.config.dtype, self.config.load_in_4bit)
-            self.model: Any = self.base.model
+            self._load()
             if self.config.evaluate == "all" and not self.stages:
                 self._evaluate(UNTRAINED, run["untrained"] or {})
             merger, running = self._go_on()
@@ -92,6 +92,10 @@ class ContinualSequence:
                     running = self._stage(number, task, merger, running)
                     progress.update(1)
             return self._on_main(self._finish)
+
+    def _load(self) -> None:
+        self.base = load_base(self.config.model, self.config.dtype, self.config.load_in_4bit)
+        self.model: Any = self.base.model
 
     # ---- one task ----
     def _stage(self, number: int, task: Task, merger: Merger, running: Adapter | None) -> Adapter:
@@ -104,6 +108,9 @@ class ContinualSequence:
         logs, seconds = self._train(number, task, rows)
         clock.stop("train")
         new = Adapter.from_model(self.model, TASK)
+        if is_sharded(self.model):  # what follows runs on whole models, each process with its share of the rows
+            self._load()
+            self._put_together(running, new)
         fisher = self._fisher(number, task, rows) if merger.rule.needs_fisher else None
         clock.stop("fisher")
         merged = merger.fold(running, new, fisher, continues=start.continues)
@@ -184,6 +191,14 @@ class ContinualSequence:
             mine = torch.zeros(layer.out_features, layer.in_features)
         return reduce(mine.to(self.state.device), "sum").cpu()
 
+    def _put_together(self, running: Adapter | None, new: Adapter) -> None:
+        """The model as it was right after a task was trained."""
+        start = self.method.start.build("start")
+        self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+        new.attach(self.model, TASK)
+        beneath = [RUNNING] if running is not None and not start.continues else []
+        set_active(self.model, [*beneath, TASK], trainable=TASK)
+
     def _activate(self, merged: Adapter) -> None:
         """Only the running adapter, frozen."""
         merged.attach(self.model, RUNNING)
@@ -233,10 +248,7 @@ class ContinualSequence:
         for number, (task, entry) in enumerate(zip(self.tasks, self.stages, strict=False), start=1):
             say(f"curvature of task {number} of {len(self.stages)}, {task.name}, once more")
             new = Adapter.load(self.run_dir.stage_adapter(number - 1, TASK_ADAPTER))
-            self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
-            new.attach(self.model, TASK)
-            beneath = [RUNNING] if running is not None and not start.continues else []
-            set_active(self.model, [*beneath, TASK], trainable=TASK)
+            self._put_together(running, new)
             merger.fold(running, new, self._fisher(number, task, self._features(task)), continues=start.continues)
             if abs(merger.report.raw_coefficient - entry["raw_coefficient"]) > 1e-2 * abs(entry["raw_coefficient"]):
                 raise PmLlmError(

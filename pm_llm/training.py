@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
@@ -57,6 +58,8 @@ def train(
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.train(resume_from_checkpoint=newest)
+        # under ZeRO-3 transformers would go on sharding what is loaded, and wait for all processes at every token
+        unset_hf_deepspeed_config()
         return trainer.state.log_history
 
 
