@@ -149,9 +149,7 @@ class Adapter:
         """The adapter `name` of a live PeftModel, copied to CPU in float32; of a sharded one, by all processes."""
         with gathered(p for key, p in model.named_parameters() if f".{name}." in key):
             state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-            state = {
-                key: whole(tensor.detach()).to("cpu", torch.float32, copy=True) for key, tensor in state.items()
-            }
+            state = {key: whole(tensor.detach()).to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
         return cls.from_state(state, model.peft_config[name], where=f"adapter {name!r}")
 
     def attach(

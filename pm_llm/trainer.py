@@ -5,6 +5,7 @@ Both take an ordinary PeftModel with exactly one trainable LoRA adapter; other a
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod
@@ -22,6 +23,7 @@ from pm_llm.adapters import lora_layers, scaled, set_active, trainable_adapter
 from pm_llm.checkpoints import Checkpoints
 from pm_llm.constraints import Constraint, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
+from pm_llm.sharding import is_sharded
 
 
 class ConstraintMixin:
@@ -90,6 +92,7 @@ class ConstraintMixin:
         try:
             with self.checkpoints.writing(step) if self.checkpoints else nullcontext() as self._staging:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                self._drop_adapters()
                 sums = self._constraint_sums()
                 if sums:
                     folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
@@ -107,6 +110,18 @@ class ConstraintMixin:
             constraint.load_state(
                 {k: [found[f"{i}.{k}.{j}"] for j in range(len(v))] for k, v in constraint.state().items()}
             )
+
+    def _drop_adapters(self) -> None:
+        """Keep only what training goes on from: of sharded models their own state, else the task adapter alone.
+
+        The frozen adapter is in the run already; and under FSDP each adapter's file gets the weights of all.
+        """
+        if self.checkpoints is None or not self.accelerator.is_main_process:  # type: ignore[attr-defined]
+            return
+        sharded = is_sharded(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
+        for file in Path(self._get_output_dir(None)).glob("checkpoint-*/*/adapter_config.json"):
+            if sharded or file.parent.name != self.adapter_name:
+                shutil.rmtree(file.parent)
 
     def _constraint_sums(self) -> dict[str, Tensor]:
         """What the constraints have summed up, each tensor under `constraint.name.number`."""

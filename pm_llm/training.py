@@ -18,7 +18,7 @@ from pm_llm.constraints import Constraint
 from pm_llm.errors import PmLlmError
 from pm_llm.models import Base
 from pm_llm.processes import process_state
-from pm_llm.progress import TrainingBar
+from pm_llm.progress import TrainingBar, say
 from pm_llm.stopping import Stopping
 from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
 
@@ -43,6 +43,8 @@ def train(
     """
     arguments = training_arguments(config, base.seq2seq, checkpoints.folder, seed)
     newest = checkpoints.newest()
+    if newest is not None:
+        say(f"{label}: going on from {Path(newest).name}")
     trainer_class = ContinualSeq2SeqTrainer if base.seq2seq else ContinualSFTTrainer
     with stopping.gently() as stop, original_forward(model):
         trainer = trainer_class(
@@ -57,7 +59,15 @@ def train(
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        trainer.train(resume_from_checkpoint=newest)
+        try:
+            trainer.train(resume_from_checkpoint=newest)
+        except ValueError as error:
+            if "managed by another FSDP group" not in str(error):
+                raise
+            raise PmLlmError(
+                "FSDP2 cannot share out this model, whose encoder and decoder have one embedding (with accelerate 1.15 "
+                "and torch 2.13). Use accelerate_configs/zero3.yaml, or ddp.yaml."
+            ) from error
         # under ZeRO-3 transformers would go on sharding what is loaded, and wait for all processes at every token
         unset_hf_deepspeed_config()
         return trainer.state.log_history

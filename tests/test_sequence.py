@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -118,37 +117,6 @@ def test_plain_peft_loads_the_result(pico_folders, tmp_path) -> None:
         torch.testing.assert_close(with_it, sequence.model.eval()(**batch).logits, atol=0, rtol=0)
         with model.disable_adapter():
             assert not torch.allclose(with_it, model(**batch).logits, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_accelerate_launch_with_two_processes_is_the_same_run(family: str, pico_folders, tmp_path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model: {pico_folders[family]}\nbenchmark: embedded\norder: [sentiment, topic]\nmax_train_samples: 16\n"
-        "max_test_samples: 5\nmax_length: 96\nmethod: pm\nlora: {r: 4}\nfisher: {samples: 1, batch_size: 2}\n"
-    )
-    common = ["--config", str(recipe), "--train.max_steps", "2", "--train.learning_rate", "0.01"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml"), str(ROOT / "recipes/continual.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = [*launch, *common, "--output_dir", tmp_path / "two", "--train.per_device_train_batch_size", "4"]
-    done = subprocess.run(list(map(str, two)), capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[2/2] topic") == 1  # one process speaks
-    arguments = [*common, "--output_dir", tmp_path / "one", "--train.per_device_train_batch_size", "8"]
-    assert main(["run", *map(str, arguments)]) == 0
-    one, both = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("one", "two"))
-    assert both["coefficients"] == pytest.approx(one["coefficients"], rel=1e-3)
-    assert both["matrix"] == one["matrix"]
-    files = [sorted((tmp_path / d / "stages/02-topic/predictions").iterdir()) for d in ("one", "two")]
-    said = [[line for file in found for line in file.read_text().splitlines()] for found in files]
-    assert len(said[0]) == len(said[1]) == 10
-    asked = [[(row["task"], row["row"], row["references"]) for row in map(json.loads, lines)] for lines in said]
-    assert asked[0] == asked[1]
-    a, b = (Adapter.load(tmp_path / d / "adapter").factors for d in ("one", "two"))
-    for name in a:
-        torch.testing.assert_close(a[name].dense(), b[name].dense(), atol=2e-3, rtol=5e-2)
 
 
 def test_plain_accelerate_launch_as_in_the_readme(pico_folders, tmp_path) -> None:

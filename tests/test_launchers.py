@@ -1,0 +1,136 @@
+"""The whole loop under accelerate's launchers: the same outcome as one process, also when a process is killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pm_llm.adapters import Adapter
+from pm_llm.cli import main
+from tests.conftest import FAMILIES, ROOT
+from tests.faults.conftest import every_adapter_loads
+
+KINDS = ("ddp_cpu", "fsdp2", "zero2", "zero3")
+
+
+def arguments(model: str, batch: int) -> list[str]:
+    """Two tasks of four steps, a checkpoint in the middle, and fewer Fisher rows than processes."""
+    keys = {"model": model, "benchmark": "embedded", "order": "sentiment,topic", "max_train_samples": 32}
+    keys |= {"max_test_samples": 5, "max_length": 96, "lora.r": 4, "fisher.samples": 1, "fisher.batch_size": 2}
+    keys |= {"train.max_steps": 4, "train.learning_rate": 0.01, "train.save_steps": 2, "train.logging_steps": 1}
+    keys["train.per_device_train_batch_size"] = batch
+    return [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
+
+
+def launcher(kind: str, folder: Path, **changes: object) -> list[str]:
+    """`accelerate launch` with the project's configuration, on two processes of this CPU."""
+    config = yaml.safe_load((ROOT / f"accelerate_configs/{kind}.yaml").read_text())
+    config |= {"num_processes": 2, "use_cpu": True, **changes}
+    (folder / f"{kind}.yaml").write_text(yaml.safe_dump(config))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / f"{kind}.yaml")]
+    if "main_process_port" not in changes:
+        launch += ["--main_process_port", "0"]
+    return [*launch, str(ROOT / ("tests/fsdp_on_cpu.py" if kind == "fsdp2" else "recipes/continual.py"))]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def rank(number: int, parent: int) -> int | None:
+    """The process of a rank below a launcher."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            above = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if above == parent and f"\0RANK={number}\0" in f"\0{(path / 'environ').read_text()}":
+                return int(path.name)
+        except (OSError, ValueError):  # it has ended
+            continue
+    return None
+
+
+def same_as_one_process(run: Path, one: Path) -> None:
+    """The matrix, and coefficients and adapters within float tolerance."""
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (run, one))
+    assert a["matrix"] == b["matrix"]
+    assert a["raw_coefficients"] == pytest.approx(b["raw_coefficients"], rel=1e-3)
+    for which in ("01-sentiment/task_adapter", "02-topic/task_adapter", "02-topic/adapter"):
+        x, y = (Adapter.load(folder / "stages" / which).factors for folder in (run, one))
+        for name in x:
+            assert (x[name].dense() - y[name].dense()).norm() < 1e-3 * y[name].dense().norm(), (which, name)
+
+
+@pytest.fixture(scope="module")
+def one_process(pico_folders, tmp_path_factory) -> dict[str, Path]:
+    found = {}
+    for family in FAMILIES:
+        found[family] = tmp_path_factory.mktemp("one") / family
+        assert main(["run", *arguments(pico_folders[family], 8), "--output_dir", str(found[family])]) == 0
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [(kind, family) for kind in KINDS for family in FAMILIES if (kind, family) != ("fsdp2", "t5")],
+)
+def test_a_killed_rank_then_the_same_run(kind: str, family: str, one_process, pico_folders, tmp_path) -> None:
+    if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [*launcher(kind, tmp_path), *arguments(pico_folders[family], 4), "--output_dir", str(run)]
+    process = start(command, log)
+    deadline = time.monotonic() + 200
+    while not list(run.glob("work/02-topic/checkpoint-2")) and time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    victim = rank(1, process.pid)
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+    assert every_adapter_loads(run)
+    done = start(command, log)
+    assert done.wait(timeout=240) == 0, log.read_text()
+    assert "topic: going on from checkpoint-2" in log.read_text()
+    same_as_one_process(run, one_process[family])
+
+
+@pytest.mark.slow
+def test_fsdp2_of_tied_embeddings_is_refused(pico_folders, tmp_path) -> None:
+    command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["t5"], 4), "--output_dir", str(tmp_path / "run")]
+    assert start(command, tmp_path / "log").wait(timeout=120) != 0
+    said = (tmp_path / "log").read_text()
+    assert "pm-llm: error: FSDP2 cannot share out this model" in said
+    assert "zero3.yaml" in said
+
+
+@pytest.mark.slow
+def test_two_machines(one_process, pico_folders, tmp_path) -> None:
+    """Two launchers that find each other on loopback, a process each, with a folder that both see."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run, processes = tmp_path / "run", []
+    for machine in (0, 1):
+        (tmp_path / str(machine)).mkdir()
+        changes = {"num_machines": 2, "machine_rank": machine, "main_process_ip": "127.0.0.1"}
+        command = launcher("ddp_cpu", tmp_path / str(machine), **changes, main_process_port=port)
+        command += [*arguments(pico_folders["llama"], 4), "--output_dir", str(run)]
+        processes.append(start(command, tmp_path / f"log{machine}"))
+    for machine, process in enumerate(processes):
+        assert process.wait(timeout=240) == 0, (tmp_path / f"log{machine}").read_text()
+    assert "[2/2] topic" in (tmp_path / "log0").read_text()
+    assert "[2/2] topic" not in (tmp_path / "log1").read_text()  # one process speaks
+    same_as_one_process(run, one_process["llama"])
