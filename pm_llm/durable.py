@@ -108,7 +108,8 @@ def damaged(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> dict[str
 def writing(where: str | Path, leftover: Path | None = None) -> Iterator[None]:
     """Around the writing of files: an error that the disk gives becomes one clear line, and `leftover` is removed.
 
-    Libraries report a full disk in their own ways: safetensors as SafetensorError, torch.save as RuntimeError.
+    Libraries report a full disk in their own ways: safetensors as SafetensorError, torch.save as RuntimeError,
+    tokenizers as a bare Exception.
 
     Raises:
         PmLlmError: If something could not be written.
@@ -117,7 +118,9 @@ def writing(where: str | Path, leftover: Path | None = None) -> Iterator[None]:
         yield
     except PmLlmError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
+        if not (isinstance(error, (OSError, SafetensorError, RuntimeError)) or type(error) is Exception):
+            raise
         if leftover is not None:
             shutil.rmtree(leftover, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]

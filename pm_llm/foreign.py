@@ -63,7 +63,7 @@ def check_files(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise PmLlmError(f"{folder} is damaged: {error}. Write the adapter again.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise PmLlmError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}, which this PEFT does not know.")
     known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
     unknown = sorted(config.keys() - known)

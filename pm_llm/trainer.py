@@ -43,7 +43,12 @@ class ConstraintMixin:
         self.constraints = [constraint] if isinstance(constraint, Constraint) else list(constraint)
         self.checkpoints = checkpoints
         self._staging: Path | None = None  # where a checkpoint is being written
+        given = args[0] if args else kwargs.get("model")
+        trained = [(p, p.data) for p in given.parameters() if p.requires_grad] if isinstance(given, PeftModel) else []
         super().__init__(*args, **kwargs)
+        for parameter, data in trained:  # of a 4-bit model TRL rounds the adapter to bfloat16, a checkpoint does not
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
         if not isinstance(model, PeftModel):
             raise PmLlmError(f"the model is a {type(model).__name__}; give a PeftModel with a LoRA adapter.")

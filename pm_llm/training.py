@@ -65,8 +65,8 @@ def train(
             if "managed by another FSDP group" not in str(error):
                 raise
             raise PmLlmError(
-                "FSDP2 cannot share out this model, whose encoder and decoder have one embedding (with accelerate 1.15 "
-                "and torch 2.13). Use accelerate_configs/zero3.yaml, or ddp.yaml."
+                "FSDP2 cannot share out this model, whose encoder and decoder have one embedding (with accelerate "
+                "1.15 and torch 2.13). Use accelerate_configs/zero3.yaml, or ddp.yaml."
             ) from error
         # under ZeRO-3 transformers would go on sharding what is loaded, and wait for all processes at every token
         unset_hf_deepspeed_config()

@@ -56,5 +56,6 @@ def evaluate_adapter(adapter: str | None, config: RunConfig) -> list[Predictions
         try:
             model = PeftModel.from_pretrained(model, folder)
         except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-            raise PmLlmError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            raise PmLlmError(f"cannot load the adapter {adapter!r}: {reason}") from error
     return [answer_task(model, encoders[name], task, config.evaluation) for name, task in tasks.items()]

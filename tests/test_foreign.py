@@ -1,0 +1,175 @@
+"""Adapters and models from elsewhere that mean harm, or are not what they say: refused in one line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pm_llm.cli import main
+from pm_llm.errors import PmLlmError
+from pm_llm.foreign import check_files
+from tests.conftest import make_peft, pm_llm
+from tests.hub_server import HubServer
+from tests.test_hub import environment
+
+TASKS = ["--benchmark", "embedded", "--order", "topic", "--max_test_samples", "2", "--max_length", "96"]
+
+
+class Harm:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def header(folder: Path, text: bytes, claimed: int | None = None) -> None:
+    length = len(text) if claimed is None else claimed
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", length) + text)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Harm(folder / "harm")))
+
+
+def pickled_under_another_name(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(pickle.dumps(Harm(folder / "harm")))
+
+
+def petabytes(folder: Path) -> None:
+    header(folder, b"{}", claimed=10**15)
+
+
+def petabytes_of_tensor(folder: Path) -> None:
+    tensor = {"dtype": "F32", "shape": [10**8, 10**7], "data_offsets": [0, 4 * 10**15]}
+    header(folder, json.dumps({"base_model.model.lora_A.weight": tensor}).encode())
+
+
+def overlapping(folder: Path) -> None:
+    tensor = {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}
+    header(folder, json.dumps({"a": tensor, "b": tensor}).encode() + bytes(4))
+
+
+def deep(folder: Path) -> None:
+    header(folder, b"[" * 100000)
+
+
+def traversal(folder: Path) -> None:
+    state = load_file(folder / "adapter_model.safetensors")
+    name, tensor = state.popitem()
+    save_file({**state, f"../../{name}": tensor}, folder / "adapter_model.safetensors")
+
+
+def configured(**keys: object):
+    def change(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+    return change
+
+
+def other_shapes(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({k: torch.zeros(x.shape[0] * 2, x.shape[1] * 2) for k, x in load_file(file).items()}, file)
+    configured(r=8)(folder)
+
+
+CASES = [
+    (pickled, "adapter_model.bin is a pickle"),
+    (pickled_under_another_name, "is damaged"),
+    (petabytes, "is damaged"),
+    (petabytes_of_tensor, "is damaged"),
+    (overlapping, "is damaged"),
+    (deep, "is damaged"),
+    (traversal, "is not the name of a module's tensor"),
+    (configured(run_this="rm -rf /"), "keys that this PEFT does not know for LORA: run_this"),
+    (configured(r=10**9), "do not belong together"),
+    (configured(peft_type="PWN"), "peft_type is 'PWN'"),
+    (configured(peft_type=["LORA"]), "peft_type is ['LORA']"),
+    (configured(megatron_config={"x": 1}, megatron_core="os"), "megatron_config"),
+    (other_shapes, "shape"),
+]
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    make_peft("llama", random_b=True).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(("spoil", "expected"), CASES, ids=[f"{i}" for i in range(len(CASES))])
+def test_refused_by_every_command(spoil, expected: str, adapter, pico_folders, tmp_path, capsys) -> None:
+    shutil.copytree(adapter, tmp_path / "good")
+    spoil(adapter)
+    commands = {
+        "evaluate": ["evaluate", "--model", pico_folders["llama"], "--adapter", str(adapter), *TASKS],
+        "merge": ["merge", "--running", str(tmp_path / "good"), "--new", str(adapter), "--out", str(tmp_path / "out")],
+    }
+    for name, command in commands.items():
+        if (name, expected) == ("evaluate", "megatron_config"):
+            continue  # PEFT itself refuses it or has no use for it, by its version
+        assert main(command) == 2, name
+        error = capsys.readouterr().err
+        assert error.count("pm-llm: error:") == 1
+        assert "Traceback" not in error
+        assert expected in error, error
+    assert not (adapter / "harm").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_good_one_passes(adapter) -> None:
+    assert check_files(adapter)["peft_type"] == "LORA"
+
+
+def test_from_the_hub_too(adapter, tmp_path, pico_folders) -> None:
+    configured(run_this="x")(adapter)
+    with HubServer() as hub:
+        hub.repos["user/bad"] = {}
+        hub.files["user/bad"] = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
+        home = environment(hub, tmp_path / "home")
+        for name, expected in (("bad", "keys that this PEFT does not know"), ("none", "and the Hub says")):
+            done = pm_llm("evaluate", "--model", pico_folders["llama"], "--adapter", f"user/{name}", *TASKS, env=home)
+            assert done.returncode == 2
+            assert expected in done.stderr
+            assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_wants_to_run_its_own_code(pico_folders, tmp_path, capsys) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(pico_folders["llama"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')")
+    assert main(["run", "--model", str(folder), "--benchmark", "embedded", "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot load the model" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "harm").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_names_files_elsewhere(tmp_path, pico_folders, capsys) -> None:
+    from pm_llm.durable import sha256_of
+
+    (tmp_path / "run/stages").mkdir(parents=True)
+    state = {"tasks": [], "config": {}, "rows": {"train": [], "test": {}}, "stages": [], "untrained": None}
+    state["files"] = {"../victim/curvature.safetensors": {"size": 1, "sha256": ""}}
+    (tmp_path / "run/state.json").write_text(json.dumps({**state, "digest": sha256_of(state)}))
+    assert main(["status", str(tmp_path / "run")]) == 2
+    assert "has other content than was written" in capsys.readouterr().err
+
+
+def test_names_in_a_folder() -> None:
+    with pytest.raises(PmLlmError, match="is not an adapter folder"):
+        check_files(Path("/nothing"))
