@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test bench quality clean
+.PHONY: quickstart test faults bench quality clean
 
 quickstart: $(READY)
 	$(BIN)/python recipes/quickstart/quickstart.py $(ARGS)
@@ -11,6 +11,10 @@ quickstart: $(READY)
 # one thread a worker: two cores, two workers
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# 40 kills a family at instants drawn at random (make test draws 4)
+faults: $(READY)
+	OMP_NUM_THREADS=1 PM_LLM_KILLS=$(or $(KILLS),40) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/evaluation.py $(ARGS)

@@ -30,6 +30,7 @@ ALLOWED = {
     "dtype": ("float32", "bfloat16"),
     "bad_rows": ("error", "drop"),
     "evaluate": ("seen", "final", "diagonal+final", "all"),
+    "fisher.storage": ("memory", "disk"),
     "evaluation.mode": ("generate", "labels"),
     "evaluation.split": ("test", "validation"),
 }
@@ -75,6 +76,7 @@ class FisherSection:
 
     samples: int = option(128, "Training rows whose gradients are averaged.")
     batch_size: int = option(4, "Rows per forward pass.")
+    storage: str = option("memory", "Where the sums lie: memory, or disk (files mapped into memory).")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pm_llm.accumulators import Zeros
 from pm_llm.adapters import lora_layers
 from pm_llm.errors import PmLlmError
 from pm_llm.lowrank import LowRank
@@ -27,6 +28,7 @@ def diagonal_fisher(
     model: Any,
     batches: Iterable[dict[str, Tensor]],
     progress: Callable[[int], Any] | None = None,
+    zeros: Zeros = torch.zeros,
 ) -> tuple[Fisher, int]:
     """The summed squared per-example gradients of every adapted weight matrix, and the number of examples.
 
@@ -38,6 +40,7 @@ def diagonal_fisher(
         model: A (possibly wrapped) PeftModel; left in the train/eval mode it had.
         batches: Model inputs with `labels`, -100 outside the answer.
         progress: Called with the number of examples after each batch.
+        zeros: How the sums are made, see :mod:`pm_llm.accumulators`.
 
     Returns:
         The sums (divide by the total over all processes for the mean; empty without examples) and the count of
@@ -61,8 +64,9 @@ def diagonal_fisher(
             # summed, not averaged, over the answer tokens and examples: examples do not mix in the gradient
             loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")
             for name, gradient in per_example_gradients(loss, calls):
-                total = (gradient**2).sum(dim=0).cpu()
-                sums[name] = sums[name] + total if name in sums else total
+                if name not in sums:
+                    sums[name] = zeros(*gradient.shape[1:])
+                sums[name] += (gradient**2).sum(dim=0).cpu()
             count += len(labels)
             if progress is not None:
                 progress(len(labels))
@@ -120,17 +124,17 @@ def weighted_inner(weight: Tensor, x: Tensor, y: Tensor) -> float:
     return float((weight.double() * x.double() * y.double()).sum())
 
 
-def rescale(fisher: Fisher, scale: str, delta: dict[str, LowRank]) -> Fisher:
-    """Put a task's Fisher on a common scale.
+def scale_of(fisher: Fisher, scale: str, delta: dict[str, LowRank]) -> float:
+    """What to divide a task's Fisher by, to put it on a common scale.
 
-    `raw`: as it is (the paper). `trace`: the trace over all modules becomes the number of weights. `own`: the task's
+    `raw`: 1 (the paper). `trace`: the trace over all modules becomes the number of weights. `own`: the task's
     own quadratic `<F o Delta, Delta>` becomes 1.
 
     Raises:
         PmLlmError: If the scale is unknown, or what it divides by is zero or not finite.
     """
     if scale == "raw":
-        return fisher
+        return 1.0
     if scale == "trace":
         size = sum(float(f.double().sum()) for f in fisher.values()) / sum(f.numel() for f in fisher.values())
     elif scale == "own":
@@ -141,4 +145,4 @@ def rescale(fisher: Fisher, scale: str, delta: dict[str, LowRank]) -> Fisher:
         raise PmLlmError(
             f"fisher_scale {scale!r}: the value to divide by is {size}. The adapter did not move or diverged."
         )
-    return {name: f / size for name, f in fisher.items()}
+    return size

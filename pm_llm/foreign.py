@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -65,7 +66,7 @@ def check_files(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise PmLlmError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}, which this PEFT does not know.")
-    known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])}
     unknown = sorted(config.keys() - known)
     if unknown:
         raise PmLlmError(

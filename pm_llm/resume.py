@@ -13,7 +13,7 @@ from pm_llm.run_dir import STATE, RunDir
 from pm_llm.tasks import Example, Task
 
 # keys without influence on any result
-FREE = ("output_dir", "train.save_steps")
+FREE = ("output_dir", "train.save_steps", "fisher.storage")
 # keys that say which rows are trained and scored on: judged by the rows themselves
 ROWS = (
     *("benchmark", "order", "repeat", "blur", "bad_rows", "data_dir", "tasks", "probes"),

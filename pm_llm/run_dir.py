@@ -330,7 +330,8 @@ class RunDir:
             self._write_state(state)
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Replace `results.json`."""
+        """Replace `results.json`; the run is finished."""
+        shutil.rmtree(self.path / WORK, ignore_errors=True)
         self.write(RESULTS, json.dumps(results, indent=1))
 
     def _record_config(self, config: dict[str, Any]) -> None:

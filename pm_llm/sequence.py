@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, reduce
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, set_seed
 
+from pm_llm.accumulators import Zeros, mapped_files
 from pm_llm.adapters import Adapter, lora_layers, remove, set_active
 from pm_llm.checkpoints import Checkpoints
 from pm_llm.config import RunConfig
@@ -62,6 +63,8 @@ class ContinualSequence:
         self.state = process_state()
         self.run_dir = RunDir(config.output_dir)
         self.stopping = Stopping()
+        on_disk = config.fisher.storage == "disk"
+        self.zeros: Zeros = mapped_files(self.run_dir.path / "work" / "sums") if on_disk else torch.zeros
 
     def run(self) -> dict[str, Any]:
         """Train everything that is not done yet and return the results (as in `results.json`).
@@ -180,16 +183,14 @@ class ContinualSequence:
             collate([rows[i] for i in mine[at : at + size]]).to(self.state.device) for at in range(0, len(mine), size)
         )
         with bar(len(mine), f"Fisher {task.name}", "row") as progress:
-            sums, _ = diagonal_fisher(self.model, batches, progress.update)
-        if self.state.num_processes > 1:
-            sums = {name: self._summed(sums.get(name), layer) for name, layer in lora_layers(self.model).items()}
-        return {name: x / len(chosen) for name, x in sums.items()}
-
-    def _summed(self, mine: torch.Tensor | None, layer: Any) -> torch.Tensor:
-        """Over all processes; one that had no row must take part with zeros, or the others wait for it."""
-        if mine is None:
-            mine = torch.zeros(layer.out_features, layer.in_features)
-        return reduce(mine.to(self.state.device), "sum").cpu()
+            sums, _ = diagonal_fisher(self.model, batches, progress.update, self.zeros)
+        for name, layer in cast(dict[str, Any], lora_layers(self.model)).items():
+            if name not in sums:  # a process that had no row must take part, or the others wait for it
+                sums[name] = self.zeros(layer.out_features, layer.in_features)
+            if self.state.num_processes > 1:
+                sums[name].copy_(reduce(sums[name].to(self.state.device), "sum"))
+            sums[name] /= len(chosen)
+        return sums
 
     def _put_together(self, running: Adapter | None, new: Adapter) -> None:
         """The model as it was right after a task was trained."""
@@ -221,6 +222,7 @@ class ContinualSequence:
     def _go_on(self) -> tuple[Merger, Adapter | None]:
         """The merger and the running adapter after the finished stages; scores that the last one lacks are made."""
         merger, done = Merger(self.method.merge, max_rank=self.config.max_rank), len(self.stages)
+        merger.rule.zeros = self.zeros
         if not done:
             return merger, None
         say(f"going on after task {done} of {len(self.tasks)} in {self.run_dir.path}")

@@ -101,6 +101,18 @@ def test_going_on_after_a_stop_changes_nothing(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sums_in_mapped_files_give_the_same(family: str, pico_folders, tmp_path) -> None:
+    runs = {}
+    for storage in ("memory", "disk"):
+        config = config_for(pico_folders[family], tmp_path / storage, **{"fisher.storage": storage})
+        runs[storage] = ContinualSequence(config).run()
+        assert not (tmp_path / storage / "work").exists()
+    assert runs["memory"]["raw_coefficients"] == runs["disk"]["raw_coefficients"]
+    a, b = (load_file(tmp_path / d / "adapter/adapter_model.safetensors") for d in runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_evaluate_all_fills_the_matrix(pico_folders, tmp_path) -> None:
     config = config_for(pico_folders["t5"], tmp_path / "run", **{"evaluate": "all", "train.max_steps": 1})
     assert all(x is not None for row in ContinualSequence(config).run()["matrix"] for x in row)

@@ -7,9 +7,11 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pm_llm import lowrank
+from pm_llm.accumulators import Zeros
 from pm_llm.adapters import Adapter, check_same_place
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher
@@ -48,6 +50,7 @@ class Merge:
     """A merge rule. Most rules only choose the coefficient of `M_t = M_{t-1} + alpha_t Delta_t`."""
 
     needs_fisher = False
+    zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made
     needs_history = False  # whether a running adapter means nothing without the folds that made it
 
     def coefficients(self, fold: Fold) -> Coefficients:

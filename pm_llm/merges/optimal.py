@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import rescale, weighted_inner
+from pm_llm.fisher import scale_of, weighted_inner
 from pm_llm.merges import Coefficients, Fold, Merge
 
 
@@ -27,7 +27,7 @@ class Optimal(Merge):
     Args:
         granularity: `model` (one alpha) or `module` (one each; as exact, since a diagonal Fisher separates).
         clip: Clip alpha to [0, 1] (a choice; the raw value is always recorded).
-        fisher_scale: `raw` (the paper), `trace` or `own`, see :func:`pm_llm.fisher.rescale`.
+        fisher_scale: `raw` (the paper), `trace` or `own`, see :func:`pm_llm.fisher.scale_of`.
 
     Raises:
         PmLlmError: On an option out of range, or a denominator that is zero or not finite, naming the module.
@@ -52,10 +52,13 @@ class Optimal(Merge):
         if set(fold.fisher) != set(fold.delta):
             raise PmLlmError("the Fisher and the adapter are of different modules. Compute it on the same model.")
         above, below, S, m = {}, {}, {}, {}
-        for name, fisher in rescale(fold.fisher, self.fisher_scale, fold.delta).items():
-            delta, theta = fold.delta[name].dense(), fold.theta[name].dense()
-            S[name] = self.S[name] + fisher if self.S else fisher.clone()
-            m[name] = self.m[name] + fisher * theta if self.m else fisher * theta
+        size = scale_of(fold.fisher, self.fisher_scale, fold.delta)
+        for name, raw_fisher in fold.fisher.items():
+            delta, theta, fisher = fold.delta[name].dense(), fold.theta[name].dense(), raw_fisher / size
+            S[name], m[name] = self.zeros(*fisher.shape).copy_(fisher), self.zeros(*fisher.shape).copy_(fisher * theta)
+            if self.S:
+                S[name] += self.S[name]
+                m[name] += self.m[name]
             residual = m[name] - S[name] * fold.running[name].dense() if fold.running else m[name]
             above[name] = float((residual.double() * delta.double()).sum())
             below[name] = weighted_inner(S[name], delta, delta)
