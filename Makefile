@@ -18,6 +18,7 @@ faults: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/evaluation.py $(ARGS)
+	$(BIN)/python benchmarks/curvature_memory.py
 
 quality: $(READY)
 	$(BIN)/ruff check .

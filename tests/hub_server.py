@@ -144,6 +144,10 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlparse(self.path).path)
             hub.requests.append(f"{self.command} {path}")
+            if path == "/api/whoami-v2":
+                known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+                self.reply(*((200, {"name": "user", "type": "user"}) if known else (401, {"error": "Unauthorized"})))
+                return
             if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
                 content = hub.files.get(found[1], {}).get(found[2])
                 if content is not None:

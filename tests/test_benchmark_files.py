@@ -31,3 +31,15 @@ def test_every_file_is_in_the_readme() -> None:
     text = (ROOT / "benchmarks/README.md").read_text()
     for path in (ROOT / "benchmarks").glob("*.py"):
         assert f"`{path.name}`" in text
+
+
+@pytest.mark.slow
+def test_curvature_memory(tmp_path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/curvature_memory.py"), "--modules", "2", "--size", "64"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "found.json")], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["memory", "memory, blocks given back", "disk", "disk, blocks given back"]
+    assert "| disk |" in done.stdout

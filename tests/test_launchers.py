@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -105,6 +106,22 @@ def test_a_killed_rank_then_the_same_run(kind: str, family: str, one_process, pi
     assert done.wait(timeout=240) == 0, log.read_text()
     assert "topic: going on from checkpoint-2" in log.read_text()
     same_as_one_process(run, one_process[family])
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(pico_folders, tmp_path, capsys) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [*launcher("ddp_cpu", tmp_path), *arguments(pico_folders["llama"], 4), "--output_dir", str(run)]
+    command += ["--train.max_steps", "100000", "--train.save_steps", "100000"]
+    process, deadline = start(command, log), time.monotonic() + 100
+    while not (run / "work/01-sentiment").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2)
+    process.terminate()
+    assert process.wait(timeout=60) != 0
+    assert list(run.glob("work/01-sentiment/checkpoint-*")), log.read_text()
+    assert main(["status", str(run)]) == 0
+    assert re.search(r"next: train task 1 \(sentiment\) from step \d+ of 100000", capsys.readouterr().out)
 
 
 @pytest.mark.slow

@@ -1,0 +1,83 @@
+"""`pm-llm doctor`: what would not work is said, with what to install; secrets are not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from pm_llm import ContinualSequence
+from pm_llm.cli import main
+from pm_llm.doctor import expected_bytes
+from tests.conftest import FAMILIES, pm_llm
+from tests.hub_server import TOKEN, HubServer
+from tests.test_hub import environment
+from tests.test_sequence import config_for
+
+TASKS = ["--benchmark", "embedded", "--order", "sentiment,topic"]
+
+
+def test_a_machine_that_will_do(pico_folders, tmp_path, capsys) -> None:
+    arguments = ["doctor", "--model", pico_folders["llama"], *TASKS, "--output_dir", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    for package in ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "evaluate", "huggingface_hub"):
+        assert f"{package}: {importlib.metadata.version(package)}" in said
+    assert "bfloat16: works on" in said
+    assert "needed for 2 tasks" in said
+    assert "a run can begin" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_room_it_asks_for_is_what_a_run_takes(family: str, pico_folders, tmp_path) -> None:
+    config = config_for(pico_folders[family], tmp_path / "run")
+    need, tasks = expected_bytes(config)
+    assert tasks == 3
+    ContinualSequence(config).run()
+    tensors = [*(tmp_path / "run").rglob("stages/*/*adapter/*.safetensors"), *(tmp_path / "run").rglob("curv*")]
+    used = sum(path.stat().st_size for path in tensors)
+    assert 0.7 * used < need < 4 * used  # at its end a run has one copy of the curvature and no checkpoint
+
+
+def test_a_full_disk_and_a_missing_package(pico_folders, tmp_path, capsys, monkeypatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "bitsandbytes":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.0.1" if name == "peft" else installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    arguments = ["doctor", "--model", pico_folders["llama"], *TASKS, "--load_in_4bit", "true"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failures = {line.split()[1].rstrip(":"): line for line in lines if line.startswith("FAILURE")}
+    assert set(failures) >= {"disk", "bitsandbytes", "peft"}
+    assert 'pip install "pm_llm[qlora]"' in failures["bitsandbytes"]
+    assert "0.0.1 is not >=" in failures["peft"]
+    assert "Make room" in failures["disk"]
+    assert "will not work" in lines[-1]
+
+
+def test_the_token_is_never_shown(pico_folders, tmp_path) -> None:
+    with HubServer() as hub:
+        env = environment(hub, tmp_path)
+        done = pm_llm("doctor", "--model", pico_folders["llama"], *TASKS, env=env)
+        assert done.returncode == 0, done.stderr
+        assert f"logged in as user at {hub.url}" in done.stdout
+        assert TOKEN not in done.stdout + done.stderr
+        done = pm_llm("doctor", "--model", pico_folders["llama"], *TASKS, env=env | {"HF_TOKEN": TOKEN[:-1]})
+        assert "does not take the token" in done.stdout
+        assert TOKEN[:-1] not in done.stdout + done.stderr
+    done = pm_llm("doctor", "--model", pico_folders["llama"], *TASKS, env=env)
+    assert "does not take the token" in done.stdout
+
+
+def test_bad_input_is_one_line(capsys) -> None:
+    assert main(["doctor", "--lora.r", "0"]) == 2
+    assert "lora.r is 0" in capsys.readouterr().err
