@@ -2,8 +2,8 @@
 
     python benchmarks/curvature_memory.py [--modules 8] [--size 2048] [--out FILE.json]
 
-Each way runs in a process of its own, on synthetic adapters and Fishers. Anonymous memory is what cannot be written out
-and dropped; pages of mapped files can. glibc keeps freed blocks of up to 32 MiB unless MALLOC_MMAP_THRESHOLD_ says
+Each way runs in a process of its own, on synthetic adapters and Fishers. Anonymous memory is what cannot be written
+out and dropped; pages of mapped files can. glibc keeps freed blocks of up to 32 MiB unless MALLOC_MMAP_THRESHOLD_ says
 otherwise, so each way is measured with and without it.
 """
 
