@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from pm_llm.adapters import Adapter
 from tests.conftest import FAMILIES, ROOT
 
+# how many kills a family; `make faults` draws many
+KILLS = int(os.environ.get("PM_LLM_KILLS", "4"))
 TASKS = ("sentiment", "topic", "question")
 
 

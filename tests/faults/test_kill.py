@@ -13,10 +13,7 @@ import pytest
 
 from pm_llm.cli import main
 from tests.conftest import FAMILIES
-from tests.faults.conftest import arguments, every_adapter_loads, same_outcome
-
-# how many kills a family; `make faults` draws many
-KILLS = int(os.environ.get("PM_LLM_KILLS", "4"))
+from tests.faults.conftest import KILLS, arguments, every_adapter_loads, same_outcome
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,8 +65,8 @@ def test_the_adapter_loads_at_every_moment(forker, pico_folders, tmp_path) -> No
 
 
 def _is_gone(error: Exception) -> bool:
-    """Whether a checkpoint was removed, as it should be, while it was looked at."""
-    return "/work/" in str(error)
+    """Whether a checkpoint or temporary folder was removed, as it should be, while it was looked at."""
+    return "/work/" in str(error) or "/." in str(error)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -77,7 +74,7 @@ def test_a_polite_signal_leaves_a_checkpoint(number: int, forker, whole, pico_fo
     run = [*arguments(pico_folders["llama"], **{"train.save_steps": 1000}), "--output_dir", tmp_path / "run"]
     length = forker(*run).seconds
     rng, checkpoints = random.Random(int(number)), 0
-    for _ in range(6):
+    for _ in range(max(3, KILLS // 4)):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         ended = forker(*run, kill=rng.uniform(0.2, 0.9) * length, number=number)
         # before and after the run itself, SIGTERM does what it does to any process
@@ -103,7 +100,7 @@ def test_status_says_what_comes_next(forker, pico_folders, tmp_path, capsys) -> 
     assert "added to plain training:" in said
     assert "peak memory: train" in said
     found = set()
-    for part in range(1, 10):
+    for part in range(2, 10, 2):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         forker(*run, kill=length * part / 10)
         if not (Path(tmp_path) / "run/state.json").exists():
