@@ -115,7 +115,11 @@ class Adapter:
         if kind != "LORA":
             raise PmLlmError(f"{folder} holds an adapter of type {kind}; only LORA can be merged here.")
         state = load_file(folder / WEIGHTS_FILE)
-        return cls.from_state(state, PeftConfig.from_pretrained(str(folder)), where=str(folder))
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except Exception as error:  # whatever PEFT makes of values that are none
+            raise PmLlmError(f"{folder}: PEFT cannot read its configuration: {error}") from error
+        return cls.from_state(state, config, where=str(folder))
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], config: PeftConfig, where: str = "the adapter") -> Adapter:

@@ -53,7 +53,7 @@ class Checkpoints:
             name, _, number = path.name.partition("-")
             if name == "checkpoint" and number.isdigit():
                 folders[int(number)] = path
-            else:  # begun and never finished
+            elif path.is_dir():  # begun and never finished
                 shutil.rmtree(path)
         best: tuple[str | None, float] = (None, 0.0)
         for step in sorted(folders, reverse=True):  # by step, not by the clock, which may have been set back

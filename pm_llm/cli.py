@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -308,10 +309,10 @@ def report(given: argparse.Namespace) -> int:
         from pm_llm.report.page import FIGURES, write_report
     except ImportError as error:
         raise PmLlmError(f'the page needs matplotlib: pip install "pm_llm[report]" ({error})') from error
-    page = write_report(runs, given.out or given.run_dir[0], given.joint)
-    if not given.out:
-        run_dir = RunDir.open(given.run_dir[0])
-        with run_dir.locked():
+    run_dir = RunDir.open(given.run_dir[0])
+    with nullcontext() if given.out else run_dir.locked():
+        page = write_report(runs, given.out or given.run_dir[0], given.joint)
+        if not given.out:
             run_dir.record([page, *(page.parent / FIGURES).iterdir()])
     print(f"page: {page}")
     return 0

@@ -8,10 +8,11 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 
@@ -133,28 +134,39 @@ def writing(where: str | Path, leftover: Path | None = None) -> Iterator[None]:
 class Lock:
     """One process at a time in a folder; the kernel lets go of the lock when its holder dies, so none is ever stale.
 
-    A POSIX lock: unlike BSD's `flock`, it is not inherited by forked data-loader workers, and it holds over NFS.
+    A POSIX lock: unlike BSD's `flock`, it is not inherited by forked data-loader workers, and it holds over NFS. It is
+    the process's, not the object's, and any closing of the file would end it: so locks held are noted in `_held`.
 
     Args:
         folder: The folder; the lock is its file `.lock`, which says who holds it.
     """
+
+    _held: ClassVar[dict[Path, int]] = {}  # lock file -> the process that has noted it: a fork inherits the note
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
         self._file: Any = None
 
     def acquire(self) -> None:
-        """Take the lock. Raises PmLlmError if another process has it."""
+        """Take the lock. Raises PmLlmError if another process has it, or this one already."""
+        if self._is_ours():
+            raise PmLlmError(f"{self.path.parent} is in use by this process already.")
         file = self.path.open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            holder = file.read().strip() or "a process that has not said its name"
-            file.close()
-            raise PmLlmError(
-                f"{self.path.parent} is in use by {holder}. Wait for it, stop it, or choose another output_dir."
-            ) from error
+        for patience in (0.1, 0.2, 0.4, 0):  # one that only looks who is at work lets go at once
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError) as error:
+                if patience:
+                    time.sleep(patience)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "a process that has not said its name"
+                file.close()
+                raise PmLlmError(
+                    f"{self.path.parent} is in use by {holder}. Wait for it, stop it, or choose another output_dir."
+                ) from error
+        self._held[self.path.resolve()] = os.getpid()
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
@@ -167,9 +179,15 @@ class Lock:
                 self.path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
+            self._held.pop(self.path.resolve(), None)
+
+    def _is_ours(self) -> bool:
+        return self._held.get(self.path.resolve()) == os.getpid()
 
     def holder(self) -> str | None:
         """Who has the lock now; None if nobody."""
+        if self._is_ours():
+            return f"process {os.getpid()} on {platform.node()}"
         try:
             with self.path.open("r+", encoding="utf-8") as file:
                 try:

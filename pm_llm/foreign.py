@@ -17,6 +17,7 @@ from pm_llm.errors import PmLlmError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+MAX_RANK = 4096
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -76,9 +77,54 @@ def check_files(folder: Path) -> dict[str, Any]:
     for name in shapes:
         if not PLAIN_NAME.fullmatch(name):
             raise PmLlmError(f"{folder / WEIGHTS_FILE}: {name!r} is not the name of a module's tensor.")
+    _check_values(config, shapes, folder)
     if kind == "LORA":
         _check_ranks(config, shapes, folder)
     return config
+
+
+def _check_values(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """What PEFT would allocate, load or match by: sizes, other adapters, patterns."""
+    if config["peft_type"] in ("XLORA", "MIXED"):
+        raise PmLlmError(f"{folder} is of type {config['peft_type']}, which names other adapters. Give a plain one.")
+    if not shapes:
+        raise PmLlmError(f"{folder} holds no weights.")
+    patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    wrong = [key for key, value in patterns.items() if not _is_pattern(value)]
+    places = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
+    wrong += [key for key in places if not _is_place(config.get(key))]
+    largest = max([MAX_RANK, *(size for shape in shapes.values() for size in shape)])
+    numbers = ("r", "lora_alpha", "lora_dropout", "num_virtual_tokens")
+    found = {key: config[key] for key in numbers if config.get(key) is not None}
+    wrong += [key for key, value in found.items() if not isinstance(value, (int, float))]
+    wrong += [key for key in ("r", "num_virtual_tokens") if key not in wrong and found.get(key, 0) > largest]
+    ranks = patterns["rank_pattern"]
+    wrong += ["rank_pattern"] if not wrong and any(x > MAX_RANK for x in ranks.values()) else []
+    if wrong:
+        shown = ", ".join(f"{key} {str(config.get(key))[:60]!r}" for key in dict.fromkeys(wrong))
+        raise PmLlmError(f"{folder / CONFIG_FILE} has values that no adapter needs: {shown}. Do not trust it.")
+
+
+def _is_pattern(value: Any) -> bool:
+    """Names of modules with numbers. PEFT reads the names as regular expressions, so they must be plain."""
+    return isinstance(value, dict) and all(
+        PLAIN_NAME.fullmatch(name) and isinstance(x, (int, float)) and x > 0 for name, x in value.items()
+    )
+
+
+def _is_place(value: Any) -> bool:
+    """None, names of modules, or one regular expression that repeats no group (or matching could take for ever)."""
+    if value is None:
+        return True
+    if isinstance(value, list):
+        return all(isinstance(x, str) and PLAIN_NAME.fullmatch(x) for x in value)
+    if not isinstance(value, str) or len(value) > 1000 or re.search(r"\)[*+{]", value):
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def _check_ranks(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,18 @@ from pm_llm.errors import PmLlmError
 from pm_llm.run_dir import STATE, RunDir
 from pm_llm.tasks import Example, Task
 
-# keys without influence on any result
-FREE = ("output_dir", "train.save_steps", "fisher.storage")
+# keys without influence on any result, beyond the rounding of sums
+FREE = (
+    *("output_dir", "train.save_steps", "fisher.storage"),
+    *("fisher.batch_size", "evaluation.batch_size", "evaluation.batch_tokens"),
+)
 # keys that say which rows are trained and scored on: judged by the rows themselves
 ROWS = (
     *("benchmark", "order", "repeat", "blur", "bad_rows", "data_dir", "tasks", "probes"),
     *("max_train_samples", "max_test_samples"),
 )
+# what accelerate launch says of sharding: each way writes checkpoints that another cannot read
+LAUNCHER = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
 
 def take_up(
@@ -26,6 +32,7 @@ def take_up(
     config: RunConfig,
     tasks: Sequence[Task],
     columns: Mapping[str, Task],
+    lengths: Mapping[str, int],
     restart_from: str | None = None,
 ) -> None:
     """Make the run's folder, or open it to go on; the caller has the lock.
@@ -35,6 +42,7 @@ def take_up(
         config: The configuration asked for.
         tasks: The tasks, a stage each.
         columns: All that is scored, by name.
+        lengths: The longest answer to each of them, in tokens.
         restart_from: Redo from this task on: its name, or its number in the sequence.
 
     Raises:
@@ -47,25 +55,30 @@ def take_up(
         "train": [
             _fingerprint(task.train, *(_fingerprint(found, name) for name, found in task.foreign)) for task in tasks
         ],
-        "test": {name: _fingerprint(task.test, task.scorer, task.labels) for name, task in columns.items()},
+        "test": {
+            name: _fingerprint(task.test, task.scorer, task.labels, lengths[name]) for name, task in columns.items()
+        },
     }
     new = {"tasks": names, "config": plain, "rows": rows}
     if not (run_dir.path / STATE).is_file():
         if restart_from is not None:
             raise PmLlmError(f"{run_dir.path} holds no run that could be restarted. Leave --restart-from out.")
-        run_dir.begin(new)
+        run_dir.begin({**new, "restarted": None})
         return
     state = run_dir.state()
     stages = state["stages"]
     stage = len(stages) if restart_from is None else stage_named(restart_from, names, len(stages))
+    token = None if restart_from is None else sha256_of([stage, _settings(plain), rows])
+    if token is not None and token == state["restarted"]:  # the same command again, after that restart was stopped
+        stage, token = len(stages), None
     kept = stages[:stage]
     if not kept:
-        same = restart_from is None and (_settings(state["config"]), state["rows"]) == (_settings(plain), rows)
+        same = token is None and (_settings(state["config"]), state["rows"]) == (_settings(plain), rows)
         if not same:
-            run_dir.begin(new)
+            run_dir.begin({**new, "restarted": token})
             return
     else:
-        differences = _differences(state, kept, new, restarted=restart_from is not None)
+        differences = _differences(state, kept, new, restarted=token is not None)
         if differences:
             raise PmLlmError(
                 f"{run_dir.path} holds a run with another configuration ({'; '.join(differences)}). Run as before, "
@@ -73,8 +86,8 @@ def take_up(
                 "and with --restart-from TASK the `train` section."
             )
     run_dir.check([f"stages/{entry['folder']}/" for entry in kept] + ["untrained/"])
-    if stage < len(stages):
-        run_dir.restart(stage)
+    if token is not None:
+        run_dir.restart(stage, token)
     run_dir.go_on(plain, rows, names)
 
 
@@ -95,8 +108,9 @@ def stage_named(given: str, names: Sequence[str], done: int) -> int:
 
 
 def stage_key(config: RunConfig, number: int, rows: str, processes: int) -> str:
-    """What a checkpoint in stage `number` belongs to: these settings, rows and processes."""
-    return sha256_of([_settings(config.plain()), number, rows, processes])
+    """What a checkpoint in stage `number` belongs to: these settings, rows, processes and this way of sharding."""
+    launcher = [os.environ.get(name) for name in LAUNCHER]
+    return sha256_of([_settings(config.plain()), number, rows, processes, launcher])
 
 
 def _differences(
@@ -132,7 +146,8 @@ def changes(old: dict[str, Any], new: dict[str, Any], stages_only: bool = False)
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """By dotted key, without those that say nothing or are judged by rows."""
-    return {key: value for key, value in _flat(config).items() if key not in FREE and key.split(".")[0] not in ROWS}
+    aside = (*ROWS, "fuar")  # FUAR is computed from scores when a run is finished
+    return {key: value for key, value in _flat(config).items() if key not in FREE and key.split(".")[0] not in aside}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

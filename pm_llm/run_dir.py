@@ -34,7 +34,7 @@ from pm_llm.errors import PmLlmError
 
 ADAPTER, TASK_ADAPTER, CURVATURE, LOG = "adapter", "task_adapter", "curvature.safetensors", "log.jsonl"
 STATE, RESULTS, STAGES, UNTRAINED, WORK = "state.json", "results.json", "stages", "untrained", "work"
-KEYS = {"tasks", "config", "rows", "stages", "untrained", "files"}
+KEYS = {"tasks", "config", "rows", "stages", "untrained", "files", "restarted"}
 
 
 class RunDir:
@@ -77,7 +77,7 @@ class RunDir:
         finally:
             begun = (self.path / STATE).exists()
             self._lock.release(remove=not begun)
-            if not begun and not any(self.path.iterdir()):
+            if not begun and self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
 
     def holder(self) -> str | None:
@@ -88,29 +88,34 @@ class RunDir:
     def begin(self, state: dict[str, Any]) -> None:
         """Make the folder a run's that has done nothing yet."""
         with writing(self.path):
-            (self.path / STAGES).mkdir(exist_ok=True)
             self._write_state({**state, "stages": [], "untrained": None, "files": {}})  # from here it is a run folder
+            _remove(self.path / WORK)
             self.sweep()
             self._record_config(state["config"])
 
     def go_on(self, config: dict[str, Any], rows: dict[str, Any], tasks: list[str]) -> None:
         """Take over what may have changed since (settings and rows of what has not run yet), and sweep."""
+        old = self.state()
+        state = {**old, "config": config, "rows": rows, "tasks": tasks}
+        if state != old:  # results and pages are no longer this run's
+            state["files"] = {name: known for name, known in old["files"].items() if _is_kept(name)}
         with writing(self.path):
-            self._write_state({**self.state(), "config": config, "rows": rows, "tasks": tasks})
+            self._write_state(state)
             self.sweep()
             self._record_config(config)
 
-    def restart(self, stage: int) -> None:
-        """Forget stage `stage` (from 0) and those after it."""
+    def restart(self, stage: int, token: str) -> None:
+        """Forget stage `stage` (from 0) and those after it; `token` stands for the command that wants it."""
         state = self.state()
         folders = {entry["folder"] for entry in state["stages"][stage:]}
         files = {
             name: known
             for name, known in state["files"].items()
-            if name != RESULTS and not (name.startswith(f"{STAGES}/") and name.split("/")[1] in folders)
+            if _is_kept(name) and not (name.startswith(f"{STAGES}/") and name.split("/")[1] in folders)
         }
         with writing(self.path):
-            self._write_state({**state, "stages": state["stages"][:stage], "files": files})
+            self._write_state({**state, "stages": state["stages"][:stage], "files": files, "restarted": token})
+            _remove(self.path / WORK)
             self.sweep()
 
     def _holds_something(self) -> bool:
@@ -125,23 +130,28 @@ class RunDir:
         """Remove what a killed process left half-done, and let `adapter` point to the last stage's."""
         state = self.state()
         stages = [entry["folder"] for entry in state["stages"]]
+        (self.path / STAGES).mkdir(exist_ok=True)
+        if not (self.path / ADAPTER).is_symlink():  # what a copy may have made of the link
+            _remove(self.path / ADAPTER)
         if stages:
             durable.replace_link(self.path / ADAPTER, Path(STAGES) / stages[-1] / ADAPTER)
         else:
             (self.path / ADAPTER).unlink(missing_ok=True)
         for temporary in self.path.glob(".*.tmp"):
-            temporary.unlink()
+            _remove(temporary)
         for folder in (self.path / STAGES).iterdir():
             if folder.name not in stages:
-                shutil.rmtree(folder)
+                _remove(folder)
+        if RESULTS not in state["files"]:
+            _remove(self.path / RESULTS)
         for folder in [*(self.path / STAGES / name for name in stages), self.path / UNTRAINED]:
             for file in [path for path in folder.rglob("*") if path.is_file()]:
                 if file.relative_to(self.path).as_posix() not in state["files"]:
                     file.unlink()
         if (self.path / WORK).is_dir():
             for folder in (self.path / WORK).iterdir():
-                if folder.name in stages or f"{len(stages) + 1:02d}-" != folder.name[:3]:
-                    shutil.rmtree(folder)
+                if not folder.name.startswith(f"{len(stages) + 1:02d}-"):
+                    _remove(folder)
 
     # ---- reading ----
     def state(self) -> dict[str, Any]:
@@ -183,6 +193,9 @@ class RunDir:
             link = self.path / ADAPTER
             if not link.is_symlink() or link.readlink() != target:
                 found[ADAPTER] = f"is no link to {target.as_posix()}"
+        if found:  # a run that goes on may have replaced them meanwhile
+            listed = self.state()["files"]
+            found = {name: x for name, x in found.items() if listed.get(name) == state["files"].get(name)}
         return found
 
     def check(self, names: Sequence[str] = ()) -> None:
@@ -316,23 +329,23 @@ class RunDir:
             state["files"] |= durable.digests(self.path, [self.path / name])
             self._write_state(state)
 
-    def write(self, name: str, content: str | bytes) -> None:
-        """Write a file of the run's folder and list it in the manifest."""
+    def write(self, name: str, content: str | bytes, **changes: Any) -> None:
+        """Write a file of the run's folder and list it in the manifest, with `changes` of the state."""
         with writing(self.path):
             durable.replace_bytes(self.path / name, content.encode() if isinstance(content, str) else content)
-        self.record([self.path / name])
+        self.record([self.path / name], **changes)
 
-    def record(self, files: Sequence[Path]) -> None:
+    def record(self, files: Sequence[Path], **changes: Any) -> None:
         """List files that are whole in the manifest."""
-        state = self.state()
+        state = {**self.state(), **changes}
         with writing(self.path):
             state["files"] |= durable.digests(self.path.absolute(), [path.absolute() for path in files])
             self._write_state(state)
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Replace `results.json`; the run is finished."""
-        shutil.rmtree(self.path / WORK, ignore_errors=True)
-        self.write(RESULTS, json.dumps(results, indent=1))
+        _remove(self.path / WORK)
+        self.write(RESULTS, json.dumps(results, indent=1), restarted=None)
 
     def _record_config(self, config: dict[str, Any]) -> None:
         self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -349,6 +362,19 @@ def jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 def _folder(number: int, name: str) -> str:
     return f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:80]}"
+
+
+def _remove(path: Path) -> None:
+    """A file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_kept(name: str) -> bool:
+    """Whether a file is of what has run, and not made from it."""
+    return name.startswith((f"{STAGES}/", f"{UNTRAINED}/")) or name == "config.yaml"
 
 
 def _names(state: dict[str, Any]) -> list[str]:

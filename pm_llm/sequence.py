@@ -81,7 +81,10 @@ class ContinualSequence:
         self.encoders = encoders_for(self.config, self.columns.values())
         with self.stopping, ExitStack() as stack:
             self._on_main(lambda: stack.enter_context(self.run_dir.locked()) and None)
-            self._on_main(lambda: take_up(self.run_dir, self.config, self.tasks, self.columns, self.restart_from))
+            lengths = {name: encoder.max_new_tokens for name, encoder in self.encoders.items()}
+            self._on_main(
+                lambda: take_up(self.run_dir, self.config, self.tasks, self.columns, lengths, self.restart_from)
+            )
             run = self._on_main(self.run_dir.state)
             self.stages: list[dict[str, Any]] = run["stages"]
             self.rows = run["rows"]["train"]

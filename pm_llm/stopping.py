@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ class Stopping:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         self._gentle = False
         self._before: dict[int, Any] = {}
 
@@ -46,9 +48,11 @@ class Stopping:
         self._before.clear()
 
     def _handle(self, number: int, frame: Any) -> None:
-        again = self.received is not None
-        self.received = self.received or number
-        if again or not self._gentle:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = number, now
+        # a launcher and a scheduler may both send the one signal
+        if not self._gentle or now - self._since > 2:
             raise Stopped(number)
 
     @contextmanager

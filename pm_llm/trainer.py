@@ -26,6 +26,14 @@ from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.sharding import is_sharded
 
 
+class AlreadyTrainedError(Exception):
+    """Training went on from the checkpoint of its last step: there is nothing left to do.
+
+    The Trainer looks at the number of steps after a step only, and would train one too many where the last step is not
+    at the end of an epoch.
+    """
+
+
 class ConstraintMixin:
     """Puts constraints around the Trainer's step. Not a Trainer by itself.
 
@@ -63,6 +71,8 @@ class ConstraintMixin:
         self._unfinite: Tensor | None = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.state.global_step >= self.state.max_steps:  # type: ignore[attr-defined]
+            raise AlreadyTrainedError
         step = self._next_step()
         factor = prod(c.scale(step) for c in self.constraints)
         with scaled(self._layers, self.adapter_name, factor):

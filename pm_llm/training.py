@@ -20,7 +20,13 @@ from pm_llm.models import Base
 from pm_llm.processes import process_state
 from pm_llm.progress import TrainingBar, say
 from pm_llm.stopping import Stopping
-from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
+from pm_llm.trainer import AlreadyTrainedError, ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
+
+# fields of TrainingArguments that going on from a checkpoint depends on
+OURS = {
+    *("output_dir", "seed", "save_strategy", "save_steps", "save_only_model", "save_total_limit", "ignore_data_skip"),
+    *("load_best_model_at_end", "auto_find_batch_size", "push_to_hub"),
+}
 
 
 def train(
@@ -61,6 +67,9 @@ def train(
             trainer.remove_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=newest)
+        except AlreadyTrainedError:
+            model.train()  # as it would be, for the constraints to log
+            trainer.log({})
         except ValueError as error:
             if "managed by another FSDP group" not in str(error):
                 raise
@@ -75,6 +84,9 @@ def train(
 
 def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int) -> Any:
     """The Trainer's arguments for one task. Raises PmLlmError if transformers does not take them."""
+    taken = sorted(OURS & config.train.extra.keys())
+    if taken:
+        raise PmLlmError(f"train.extra sets {', '.join(taken)}, which a run must decide itself. Leave it out.")
     cpu = process_state().device.type == "cpu"
     fields = {key: value for key, value in vars(config.train).items() if key != "extra"}
     fields |= {

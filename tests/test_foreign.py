@@ -84,6 +84,27 @@ def other_shapes(folder: Path) -> None:
     configured(r=8)(folder)
 
 
+def without_weights(folder: Path) -> None:
+    save_file({}, folder / "adapter_model.safetensors")
+
+
+# values that PEFT would take: to allocate what it is told, to match for ever, or to fail in its own words
+VALUES = [
+    ("rank_pattern", {"k_proj": 5 * 10**7}),
+    ("rank_pattern", {"(([a-z0-9_.])+)+X": 4}),
+    ("rank_pattern", {"(": 4}),
+    ("rank_pattern", [1]),
+    ("alpha_pattern", {"(": 4}),
+    ("alpha_pattern", "x"),
+    ("target_modules", "("),
+    ("target_modules", "((a+)+)+b"),
+    ("target_modules", 5),
+    ("target_modules", [5]),
+    ("exclude_modules", "("),
+    ("layers_pattern", "("),
+    ("lora_alpha", "abc"),
+    ("lora_dropout", "x"),
+]
 CASES = [
     (pickled, "adapter_model.bin is a pickle"),
     (pickled_under_another_name, "is damaged"),
@@ -93,11 +114,15 @@ CASES = [
     (deep, "is damaged"),
     (traversal, "is not the name of a module's tensor"),
     (configured(run_this="rm -rf /"), "keys that this PEFT does not know for LORA: run_this"),
-    (configured(r=10**9), "do not belong together"),
+    (configured(r=10**9), "values that no adapter needs: r"),
+    (configured(r=5), "do not belong together"),
     (configured(peft_type="PWN"), "peft_type is 'PWN'"),
     (configured(peft_type=["LORA"]), "peft_type is ['LORA']"),
     (configured(megatron_config={"x": 1}, megatron_core="os"), "megatron_config"),
     (other_shapes, "shape"),
+    *((configured(**{key: value}), f"values that no adapter needs: {key}") for key, value in VALUES),
+    (configured(peft_type="XLORA"), "XLORA"),
+    (without_weights, "holds no weights"),
 ]
 
 
@@ -125,6 +150,21 @@ def test_refused_by_every_command(spoil, expected: str, adapter, pico_folders, t
         assert expected in error, error
     assert not (adapter / "harm").exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("layers_to_transform", "abc"), ("task_type", "BOGUS"), ("modules_to_save", ["lm_head"]), ("arrow_config", 3)],
+)
+def test_what_peft_fails_at_is_one_line_too(key: str, value, adapter, pico_folders, tmp_path, capsys) -> None:
+    shutil.copytree(adapter, tmp_path / "good")
+    configured(**{key: value})(adapter)
+    evaluate = ["evaluate", "--model", pico_folders["llama"], "--adapter", str(adapter), *TASKS]
+    merge = ["merge", "--running", str(tmp_path / "good"), "--new", str(adapter), "--out", str(tmp_path / "out")]
+    ends = [main(evaluate), main(merge)]
+    assert set(ends) <= {0, 2}
+    assert 2 in ends
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_good_one_passes(adapter) -> None:

@@ -145,9 +145,12 @@ class Drawer:
             return None
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
-        figure.savefig(self.folder / f"{name}.png", dpi=120)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=120, format="png")
         svg = text.getvalue()
-        (self.folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+        with writing(self.folder):
+            replace_bytes(self.folder / f"{name}.png", picture.getvalue())
+            replace_bytes(self.folder / f"{name}.svg", svg.encode())
         # in one page, ids of one picture must not be another's
         svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
         labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -70,10 +70,10 @@ def forker(tmp_path_factory):
 
 
 def arguments(model: str, **more: object) -> list[str]:
-    """A run of three tasks with several checkpoints in each, on a pico model."""
+    """A run of three tasks with several checkpoints in each, ending between epochs, on a pico model."""
     keys: dict[str, object] = {"model": model, "benchmark": "embedded", "order": ",".join(TASKS)}
     keys |= {"max_train_samples": 24, "max_test_samples": 4, "max_length": 96, "fisher.samples": 6}
-    keys |= {"train.max_steps": 6, "train.learning_rate": 0.01, "train.logging_steps": 1, "lora.r": 4}
+    keys |= {"train.max_steps": 5, "train.learning_rate": 0.01, "train.logging_steps": 1, "lora.r": 4}
     keys |= {"train.per_device_train_batch_size": 8, "train.save_steps": 2, "max_rank": 6, **more}
     return ["run", *(str(word) for key, value in keys.items() for word in (f"--{key}", value))]
 

@@ -14,6 +14,7 @@ import pytest
 
 from pm_llm.cli import main
 from pm_llm.durable import Lock
+from pm_llm.errors import PmLlmError
 from tests.conftest import ROOT
 from tests.faults.conftest import arguments, every_adapter_loads, same_outcome
 
@@ -195,3 +196,69 @@ def test_a_restart_that_was_not_reached(forker, pico_folders, tmp_path) -> None:
     assert forker(*argv).status == 0
     more = [*arguments(pico_folders["llama"], order="sentiment,topic,question,puzzle"), "--output_dir", run]
     assert "only 2 of 4 tasks are trained" in one_error(forker(*more, "--restart-from", "puzzle").said)
+
+
+def test_a_restart_that_is_stopped_goes_on(forker, pico_folders, tmp_path) -> None:
+    """The same command, with --restart-from, does not throw away what was redone; when it is done, it begins anew."""
+    run = tmp_path / "run"
+    keys = {"train.max_steps": 40, "train.save_steps": 5}
+    argv = [*arguments(pico_folders["llama"], order="sentiment,topic", **keys), "--output_dir", run]
+    assert forker(*argv).status == 0
+    again = [*argv, "--restart-from", "topic"]
+    length = forker(*again).seconds
+    ended = forker(*again, kill=0.8 * length)
+    assert ended.status == -9
+    assert "topic: going on from" not in ended.said  # nothing is left of the training before
+    done = forker(*again)
+    assert done.status == 0
+    assert "topic: going on from" in done.said or "[2/2]" not in done.said
+
+
+def test_results_of_fewer_tasks_are_not_the_runs(forker, pico_folders, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    assert forker(*arguments(pico_folders["llama"], order="sentiment"), "--output_dir", run).status == 0
+    more = [*arguments(pico_folders["llama"], order="sentiment,topic"), "--output_dir", run]
+    shutil.copytree(run, tmp_path / "before", symlinks=True)
+    length = forker(*more).seconds
+    seen = set()
+    for part in (0.5, 0.7, 0.85, 0.95):
+        shutil.rmtree(run)
+        shutil.copytree(tmp_path / "before", run, symlinks=True)
+        forker(*more, kill=part * length)
+        state = json.loads((run / "state.json").read_text())
+        if state["tasks"] == ["sentiment", "topic"] and "results.json" not in state["files"]:
+            seen.add(part)
+            assert main(["status", str(run)]) == 0
+            assert "it is finished" not in capsys.readouterr().out
+            assert main(["report", str(run)]) == 2
+            assert "the run is not finished" in capsys.readouterr().err
+    assert seen
+
+
+def test_what_a_copy_or_another_program_leaves(forker, whole, pico_folders, tmp_path) -> None:
+    """A link that became a folder, strange files beside ours: they are not in the way."""
+    run = tmp_path / "run"
+    shutil.copytree(whole["llama"], run)  # follows the link
+    assert (run / "adapter").is_dir()
+    assert not (run / "adapter").is_symlink()
+    (run / "stages/.DS_Store").write_text("x")
+    (run / "work").mkdir()
+    (run / "work/x").write_text("x")
+    ended = forker(*arguments(pico_folders["llama"]), "--output_dir", run)
+    assert ended.status == 0, ended.said
+    assert (run / "adapter").is_symlink()
+    same_outcome(run, whole["llama"])
+
+
+def test_a_lock_in_its_own_process(tmp_path) -> None:
+    one, other = Lock(tmp_path), Lock(tmp_path)
+    one.acquire()
+    assert other.holder() == one.holder()
+    assert one.holder().startswith(f"process {os.getpid()} on ")
+    with pytest.raises(PmLlmError, match="in use by this process"):
+        other.acquire()
+    code = f"from pathlib import Path; from pm_llm.durable import Lock; Lock(Path({str(tmp_path)!r})).acquire()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "is in use by process" in done.stderr
+    one.release()
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
