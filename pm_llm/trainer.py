@@ -71,7 +71,7 @@ class ConstraintMixin:
         self._unfinite: Tensor | None = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        if self.state.global_step >= self.state.max_steps:  # type: ignore[attr-defined]
+        if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:  # type: ignore[attr-defined]
             raise AlreadyTrainedError
         step = self._next_step()
         factor = prod(c.scale(step) for c in self.constraints)
@@ -252,6 +252,8 @@ def original_forward(model: nn.Module) -> Iterator[None]:
     """Around the making and running of a Trainer: take back what it hangs on `forward`, module by module.
 
     TRL adds a fused head and accelerate autocast; in a sequence every task would wrap the wrapper of the one before.
+    Accelerate's mark goes too: a model that has it is trained without autocast, so bfloat16 would hold for the first
+    task of a process only.
     """
     before = {module: module.__dict__.get("forward") for module in model.modules()}
     try:
@@ -262,3 +264,5 @@ def original_forward(model: nn.Module) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+        for mark in ("_is_accelerate_prepared", "_original_forward"):
+            model.__dict__.pop(mark, None)

@@ -76,10 +76,11 @@ def test_merged_adapter_is_running_plus_coefficient_times_task(pico_folders, tmp
     ("method", "where"),
     [("pm", "_train"), ("pm", "_fisher"), ("pm", "_evaluate"), ("seqlora", "_train"), ("seqlora", "_evaluate")],
 )
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_going_on_after_a_stop_changes_nothing(
-    family: str, method: str, where: str, pico_folders, tmp_path, monkeypatch
+    family: str, method: str, where: str, dtype: str, pico_folders, tmp_path, monkeypatch
 ) -> None:
-    keys = {"method": method, "train.max_steps": 4}  # training ends in the middle of an epoch
+    keys = {"method": method, "dtype": dtype, "train.max_steps": 4}  # training ends in the middle of an epoch
     whole = ContinualSequence(config_for(pico_folders[family], tmp_path / "whole", **keys)).run()
     stopped = ContinualSequence(config_for(pico_folders[family], tmp_path / "parts", **keys))
     original = getattr(stopped, where)
