@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.serialization import safe_globals
+
+# what DeepSpeed's checkpoints hold besides tensors and plain values
+DEEPSPEED_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler",
+    "deepspeed.runtime.zero.config:ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment:fragment_address",
+)
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -24,3 +35,24 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of FSDP2, from all processes' parts; every process must ask for it. Others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Within the block, `torch.load` makes nothing but tensors, plain values and the classes above, whoever calls it.
+
+    DeepSpeed loads its checkpoints as pickles otherwise, which may run any code.
+    """
+    before, known = os.environ.get(FORCE), []
+    if "deepspeed" in sys.modules:
+        for module, _, name in (path.partition(":") for path in DEEPSPEED_CLASSES):
+            known.append(getattr(importlib.import_module(module), name))
+    os.environ[FORCE] = "1"
+    try:
+        with safe_globals(known):
+            yield
+    finally:
+        if before is None:
+            del os.environ[FORCE]
+        else:
+            os.environ[FORCE] = before

@@ -19,6 +19,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.models import Base
 from pm_llm.processes import process_state
 from pm_llm.progress import TrainingBar, say
+from pm_llm.sharding import weights_only
 from pm_llm.stopping import Stopping
 from pm_llm.trainer import AlreadyTrainedError, ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
 
@@ -66,7 +67,8 @@ def train(
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         try:
-            trainer.train(resume_from_checkpoint=newest)
+            with weights_only():
+                trainer.train(resume_from_checkpoint=newest)
         except AlreadyTrainedError:
             model.train()  # as it would be, for the constraints to log
             trainer.log({})

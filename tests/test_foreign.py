@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pm_llm.cli import main
 from pm_llm.errors import PmLlmError
 from pm_llm.foreign import check_files
+from pm_llm.sharding import weights_only
 from tests.conftest import make_peft, pm_llm
 from tests.hub_server import HubServer
 from tests.test_hub import environment
@@ -213,3 +214,13 @@ def test_a_run_folder_that_names_files_elsewhere(tmp_path, pico_folders, capsys)
 def test_names_in_a_folder() -> None:
     with pytest.raises(PmLlmError, match="is not an adapter folder"):
         check_files(Path("/nothing"))
+
+
+def test_torch_loads_no_pickle_while_a_run_trains(tmp_path) -> None:
+    """Also where a library asks for one, as DeepSpeed does."""
+    torch.save({"x": Harm(tmp_path / "harm")}, tmp_path / "state.pt")
+    with weights_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "state.pt", weights_only=False)
+    assert not (tmp_path / "harm").exists()
+    torch.load(tmp_path / "state.pt", weights_only=False)
+    assert (tmp_path / "harm").exists()
