@@ -198,14 +198,14 @@ class RunDir:
             found = {name: x for name, x in found.items() if listed.get(name) == state["files"].get(name)}
         return found
 
-    def check(self, names: Sequence[str] = ()) -> None:
-        """Compare files, or all of some folders, with the manifest: by default all that a run needs to go on.
+    def check(self, names: Sequence[str]) -> None:
+        """Compare files, or all of some folders (names that end in a slash), with the manifest.
 
         Raises:
             PmLlmError: If one is damaged: which, how, and what to do.
         """
-        needed = tuple(names) or (f"{STAGES}/", f"{UNTRAINED}/")
-        found = self.damaged(lambda name: name in needed or name.startswith(tuple(n for n in needed if n[-1] == "/")))
+        folders = tuple(name for name in names if name.endswith("/"))
+        found = self.damaged(lambda name: name in names or name.startswith(folders))
         if found:
             shown = "; ".join(f"{self.path / name} {what}" for name, what in list(found.items())[:5])
             more = f"; and {len(found) - 5} more" if len(found) > 5 else ""

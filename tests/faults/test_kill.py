@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pm_llm.cli import main
+from pm_llm.run_dir import WORK
 from tests.conftest import FAMILIES
 from tests.faults.conftest import KILLS, arguments, every_adapter_loads, same_outcome
 
@@ -66,7 +67,7 @@ def test_the_adapter_loads_at_every_moment(forker, pico_folders, tmp_path) -> No
 
 def _is_gone(error: Exception) -> bool:
     """Whether a checkpoint or temporary folder was removed, as it should be, while it was looked at."""
-    return "/work/" in str(error) or "/." in str(error)
+    return f"/{WORK}/" in str(error) or "/." in str(error)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
