@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pm_llm.cli import main
-from pm_llm.run_dir import WORK
+from pm_llm.run_dir import STATE, WORK
 from tests.conftest import FAMILIES
 from tests.faults.conftest import KILLS, arguments, every_adapter_loads, same_outcome
 
@@ -75,7 +75,9 @@ def test_a_polite_signal_leaves_a_checkpoint(number: int, forker, whole, pico_fo
     run = [*arguments(pico_folders["llama"], **{"train.save_steps": 1000}), "--output_dir", tmp_path / "run"]
     length = forker(*run).seconds
     rng, checkpoints = random.Random(int(number)), 0
-    for _ in range(max(3, KILLS // 4)):
+    for draw in range(40):
+        if draw >= max(3, KILLS // 4) and checkpoints:
+            break
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         ended = forker(*run, kill=rng.uniform(0.2, 0.9) * length, number=number)
         # before and after the run itself, SIGTERM does what it does to any process
@@ -83,9 +85,10 @@ def test_a_polite_signal_leaves_a_checkpoint(number: int, forker, whole, pico_fo
         assert "Traceback" not in ended.said
         if ended.status == 128 + number:
             assert f"stopped by {signal.Signals(number).name}" in ended.said or "interrupted" in ended.said
-            capsys.readouterr()
-            assert main(["status", str(tmp_path / "run")]) == 0
-            checkpoints += "checkpoint at step" in capsys.readouterr().out
+            if (tmp_path / "run" / STATE).exists():  # SIGINT is answered politely before there is a run, too
+                capsys.readouterr()
+                assert main(["status", str(tmp_path / "run")]) == 0
+                checkpoints += "checkpoint at step" in capsys.readouterr().out
             assert forker(*run).status == 0
             same_outcome(tmp_path / "run", whole["llama"])
     assert checkpoints
