@@ -252,6 +252,37 @@ def scaled(layers: Iterable[LoraLayer], name: str, factor: float) -> Iterator[No
             layer.scaling[name] = scaling
 
 
+@contextmanager
+def stretched(layers: Iterable[LoraLayer], name: str, origin: list[Tensor], factor: float) -> Iterator[None]:
+    """Within the block, A and B of adapter `name` are `o + factor (p - o)`; afterwards they are exactly as before.
+
+    Gradients are those of `p`: they are multiplied by `factor` on their way into it.
+
+    Args:
+        layers: The adapted layers.
+        name: The adapter.
+        origin: The o of each parameter, in the order of :func:`factors_of`.
+        factor: The stretch; with 1 nothing is done.
+    """
+    parameters = factors_of(layers, name) if factor != 1 else []
+    before = [p.data for p in parameters]
+    handles = [p.register_hook(lambda g: g * factor) for p in parameters]
+    try:
+        for i, p in enumerate(parameters):
+            origin[i] = origin[i].to(p.device)
+            p.data = torch.lerp(origin[i], p.data, factor)
+        yield
+    finally:
+        for p, data, handle in zip(parameters, before, handles, strict=True):
+            p.data = data
+            handle.remove()
+
+
+def factors_of(layers: Iterable[LoraLayer], name: str) -> list[nn.Parameter]:
+    """A and B of adapter `name` in every layer."""
+    return [getattr(layer, side)[name].weight for layer in layers for side in ("lora_A", "lora_B")]
+
+
 def check_same_place(running: Adapter, new: Adapter) -> None:
     """Raise PmLlmError unless both adapters belong to the same base model and adapt the same modules."""
     if running.base_model and new.base_model and running.base_model != new.base_model:

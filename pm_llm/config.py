@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from pm_llm.errors import PmLlmError, unknown_name
-from pm_llm.methods import PRESETS, Method
+from pm_llm.methods import PRESETS, Choice, Method
 
 
 def option(default: Any, help: str) -> Any:
@@ -29,6 +29,10 @@ def option(default: Any, help: str) -> Any:
 ALLOWED = {
     "dtype": ("float32", "bfloat16"),
     "bad_rows": ("error", "drop"),
+    "space": ("weights", "factors"),
+    "truncation": ("plain", "fisher"),
+    "fold_running": ("auto", "always", "never"),
+    "fisher.form": ("dense", "factored"),
     "evaluate": ("seen", "final", "diagonal+final", "all"),
     "fisher.storage": ("memory", "disk"),
     "evaluation.mode": ("generate", "labels"),
@@ -74,6 +78,7 @@ class TrainSection:
 class FisherSection:
     """Curvature of each task, for methods that use it."""
 
+    form: str = option("dense", "Of the Fisher in the space of the weights: dense, or factored (row and column sums).")
     samples: int = option(128, "Training rows whose gradients are averaged.")
     batch_size: int = option(4, "Rows per forward pass.")
     storage: str = option("memory", "Where the sums lie: memory, or disk (files mapped into memory).")
@@ -111,7 +116,12 @@ class RunConfig:
     start: Any = option(None, "Replaces the preset's start.")
     constrain: Any = option(None, "Replaces the preset's constraints: a name, a mapping, a list, or none.")
     merge: Any = option(None, "Replaces the preset's merge: a name, or a mapping with its options.")
+    space: str = option("weights", "What P&M perturbs and merges: weights, or factors (A and B, which continue).")
     max_rank: int | None = option(64, "Rank the running adapter is truncated to; none: never, it grows.")
+    truncation: str = option("plain", "What truncation keeps: plain (the largest), or fisher (what matters to tasks).")
+    fold_running: str = option(
+        "auto", "Add the running adapter to the base weights while a task trains: auto (if it can be), always, never."
+    )
     max_train_samples: int | None = option(None, "At most this many training rows a task.")
     max_test_samples: int | None = option(None, "At most this many test rows a task.")
     max_length: int = option(512, "Longest input in tokens; prompts are shortened inside their answer frame.")
@@ -126,7 +136,8 @@ class RunConfig:
 
     def parsed_method(self) -> Method:
         """The method with its overrides."""
-        return Method.parse(self.method, self.start, self.constrain, self.merge)
+        method = Method.parse(self.method, self.start, self.constrain, self.merge)
+        return method if self.space == "weights" else method.in_factors()
 
     def check(self) -> RunConfig:
         """This configuration. Raises PmLlmError on a value out of range or a choice that cannot be built."""
@@ -155,17 +166,36 @@ class RunConfig:
             value = _get(self, name)
             if value is not None and value < 1:
                 raise PmLlmError(f"{name} is {value}; it must be at least 1.")
-        method = self.parsed_method()
-        start = method.start.build("start")
-        method.merge.build("merge")
-        if start.continues and any(choice.name == "perturb" for choice in method.constrain):
+        self._check_method(self.parsed_method())
+        return self
+
+    def _check_method(self, method: Method) -> None:
+        start, merge = method.start.build("start"), method.merge.build("merge")
+        constraints = {choice.name: choice.build("constrain") for choice in method.constrain}
+        in_factors = getattr(merge, "space", "weights") == "factors"
+        perturb = constraints.get("perturb")
+        if perturb is not None and start.continues and perturb.space == "weights":
             raise PmLlmError(
                 "constrain perturb with start continue would perturb the past tasks too, since one adapter holds them "
-                "all. Use start fresh, or constrain none."
+                "all. Use start fresh, or space factors, or constrain none."
             )
-        for choice in method.constrain:
-            choice.build("constrain")
-        return self
+        if not start.continues and (in_factors or (perturb is not None and perturb.space == "factors")):
+            raise PmLlmError(f"space factors needs start continue; start is {method.start.name!r}.")
+        if self.start is not None and self.space == "factors" and Choice.parse(self.start, "start").name != "continue":
+            raise PmLlmError(f"space factors needs start continue; start is {self.start!r}. Leave it out.")
+        rank = max([self.lora.r, *self.lora.rank_pattern.values()])
+        if in_factors and self.max_rank is not None and self.max_rank < rank:
+            raise PmLlmError(
+                f"max_rank is {self.max_rank}, below the adapter's rank {rank}: truncation would change the factors "
+                "that space factors merges. Set max_rank to none."
+            )
+        if "curvature" in constraints:
+            if method.merge.name != "optimal":
+                raise PmLlmError(f"constrain curvature needs merge optimal; merge is {method.merge.name!r}.")
+            if start.continues and not in_factors:
+                raise PmLlmError("constrain curvature with start continue needs space factors. Or use start fresh.")
+        if self.truncation == "fisher" and (method.merge.name != "optimal" or in_factors):
+            raise PmLlmError("truncation fisher needs merge optimal in the space of the weights. Set it to plain.")
 
     def plain(self) -> dict[str, Any]:
         """As YAML would hold it."""

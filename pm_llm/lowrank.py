@@ -49,29 +49,48 @@ def add(x: LowRank, y: LowRank) -> LowRank:
     return LowRank(torch.cat([x.B, y.B], dim=1), torch.cat([x.A, y.A], dim=0))
 
 
-def inner(x: LowRank, y: LowRank) -> float:
-    """`<x, y> = sum((B_x' B_y) o (A_x A_y'))`, in O((d_out + d_in) rank^2)."""
-    left = x.B.double().T @ y.B.double()
-    right = x.A.double() @ y.A.double().T
-    return float((left * right).sum())
+def inner(x: LowRank, y: LowRank, rows: Tensor | None = None, columns: Tensor | None = None) -> float:
+    """`<x, y> = sum((B_x' B_y) o (A_x A_y'))`, in O((d_out + d_in) rank^2).
+
+    With weights it is `<(rows columns') o x, y> = sum((B_x' diag(rows) B_y) o (A_x diag(columns) A_y'))`.
+    """
+    left, right = x.B.double(), x.A.double()
+    if rows is not None:
+        left = left * rows.double()[:, None]
+    if columns is not None:
+        right = right * columns.double()
+    return float(((left.T @ y.B.double()) * (right @ y.A.double().T)).sum())
 
 
-def truncate(x: LowRank, rank: int) -> tuple[LowRank, float, float]:
+def truncate(
+    x: LowRank, rank: int, rows: Tensor | None = None, columns: Tensor | None = None
+) -> tuple[LowRank, float, float]:
     """The best approximation of at most `rank` (Eckart-Young), by QR of both factors and an SVD of the small core.
 
     With `B = Q_B R_B` and `A' = Q_A R_A`, `B A = Q_B (R_B R_A') Q_A'`; the core is rank x rank, so the cost is
     O((d_out + d_in) rank^2 + rank^3).
 
+    Args:
+        x: The matrix.
+        rank: What its rank is cut to.
+        rows: Positive weights (d_out); best is then what is nearest with rows so weighted.
+        columns: Positive weights (d_in).
+
     Returns:
-        The approximation, the squared Frobenius norm of what was cut, and that of the whole.
+        The approximation, the squared Frobenius norm of what was cut, and that of the whole (both weighted).
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if x.rank <= rank:
-        return x, 0.0, inner(x, x)
-    q_b, r_b = torch.linalg.qr(x.B.double())
-    q_a, r_a = torch.linalg.qr(x.A.double().T)
+        return x, 0.0, inner(x, x, None if rows is None else rows**2, None if columns is None else columns**2)
+    b, a = x.B.double(), x.A.double()
+    b = b if rows is None else b * rows.double()[:, None]
+    a = a if columns is None else a * columns.double()
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = s[:rank].sqrt()
-    kept = LowRank(((q_b @ u[:, :rank]) * root).to(x.B.dtype), (root[:, None] * (vh[:rank] @ q_a.T)).to(x.A.dtype))
-    return kept, float((s[rank:] ** 2).sum()), float((s**2).sum())
+    b, a = (q_b @ u[:, :rank]) * root, root[:, None] * (vh[:rank] @ q_a.T)
+    b = b if rows is None else b / rows.double()[:, None]
+    a = a if columns is None else a / columns.double()
+    return LowRank(b.to(x.B.dtype), a.to(x.A.dtype)), float((s[rank:] ** 2).sum()), float((s**2).sum())

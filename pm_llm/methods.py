@@ -18,6 +18,7 @@ STARTS = {
 }
 CONSTRAINTS = {
     "perturb": "pm_llm.constraints.perturb:Perturb",
+    "curvature": "pm_llm.constraints.curvature:Curvature",
 }
 MERGES = {
     "replace": "pm_llm.merges.replace:Replace",
@@ -91,6 +92,16 @@ class Method:
         if merge is not None:
             method = dataclasses.replace(method, merge=Choice.parse(merge, "merge"))
         return method
+
+    def in_factors(self) -> Method:
+        """The same in the space of the LoRA factors: the adapter continues, all else is of A and of B."""
+
+        def moved(choice: Choice) -> Choice:
+            if choice.name not in ("perturb", "optimal"):
+                return choice
+            return Choice(choice.name, {"space": "factors", **choice.options})
+
+        return Method(Choice("continue"), tuple(moved(choice) for choice in self.constrain), moved(self.merge))
 
     def plain(self) -> dict[str, Any]:
         """As YAML would hold it."""

@@ -36,9 +36,9 @@ class Clock:
         self._begin()
 
     def stop(self, part: str) -> None:
-        """The time since the last stop was that of `part`."""
-        self.seconds[part] = time.monotonic() - self._last
-        self.peak_memory[part] = self._peak()
+        """The time since the last stop was that of `part`, or of more of it."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - self._last
+        self.peak_memory[part] = max(self.peak_memory.get(part, 0), self._peak())
         self._begin()
 
     def _begin(self) -> None:

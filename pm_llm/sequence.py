@@ -7,22 +7,24 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, set_seed
+from transformers import set_seed
 
 from pm_llm.accumulators import Zeros, mapped_files
-from pm_llm.adapters import Adapter, lora_layers, remove, set_active
+from pm_llm.adapters import Adapter, remove, set_active
 from pm_llm.checkpoints import Checkpoints
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix, asked_for
 from pm_llm.evaluation.run import answer_task
-from pm_llm.fisher import Fisher, diagonal_fisher
-from pm_llm.merges import Merger
+from pm_llm.fisher import Fisher
+from pm_llm.fisher.task import ChosenRows
+from pm_llm.folding import folded
+from pm_llm.merges import Fold, Merger
 from pm_llm.models import load_base
 from pm_llm.processes import Clock, process_state
 from pm_llm.progress import bar, say
@@ -60,6 +62,7 @@ class ContinualSequence:
         if config.fuar:
             Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
         self.method = config.parsed_method()
+        self.start = self.method.start.build("start")
         self.state = process_state()
         self.run_dir = RunDir(config.output_dir)
         self.stopping = Stopping()
@@ -108,18 +111,22 @@ class ContinualSequence:
         started = time.monotonic()
         set_seed(self.config.seed * 1000 + number)
         clock = Clock(self.state.device)
-        start = self.method.start.build("start")
-        self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+        self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
         rows = self._features(task)
-        logs, seconds = self._train(number, task, rows)
-        clock.stop("train")
-        new = Adapter.from_model(self.model, TASK)
-        if is_sharded(self.model):  # what follows runs on whole models, each process with its share of the rows
-            self._load()
-            self._put_together(running, new)
-        fisher = self._fisher(number, task, rows) if merger.rule.needs_fisher else None
-        clock.stop("fisher")
-        merged = merger.fold(running, new, fisher, continues=start.continues)
+        chosen, fisher = self._chosen(number, task, rows), None
+        with folded(self.model, self.config.fold_running):
+            loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
+            clock.stop("fisher")
+            logs, seconds = self._train(number, task, rows, merger, running)
+            clock.stop("train")
+            new = Adapter.from_model(self.model, TASK)
+            if is_sharded(self.model):  # what follows runs on whole models, each process with its share of the rows
+                self._load()
+                self._put_together(running, new)
+            if merger.rule.needs_fisher:
+                fisher = self._fisher(merger, chosen, running, new, loss_before)
+            clock.stop("fisher")
+        merged = merger.fold(running, new, fisher, continues=self.start.continues)
         self._activate(merged)
         clock.stop("merge")
         report = merger.report
@@ -137,6 +144,7 @@ class ContinualSequence:
             "truncation_error": report.truncation_error,
             "rank": report.rank,
             "curvature": next((log["curvature"] for log in reversed(logs) if "curvature" in log), None),
+            "curvature_errors": report.curvature_errors,
             "seconds": {**clock.seconds, "train": seconds, "evaluate": 0.0},
             "peak_memory_bytes": clock.peak_memory,
             "scores": {},
@@ -159,10 +167,15 @@ class ContinualSequence:
             rows += self.encoders[name].features(foreign)
         return rows
 
-    def _train(self, number: int, task: Task, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+    def _train(
+        self, number: int, task: Task, rows: list[dict[str, Any]], merger: Merger, running: Adapter | None
+    ) -> tuple[list[dict[str, Any]], float]:
         """The Trainer's log, and the seconds that training took, in all processes that had a part in it."""
         key = stage_key(self.config, number, self.rows[number - 1], self.state.num_processes)
         checkpoints = Checkpoints(self.run_dir.work(number, task.name), key)
+        constraints = [choice.build("constrain") for choice in self.method.constrain]
+        for constraint in constraints:
+            constraint.prepare(running.factors if running is not None else {}, merger.rule)
         logs = train(
             self.model,
             self.base,
@@ -170,37 +183,31 @@ class ContinualSequence:
             Dataset.from_list(rows),
             label=task.name,
             seed=self.config.seed * 1000 + number,
-            constraints=[choice.build("constrain") for choice in self.method.constrain],
+            constraints=constraints,
             checkpoints=checkpoints,
             stopping=self.stopping,
         )
         return logs, checkpoints.elapsed()
 
-    def _fisher(self, number: int, task: Task, rows: list[dict[str, Any]]) -> Fisher:
-        size = self.config.fisher.batch_size
-        rng = torch.Generator().manual_seed(self.config.seed * 1000 + number)
-        chosen = torch.randperm(len(rows), generator=rng)[: self.config.fisher.samples].tolist()
-        mine = chosen[self.state.process_index :: self.state.num_processes]
-        collate = DataCollatorForSeq2Seq(self.base.tokenizer, self.model)
-        batches = (
-            collate([rows[i] for i in mine[at : at + size]]).to(self.state.device) for at in range(0, len(mine), size)
-        )
-        with bar(len(mine), f"Fisher {task.name}", "row") as progress:
-            sums, _ = diagonal_fisher(self.model, batches, progress.update, self.zeros)
-        for name, layer in cast(dict[str, Any], lora_layers(self.model)).items():
-            if name not in sums:  # a process that had no row must take part, or the others wait for it
-                sums[name] = self.zeros(layer.out_features, layer.in_features)
-            if self.state.num_processes > 1:
-                sums[name].copy_(reduce(sums[name].to(self.state.device), "sum"))
-            sums[name] /= len(chosen)
-        return sums
+    def _chosen(self, number: int, task: Task, rows: list[dict[str, Any]]) -> ChosenRows:
+        seed = self.config.seed * 1000 + number
+        return ChosenRows(task.name, rows, self.config.fisher, seed, self.base.tokenizer)
+
+    def _fisher(
+        self, merger: Merger, chosen: ChosenRows, running: Adapter | None, new: Adapter, loss_before: float | None
+    ) -> Fisher:
+        rule, direction = merger.rule, None
+        if rule.needs_direction:
+            past = running.factors if running is not None else {}
+            direction = rule.direction(Fold(merger.tasks + 1, past, new.factors, self.start.continues))
+        form = "factors" if getattr(rule, "space", "weights") == "factors" else self.config.fisher.form
+        return chosen.fisher(self.model, form, direction, loss_before, self.zeros)
 
     def _put_together(self, running: Adapter | None, new: Adapter) -> None:
         """The model as it was right after a task was trained."""
-        start = self.method.start.build("start")
-        self.model = start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+        self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
         new.attach(self.model, TASK)
-        beneath = [RUNNING] if running is not None and not start.continues else []
+        beneath = [RUNNING] if running is not None and not self.start.continues else []
         set_active(self.model, [*beneath, TASK], trainable=TASK)
 
     def _activate(self, merged: Adapter) -> None:
@@ -212,8 +219,8 @@ class ContinualSequence:
     def _evaluate(self, stage: int, scores: dict[str, Any]) -> None:
         """Score and commit what stage `stage` (from 0) is to be scored on and is not in `scores` yet."""
         wanted = asked_for(self.config.evaluate, [task.name for task in self.tasks], list(self.columns), stage)
-        clock = Clock(self.state.device)
         for name in [name for name in wanted if name not in scores]:
+            clock = Clock(self.state.device)
             found = answer_task(self.model, self.encoders[name], self.columns[name], self.config.evaluation)
             clock.stop("evaluate")
             took, memory = clock.seconds["evaluate"], clock.peak_memory["evaluate"]
@@ -224,7 +231,8 @@ class ContinualSequence:
     # ---- around the tasks ----
     def _go_on(self) -> tuple[Merger, Adapter | None]:
         """The merger and the running adapter after the finished stages; scores that the last one lacks are made."""
-        merger, done = Merger(self.method.merge, max_rank=self.config.max_rank), len(self.stages)
+        merger = Merger(self.method.merge, max_rank=self.config.max_rank, truncation=self.config.truncation)
+        done = len(self.stages)
         merger.rule.zeros = self.zeros
         if not done:
             return merger, None
@@ -235,7 +243,7 @@ class ContinualSequence:
         else:
             merger.load_state(curvature or {}, done)
         running = Adapter.load(self.run_dir.adapter)
-        self.model = self.method.start.build("start").prepare(self.model, running, self.config.lora, self.base.seq2seq)
+        self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
         self._activate(running)
         self._evaluate(done - 1, self.stages[-1]["scores"])
         return merger, running
@@ -248,13 +256,16 @@ class ContinualSequence:
         Raises:
             PmLlmError: If another coefficient comes out than was used.
         """
-        start = self.method.start.build("start")
         running: Adapter | None = None
         for number, (task, entry) in enumerate(zip(self.tasks, self.stages, strict=False), start=1):
             say(f"curvature of task {number} of {len(self.stages)}, {task.name}, once more")
             new = Adapter.load(self.run_dir.stage_adapter(number - 1, TASK_ADAPTER))
+            chosen = self._chosen(number, task, self._features(task))
+            self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+            loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
             self._put_together(running, new)
-            merger.fold(running, new, self._fisher(number, task, self._features(task)), continues=start.continues)
+            fisher = self._fisher(merger, chosen, running, new, loss_before)
+            merger.fold(running, new, fisher, continues=self.start.continues)
             if abs(merger.report.raw_coefficient - entry["raw_coefficient"]) > 1e-2 * abs(entry["raw_coefficient"]):
                 raise PmLlmError(
                     f"the curvature of task {task.name!r} gives the coefficient {merger.report.raw_coefficient:.4f} "

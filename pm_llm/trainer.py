@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 from trl import SFTTrainer
 
-from pm_llm.adapters import lora_layers, scaled, set_active, trainable_adapter
+from pm_llm.adapters import factors_of, lora_layers, scaled, set_active, stretched, trainable_adapter
 from pm_llm.checkpoints import Checkpoints
 from pm_llm.constraints import Constraint, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
+from pm_llm.lowrank import LowRank
 from pm_llm.sharding import is_sharded
 
 
@@ -67,6 +68,13 @@ class ConstraintMixin:
                 f"adapter {self.adapter_name!r} is a variant of LoRA (such as DoRA), whose update is not its scaling "
                 "times B A. Use plain LoRA or rsLoRA."
             )
+        self._adapted: dict[str, Any] = dict(lora_layers(model))
+        self._scaling = {name: layer.scaling[self.adapter_name] for name, layer in self._adapted.items()}
+        self._penalised = [c for c in self.constraints if type(c).penalty is not Constraint.penalty]
+        self._penalty: Tensor | float = 0.0  # of the last pass
+        self._origin: list[Tensor] = []  # of A and B, where they are stretched away from where they began
+        if any(c.space == "factors" for c in self.constraints):
+            self._origin = [p.detach().clone() for p in factors_of(self._layers, self.adapter_name)]
         self._at = (-1, 0)  # (optimizer step, passes already made in it)
         self._unfinite: Tensor | None = None
 
@@ -74,16 +82,41 @@ class ConstraintMixin:
         if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:  # type: ignore[attr-defined]
             raise AlreadyTrainedError
         step = self._next_step()
-        factor = prod(c.scale(step) for c in self.constraints)
-        with scaled(self._layers, self.adapter_name, factor):
+        factor = prod(c.scale(step) for c in self.constraints if c.space == "weights")
+        stretch = prod(c.scale(step) for c in self.constraints if c.space == "factors")
+        layers, name = self._layers, self.adapter_name
+        with scaled(layers, name, factor), stretched(layers, name, self._origin, stretch):
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         # the Trainer's loss is this pass's share of the step's mean
-        whole = loss.detach() * step.micro_steps
+        whole = (loss.detach() - self._penalty) * step.micro_steps
         bad = ~torch.isfinite(whole)
         self._unfinite = bad if self._unfinite is None else self._unfinite | bad
         for constraint in self.constraints:
             constraint.observe(step, whole)
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not self._penalised or not model.training:
+            return found
+        if is_sharded(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
+            names = ", ".join(type(c).__name__ for c in self._penalised)
+            raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
+        penalty = self._sum_of_penalties()
+        self._penalty = penalty.detach()
+        if isinstance(found, tuple):
+            return (found[0] + penalty, *found[1:])
+        return found + penalty
+
+    def _sum_of_penalties(self) -> Tensor:
+        """This pass's share of what the constraints add to the step's loss, of the unscaled update."""
+        live = {}
+        for name, layer in self._adapted.items():
+            a, b = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+            live[name] = LowRank(b.float() * self._scaling[name], a.float())
+        found = [c.penalty(live) for c in self._penalised]
+        total = sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]
+        return total / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._check_finite()

@@ -7,7 +7,7 @@ import torch
 
 from pm_llm.adapters import lora_layers
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import diagonal_fisher
+from pm_llm.fisher.measure import sum_fisher
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 
 
@@ -38,19 +38,19 @@ def test_equals_autograd_one_by_one(family: str, batch_size: int) -> None:
     model = make_peft(family, random_b=True).eval()
     rows = features(family, 3, "sentiment") + features(family, 3, "puzzle")
     batches = [batch_of(family, rows[i : i + batch_size]) for i in range(0, 6, batch_size)]
-    sums, count = diagonal_fisher(model, batches)
+    sums = sum_fisher(model, batches)
     expected = by_autograd(model, rows, family)
-    assert count == 6
-    assert set(sums) == set(expected)
+    assert sums.count == 6
+    assert set(sums.modules) == set(expected)
     for name, value in expected.items():
         assert value.max() > 0
-        torch.testing.assert_close(sums[name], value, atol=1e-7, rtol=1e-4)
+        torch.testing.assert_close(sums.modules[name]["F"], value, atol=1e-7, rtol=1e-4)
 
 
 def test_is_not_the_square_of_the_batch_gradient() -> None:
     model = make_peft("llama", random_b=True)
     rows = features("llama", 4)
-    one_by_one, _ = diagonal_fisher(model, [batch_of("llama", rows)])
+    one_by_one = sum_fisher(model, [batch_of("llama", rows)]).modules
     layer = lora_layers(model)["model.layers.0.self_attn.q_proj"].base_layer
     layer.weight.requires_grad_(True)
     batch = batch_of("llama", rows)
@@ -58,19 +58,19 @@ def test_is_not_the_square_of_the_batch_gradient() -> None:
         model(**batch).logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="sum"
     )
     (gradient,) = torch.autograd.grad(loss, [layer.weight])
-    assert not torch.allclose(one_by_one["model.layers.0.self_attn.q_proj"], gradient**2, rtol=0.1)
+    assert not torch.allclose(one_by_one["model.layers.0.self_attn.q_proj"]["F"], gradient**2, rtol=0.1)
 
 
 def test_leaves_the_model_as_it_was() -> None:
     model = make_peft("llama", random_b=True, lora_dropout=0.5).train()
-    first, _ = diagonal_fisher(model, [batch_of("llama", features("llama", 4))])
-    second, _ = diagonal_fisher(model, [batch_of("llama", features("llama", 4))])
+    first = sum_fisher(model, [batch_of("llama", features("llama", 4))]).modules
+    second = sum_fisher(model, [batch_of("llama", features("llama", 4))]).modules
     assert model.training  # restored
-    assert all(torch.equal(first[n], second[n]) for n in first)  # dropout was off
+    assert all(torch.equal(first[n]["F"], second[n]["F"]) for n in first)  # dropout was off
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_an_example_without_answer_is_an_error() -> None:
     row = {"input_ids": [2, 5, 6], "labels": [-100, -100, -100]}
     with pytest.raises(PmLlmError, match="no answer token"):
-        diagonal_fisher(make_peft("llama"), [batch_of("llama", [row])])
+        sum_fisher(make_peft("llama"), [batch_of("llama", [row])])

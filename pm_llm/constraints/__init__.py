@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from pm_llm.lowrank import LowRank
+
+if TYPE_CHECKING:
+    from pm_llm.merges import Merge
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,24 @@ class Step:
 
 
 class Constraint:
-    """The hooks a constraint can fill. The defaults constrain nothing."""
+    """The hooks a constraint can fill. The defaults constrain nothing.
+
+    `space` is what :meth:`scale` scales: in `weights` the task adapter's update B A, in `factors` the way that A and
+    that B have gone since training began.
+    """
+
+    space = "weights"
+
+    def prepare(self, running: Mapping[str, LowRank], merge: Merge) -> None:
+        """Before a task: the running adapter (empty before the first), and the merge rule with what it remembers."""
 
     def scale(self, step: Step) -> float:
-        """The factor on the task adapter's update during this forward and backward pass."""
+        """The factor on the task adapter during this forward and backward pass."""
         return 1.0
+
+    def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
+        """What to add to the loss of an optimizer step (0-dim), from each module's live (s B, A); None: nothing."""
+        return None
 
     def observe(self, step: Step, loss: Tensor) -> None:
         """Take note of the loss (0-dim tensor, mean over answer tokens) of the pass that has just run."""

@@ -36,6 +36,8 @@ class Perturb(Constraint):
         per_micro_step: Draw a sign for every accumulated forward pass.
         per_rank: Draw a sign for every data-parallel process.
         decay: Of the running means of the loss, 0 <= decay < 1.
+        space: `weights` (the paper): Delta is the update B A. `factors`, for an adapter that continues: Delta is the
+            way theta = (A, B) has gone since the task began, `theta + s eps (theta - theta_hat)`.
 
     Raises:
         PmLlmError: If an argument is out of range.
@@ -46,6 +48,7 @@ class Perturb(Constraint):
     per_micro_step: bool = False
     per_rank: bool = False
     decay: float = 0.98
+    space: str = "weights"
     _sums: dict[int, list[Tensor]] = field(  # sign -> [decayed sum of losses, decayed count]
         default_factory=lambda: {s: [torch.zeros(()), torch.zeros(())] for s in (-1, 0, 1)}, init=False, repr=False
     )
@@ -55,6 +58,9 @@ class Perturb(Constraint):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:
                 raise PmLlmError(f"perturb: {name} is {value!r}; it must be a number from {low} to {high}.")
+
+        if self.space not in ("weights", "factors"):
+            raise PmLlmError(f"perturb: space is {self.space!r}; it must be weights or factors.")
 
     def sign(self, step: Step) -> int:
         """-1, 0 or +1 for this pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -17,20 +18,33 @@ from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher
 from pm_llm.lowrank import LowRank
 from pm_llm.methods import Choice
+from pm_llm.parallel import each
 
-Factors = dict[str, LowRank]
+Factors = Mapping[str, LowRank]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What a merge rule sees: `task` (1, 2, ...), the running `M_{t-1}` (empty before the first task), the task
-    vector `Delta_t = theta*_t - M_{t-1}` and the model right after training `theta*_t`, per module."""
+    """What a merge rule sees: `task` (1, 2, ...), the running `M_{t-1}` (empty before the first task) and the adapter
+    just trained, per module; `continues` is whether that one began as the running adapter, so that it holds it."""
 
     task: int
     running: Factors
-    delta: Factors
-    theta: Factors
+    new: Factors
+    continues: bool = False
     fisher: Fisher | None = None
+
+    def delta(self, name: str) -> LowRank:
+        """The task vector `Delta_t = theta*_t - M_{t-1}` of a module."""
+        if self.running and self.continues:
+            return lowrank.add(self.new[name], self.running[name].scale(-1.0))
+        return self.new[name]
+
+    def theta(self, name: str) -> LowRank:
+        """The model right after training, `theta*_t`."""
+        if self.running and not self.continues:
+            return lowrank.add(self.running[name], self.new[name])
+        return self.new[name]
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Coefficients:
     raw: dict[str, float]
 
     @classmethod
-    def same(cls, value: float, modules: Factors) -> Coefficients:
+    def same(cls, value: float, modules: Iterable[str]) -> Coefficients:
         """One value for every module."""
         return cls(dict.fromkeys(modules, value), dict.fromkeys(modules, value))
 
@@ -50,21 +64,31 @@ class Merge:
     """A merge rule. Most rules only choose the coefficient of `M_t = M_{t-1} + alpha_t Delta_t`."""
 
     needs_fisher = False
-    zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made
+    needs_direction = False  # whether that Fisher must hold the exact curvature along the task vector
+    needs_losses = False  # whether it must hold the loss before and after training
     needs_history = False  # whether a running adapter means nothing without the folds that made it
+    zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made
 
     def coefficients(self, fold: Fold) -> Coefficients:
-        """alpha_t for each module."""
+        """alpha_t for each module. Called once a fold, before :meth:`merge`; may look at every module."""
         raise NotImplementedError
 
-    def fold(self, fold: Fold) -> tuple[Factors, Coefficients]:
-        """The new running factors, before truncation, and the coefficients."""
-        alpha = self.coefficients(fold)
-        merged = {}
-        for name, delta in fold.delta.items():
-            update = delta.scale(alpha.used[name])
-            merged[name] = lowrank.add(fold.running[name], update) if fold.running else update
-        return merged, alpha
+    def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
+        """One module of the new running adapter, before truncation. Called on several threads."""
+        update = fold.delta(name).scale(alpha)
+        return lowrank.add(fold.running[name], update) if fold.running else update
+
+    def direction(self, fold: Fold) -> dict[str, LowRank]:
+        """The task vector of each module, as a change of its weights."""
+        return {name: fold.delta(name) for name in fold.new}
+
+    def weights(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """How much the rows (d_out) and columns (d_in) of a module matter to the tasks so far, if the rule knows."""
+        return None
+
+    def curvature_errors(self) -> dict[str, float]:
+        """Relative Frobenius errors of what the last fold cut from the sums that are kept."""
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """What the rule must remember of past tasks (constant in their number)."""
@@ -76,13 +100,15 @@ class Merge:
 
 @dataclass
 class FoldReport:
-    """What one fold did. `truncation_error` is the relative Frobenius error over all modules (0: exact)."""
+    """What one fold did. `truncation_error` is the relative Frobenius error over all modules (0: exact);
+    `curvature_errors` the same of what the rule remembers."""
 
     coefficients: dict[str, float] = field(default_factory=dict)
     raw_coefficients: dict[str, float] = field(default_factory=dict)
     truncation_error: float = 0.0
     truncation_errors: dict[str, float] = field(default_factory=dict)
     rank: int = 0
+    curvature_errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def coefficient(self) -> float:
@@ -110,10 +136,18 @@ class Merger:
     Args:
         rule: Name of a merge rule, a mapping with `name` and options, or a rule object.
         max_rank: Truncate the result to this rank (Eckart-Young); None: never, the rank grows with every task.
+        truncation: `plain`, or `fisher`: rows and columns weighted by the roots of the past Fishers' row and column
+            sums, for rules that keep a Fisher in the space of the weights.
         options: Options of the rule, e.g. `granularity="module"`.
     """
 
-    def __init__(self, rule: str | dict | Choice | Merge, max_rank: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        rule: str | dict | Choice | Merge,
+        max_rank: int | None = None,
+        truncation: str = "plain",
+        **options: Any,
+    ) -> None:
         if max_rank is not None and max_rank < 1:
             raise PmLlmError(f"max_rank is {max_rank}; it must be at least 1, or None for no truncation.")
         if isinstance(rule, Merge):
@@ -121,7 +155,11 @@ class Merger:
         else:
             choice = Choice.parse(rule, "merge")
             self.rule = Choice(choice.name, {**choice.options, **options}).build("merge")
-        self.max_rank = max_rank
+        if truncation not in ("plain", "fisher"):
+            raise PmLlmError(f"truncation is {truncation!r}; it must be plain or fisher.")
+        if truncation == "fisher" and not self.rule.needs_fisher:
+            raise PmLlmError(f"truncation fisher needs a merge that keeps one; {type(self.rule).__name__} does not.")
+        self.max_rank, self.truncation = max_rank, truncation
         self.tasks = 0
         self.report = FoldReport()
 
@@ -129,16 +167,18 @@ class Merger:
         self,
         running: Adapter | str | Path | None,
         new: Adapter | str | Path,
-        fisher: Fisher | None = None,
+        fisher: Fisher | Mapping[str, Tensor] | None = None,
         continues: bool = False,
+        zeros: Zeros | None = None,
     ) -> Adapter:
-        """The new running adapter; :attr:`report` says what was done.
+        """The new running adapter; :attr:`report` says what was done. Modules are worked on one by one, in parallel.
 
         Args:
             running: The merged adapter of the tasks so far (or its folder); None before the first task.
             new: The adapter just trained (or its folder), on top of the frozen running one.
-            fisher: The task's Fisher, for rules that need it.
+            fisher: The task's Fisher, for rules that need it; tensors are dense Fishers, (d_out, d_in).
             continues: Whether `new` itself began as the running adapter, so that it already holds it.
+            zeros: Where to put the result, see :mod:`pm_llm.accumulators`; by default in memory.
 
         Raises:
             PmLlmError: If the adapters do not belong together, cannot be folded exactly, or a Fisher is missing.
@@ -157,26 +197,46 @@ class Merger:
                 f"merge rule {type(self.rule).__name__} has folded no task yet but got a running adapter. "
                 "Fold the first task with running=None, or call load_state with what an earlier Merger left."
             )
-        past = running.factors if running is not None else {}
-        delta, theta = new.factors, new.factors
-        if past and continues:
-            delta = {n: lowrank.add(x, past[n].scale(-1.0)) for n, x in new.factors.items()}
-        elif past:
-            theta = {n: lowrank.add(past[n], x) for n, x in new.factors.items()}
-        merged, alpha = self.rule.fold(Fold(self.tasks + 1, past, delta, theta, fisher))
-        merged, self.report = self._truncated(merged)
-        self.report.coefficients, self.report.raw_coefficients = alpha.used, alpha.raw
-        self.tasks += 1
-        return new.replace_factors(merged)
+        fold = Fold(
+            self.tasks + 1,
+            running.factors if running is not None else {},
+            new.factors,
+            continues,
+            None if fisher is None else Fisher.of(fisher),
+        )
+        alpha = self.rule.coefficients(fold)
 
-    def _truncated(self, factors: Factors) -> tuple[Factors, FoldReport]:
-        kept, errors, lost_sum, total_sum = {}, {}, 0.0, 0.0
-        for name, x in factors.items():
-            kept[name], lost, total = (x, 0.0, 0.0) if self.max_rank is None else lowrank.truncate(x, self.max_rank)
-            errors[name] = sqrt(lost / total) if total > 0 else 0.0
-            lost_sum, total_sum = lost_sum + lost, total_sum + total
-        error = sqrt(lost_sum / total_sum) if total_sum > 0 else 0.0
-        return kept, FoldReport({}, {}, error, errors, max(x.rank for x in kept.values()))
+        def module(name: str) -> tuple[LowRank, float, float]:
+            merged = self.rule.merge(fold, name, alpha.used[name])
+            kept, lost, total = self._truncated(name, merged)
+            if zeros is not None:
+                kept = LowRank(zeros(*kept.B.shape).copy_(kept.B), zeros(*kept.A.shape).copy_(kept.A))
+            return kept, lost, total
+
+        found = each(module, new.factors)
+        lost, total = sum(lost for _, lost, _ in found.values()), sum(total for _, _, total in found.values())
+        self.report = FoldReport(
+            alpha.used,
+            alpha.raw,
+            sqrt(lost / total) if total > 0 else 0.0,
+            {name: sqrt(lost / total) if total > 0 else 0.0 for name, (_, lost, total) in found.items()},
+            max(kept.rank for kept, _, _ in found.values()),
+            self.rule.curvature_errors(),
+        )
+        self.tasks += 1
+        return new.replace_factors({name: kept for name, (kept, _, _) in found.items()})
+
+    def _truncated(self, name: str, x: LowRank) -> tuple[LowRank, float, float]:
+        """At most `max_rank` of a module, and the squared Frobenius norms of what was cut and of the whole."""
+        if self.max_rank is None or x.rank <= self.max_rank:
+            return x, 0.0, lowrank.inner(x, x)
+        weights = self.rule.weights(name) if self.truncation == "fisher" else None
+        if weights is None:
+            return lowrank.truncate(x, self.max_rank)
+        # a row that no task cares for keeps a little weight, or what it holds would be lost to rounding
+        kept, _, _ = lowrank.truncate(x, self.max_rank, *((w / w.max()).clamp(min=1e-6).sqrt() for w in weights))
+        change = lowrank.add(x, kept.scale(-1.0))
+        return kept, max(0.0, lowrank.inner(change, change)), lowrank.inner(x, x)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to go on from (constant in the number of tasks); :attr:`tasks` is the other half."""

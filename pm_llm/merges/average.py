@@ -14,4 +14,4 @@ class Average(Merge):
     needs_history = True
 
     def coefficients(self, fold: Fold) -> Coefficients:
-        return Coefficients.same(1.0 / fold.task, fold.delta)
+        return Coefficients.same(1.0 / fold.task, fold.new)

@@ -20,4 +20,4 @@ class Constant(Merge):
             raise PmLlmError(f"the coefficient is {self.coefficient!r}; it must be a finite number.")
 
     def coefficients(self, fold: Fold) -> Coefficients:
-        return Coefficients.same(float(self.coefficient) if fold.running else 1.0, fold.delta)
+        return Coefficients.same(float(self.coefficient) if fold.running else 1.0, fold.new)

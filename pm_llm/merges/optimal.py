@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, sqrt
 
 import torch
 from torch import Tensor
 
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import scale_of, weighted_inner
+from pm_llm.fisher import Fisher, Past, Room, past_of, scale_of
+from pm_llm.lowrank import LowRank
 from pm_llm.merges import Coefficients, Fold, Merge
+from pm_llm.parallel import each
+
+OPTIONS = {
+    "granularity": ("model", "module"),
+    "fisher_scale": ("raw", "trace", "own", "measured"),
+    "current": ("diagonal", "exact"),
+    "space": ("weights", "factors"),
+}
 
 
 @dataclass
@@ -22,12 +32,20 @@ class Optimal(Merge):
                 = <m_t - S_t o M_{t-1}, Delta_t> / <S_t o Delta_t, Delta_t>
         S_t     = S_{t-1} + F_t,   m_t = m_{t-1} + F_t o theta*_t
 
-    The two accumulators S and m replace all past Fishers and optima. `alpha_1 = 1`; equal Fishers give `1/t`.
+    The two accumulators S and m replace all past Fishers and optima. `alpha_1 = 1`; equal Fishers give `1/t`. It is
+    computed as `(<m_{t-1} - S_{t-1} o M_{t-1}, Delta> + q) / (<S_{t-1} o Delta, Delta> + q)`, with the task's own
+    `q = <F_t o Delta, Delta>`, which is the same.
 
     Args:
         granularity: `model` (one alpha) or `module` (one each; as exact, since a diagonal Fisher separates).
         clip: Clip alpha to [0, 1] (a choice; the raw value is always recorded).
-        fisher_scale: `raw` (the paper), `trace` or `own`, see :func:`pm_llm.fisher.scale_of`.
+        fisher_scale: `raw` (the paper), `trace`, `own` or `measured`, see :func:`pm_llm.fisher.scale_of`.
+        current: How the task's own quadratic q is taken: with the `diagonal` of its Fisher (the paper), or `exact`, as
+            `E[(g . Delta)^2]`, with nothing left out between weights.
+        space: `weights` (the paper), or `factors`: of the LoRA factors, for an adapter that continues. Delta is then
+            the change of (B, A), and `M_t = M_{t-1} + alpha_t Delta_t` holds for B and for A.
+        pairs: Of a factored Fisher, how many row-column pairs the sum S keeps.
+        rank: Of a factored Fisher, the rank that m is cut to.
 
     Raises:
         PmLlmError: On an option out of range, or a denominator that is zero or not finite, naming the module.
@@ -36,52 +54,133 @@ class Optimal(Merge):
     granularity: str = "model"
     clip: bool = True
     fisher_scale: str = "raw"
-    S: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    m: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    current: str = "diagonal"
+    space: str = "weights"
+    pairs: int = 4
+    rank: int = 32
+    past: dict[str, Past] = field(default_factory=dict, init=False, repr=False)
     needs_fisher = True
     needs_history = True
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("model", "module"):
-            raise PmLlmError(f"optimal: granularity is {self.granularity!r}; it must be model or module.")
-        if self.fisher_scale not in ("raw", "trace", "own"):
-            raise PmLlmError(f"optimal: fisher_scale is {self.fisher_scale!r}; it must be raw, trace or own.")
+        for name, allowed in OPTIONS.items():
+            if getattr(self, name) not in allowed:
+                raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
+        for name in ("pairs", "rank"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be a whole number from 1.")
+
+        self.needs_direction, self.needs_losses = self.current == "exact", self.fisher_scale == "measured"
 
     def coefficients(self, fold: Fold) -> Coefficients:
-        assert fold.fisher is not None
-        if set(fold.fisher) != set(fold.delta):
-            raise PmLlmError("the Fisher and the adapter are of different modules. Compute it on the same model.")
-        above, below, S, m = {}, {}, {}, {}
-        size = scale_of(fold.fisher, self.fisher_scale, fold.delta)
-        for name, raw_fisher in fold.fisher.items():
-            delta, theta, fisher = fold.delta[name].dense(), fold.theta[name].dense(), raw_fisher / size
-            S[name], m[name] = self.zeros(*fisher.shape).copy_(fisher), self.zeros(*fisher.shape).copy_(fisher * theta)
-            if self.S:
-                S[name] += self.S[name]
-                m[name] += self.m[name]
-            residual = m[name] - S[name] * fold.running[name].dense() if fold.running else m[name]
-            above[name] = float((residual.double() * delta.double()).sum())
-            below[name] = weighted_inner(S[name], delta, delta)
+        fisher = self._checked(fold)
+        delta = {name: self._delta(fold, name) for name in fold.new}
+        size = scale_of(fisher, self.fisher_scale, delta, exact=self.current == "exact")
+        own = self._own(fisher, delta, size)
+        room = Room(self.zeros, self.pairs, self.rank)
+
+        def module(name: str) -> tuple[Past, float, float]:
+            past, pull, along = self.past.get(name), 0.0, 0.0
+            if past is not None and fold.running:
+                pull, along = past.pull(fold.running[name], delta[name]), past.along(delta[name])
+            theta = fold.new[name] if self.space == "factors" else fold.theta(name)
+            return (
+                type(fisher.modules[name]).past.plus(past, fisher.modules[name].divided(size), theta, room),
+                pull,
+                along,
+            )
+
+        found = each(module, fold.new)
         if self.granularity == "model":
-            value = _divide(sum(above.values()), sum(below.values()), "the model")
-            raw = dict.fromkeys(above, value)
+            whole = own["the model"]
+            pull, along = sum(pull for _, pull, _ in found.values()), sum(along for _, _, along in found.values())
+            raw = dict.fromkeys(found, _divide(pull + whole, along + whole, "the model"))
         else:
-            raw = {name: _divide(above[name], below[name], f"module {name}") for name in above}
-        self.S, self.m = S, m
+            raw = {n: _divide(pull + own[n], along + own[n], f"module {n}") for n, (_, pull, along) in found.items()}
+        self.past = {name: past for name, (past, _, _) in found.items()}
         if not fold.running:
-            return Coefficients.same(1.0, fold.delta)  # theta*_1 = Delta_1: numerator and denominator are one sum
+            return Coefficients.same(1.0, fold.new)  # theta*_1 = Delta_1: numerator and denominator are one sum
         used = {name: min(1.0, max(0.0, value)) if self.clip else value for name, value in raw.items()}
         return Coefficients(used, raw)
 
+    def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
+        if self.space == "weights" or not fold.running:
+            return super().merge(fold, name, alpha)
+        before, delta = fold.running[name], self._delta(fold, name)
+        return LowRank(before.B + alpha * delta.B, before.A + alpha * delta.A)
+
+    def direction(self, fold: Fold) -> dict[str, LowRank]:
+        """In factors the way (dB, dA) changes the weights by `dB A + B dA`."""
+        if self.space == "weights":
+            return super().direction(fold)
+        steps = {name: self._delta(fold, name) for name in fold.new}
+        return {
+            name: LowRank(torch.cat([step.B, fold.new[name].B], 1), torch.cat([fold.new[name].A, step.A], 0))
+            for name, step in steps.items()
+        }
+
+    def weights(self, name: str) -> tuple[Tensor, Tensor] | None:
+        return self.past[name].sums() if self.space == "weights" else None
+
+    def curvature_errors(self) -> dict[str, float]:
+        lost_S, total_S, lost_m, total_m = (
+            sum(x) for x in zip(*(p.errors() for p in self.past.values()), strict=True)
+        )
+        return {
+            "S": sqrt(lost_S / total_S) if lost_S > 0 else 0.0,
+            "m": sqrt(lost_m / total_m) if lost_m > 0 else 0.0,
+        }
+
     def state(self) -> dict[str, Tensor]:
         return {
-            **{f"S.{name}": x.contiguous() for name, x in self.S.items()},
-            **{f"m.{name}": x.contiguous() for name, x in self.m.items()},
+            f"{key}.{name}": x.contiguous() for name, past in self.past.items() for key, x in past.tensors().items()
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.S = {name[2:]: x.to(torch.float32) for name, x in state.items() if name.startswith("S.")}
-        self.m = {name[2:]: x.to(torch.float32) for name, x in state.items() if name.startswith("m.")}
+        modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in state.items():
+            kind, _, name = key.partition(".")
+            modules[name][kind] = tensor.float()
+        self.past = {name: past_of(tensors) for name, tensors in modules.items()}
+
+    def _delta(self, fold: Fold, name: str) -> LowRank:
+        new = fold.new[name]
+        if self.space == "weights" or not fold.running:
+            return fold.delta(name)
+        before = fold.running[name]
+        return LowRank(new.B - before.B, new.A - before.A)
+
+    def _own(self, fisher: Fisher, delta: dict[str, LowRank], size: float) -> dict[str, float]:
+        """q of each module and of the model."""
+        if self.current == "exact":
+            if fisher.exact is None:
+                raise PmLlmError("current 'exact' needs the curvature along the task vector; give Fisher(exact=).")
+            return {name: value / size for name, value in {**fisher.exact_modules, "the model": fisher.exact}.items()}
+        found = {name: value / size for name, value in fisher.quadratics(delta).items()}
+        return {**found, "the model": sum(found.values())}
+
+    def _checked(self, fold: Fold) -> Fisher:
+        """The Fisher, if it is of this adapter and of the form that is kept."""
+        assert fold.fisher is not None
+        fisher, space = fold.fisher, self.space
+        if set(fisher.modules) != set(fold.new):
+            raise PmLlmError("the Fisher and the adapter are of different modules. Compute it on the same model.")
+        form = next(iter(fisher.modules.values())).form
+        if (form == "factors") != (space == "factors"):
+            raise PmLlmError(f"optimal: a Fisher of the form {form!r} cannot be merged with in space {space!r}.")
+        known = next((type(past) for past in self.past.values()), None)
+        if known not in (None, next(iter(fisher.modules.values())).past):
+            raise PmLlmError(f"the Fisher is {form}, but those of the tasks before were not. Keep to one form.")
+        if space == "factors" and fold.running:
+            if not fold.continues:
+                raise PmLlmError("optimal: space factors needs an adapter that continues the running one.")
+            for name, before in fold.running.items():
+                if before.rank != fold.new[name].rank:
+                    raise PmLlmError(
+                        f"optimal: space factors needs one rank for all tasks; module {name} has {before.rank} in the "
+                        f"running adapter and {fold.new[name].rank} in the new one."
+                    )
+        return fisher
 
 
 def _divide(above: float, below: float, where: str) -> float:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pm_llm.merges import Coefficients, Factors, Fold, Merge
+from pm_llm.lowrank import LowRank
+from pm_llm.merges import Coefficients, Fold, Merge
 
 
 @dataclass
 class Replace(Merge):
     """`M_t = theta*_t`."""
 
-    def fold(self, fold: Fold) -> tuple[Factors, Coefficients]:
-        return fold.theta, Coefficients.same(1.0, fold.theta)
+    def coefficients(self, fold: Fold) -> Coefficients:
+        return Coefficients.same(1.0, fold.new)
+
+    def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
+        return fold.theta(name)

@@ -12,4 +12,4 @@ class Sum(Merge):
     """`M_t = M_{t-1} + Delta_t`."""
 
     def coefficients(self, fold: Fold) -> Coefficients:
-        return Coefficients.same(1.0, fold.delta)
+        return Coefficients.same(1.0, fold.new)

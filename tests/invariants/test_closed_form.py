@@ -9,7 +9,8 @@ import torch
 
 from pm_llm.adapters import Adapter, set_active
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import diagonal_fisher
+from pm_llm.fisher import Fisher
+from pm_llm.fisher.measure import sum_fisher
 from pm_llm.lowrank import LowRank
 from pm_llm.merges import Fold, Merger
 from pm_llm.merges.optimal import Optimal
@@ -48,12 +49,11 @@ def test_coefficient_is_the_brute_force_minimum_on_a_real_model(family: str) -> 
         if running is not None:
             running.attach(model, "running")
         set_active(model, [*(["running"] if running else []), name], trainable=name)
-        sums, count = diagonal_fisher(model, batches)
-        fisher = {n: x / count for n, x in sums.items()}
+        fisher = sum_fisher(model, batches).mean()
         new = Adapter.from_model(model, name)
         past = dense(running.factors) if running else dict.fromkeys(new.factors, 0.0)
         delta = dense(new.factors)
-        fishers.append({n: f.double() for n, f in fisher.items()})
+        fishers.append({n: f.F.double() for n, f in fisher.modules.items()})
         optima.append({n: past[n] + delta[n] for n in delta})
 
         def objective(alpha: float, past=past, delta=delta) -> float:
@@ -145,8 +145,8 @@ def test_linear_model_gives_the_minimum_of_the_true_loss() -> None:
         optimum = torch.where(hessian > 0, (y.T @ x) / hessian.clamp(min=1e-12), past)
         losses.append(lambda w, x=x, y=y: float(((y - x @ w.T) ** 2).sum()) / 2)
         identity = torch.eye(width, dtype=torch.float64)
-        delta, theta = LowRank(optimum - past, identity), LowRank(optimum, identity)
-        fold = Fold(t + 1, running, {"w": delta}, {"w": theta}, {"w": hessian})
+        delta = LowRank(optimum - past, identity)
+        fold = Fold(t + 1, running, {"w": delta}, fisher=Fisher.of({"w": hessian}))
         alpha = rule.coefficients(fold).raw["w"]
         best = argmin(lambda a, past=past, delta=delta: sum(f(past + a * delta.dense()) for f in losses))
         assert alpha == pytest.approx(best, abs=1e-4)
@@ -160,7 +160,8 @@ def test_clipping_is_recorded() -> None:
     merger = Merger(rule)
     running = merger.fold(None, adapter, random_fisher(0))
     # the past wants minus the new direction: its optimum lies on the other side of the running adapter
-    rule.m = {n: x - 50 * random_fisher(0)[n] * far.factors[n].dense() for n, x in rule.m.items()}
+    for n, past in rule.past.items():
+        past.m -= 50 * random_fisher(0)[n] * far.factors[n].dense()
     merger.fold(running, far, random_fisher(1))
     assert merger.report.clipped
     assert merger.report.coefficient == 0.0

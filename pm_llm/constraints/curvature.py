@@ -1,0 +1,52 @@
+"""Curvature: the past tasks' quadratic, which the merge minimises along one line, as a penalty while training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pm_llm.constraints import Constraint
+from pm_llm.errors import PmLlmError
+from pm_llm.fisher import Penalty
+from pm_llm.lowrank import LowRank
+from pm_llm.merges import Merge
+from pm_llm.merges.optimal import Optimal
+
+
+@dataclass
+class Curvature(Constraint):
+    """Add `weight * (1/2 <S o Delta, Delta> + <S o M - m, Delta>)` to the loss of each optimizer step.
+
+    It is P&M's own objective (arXiv 2505.22389) without its line search: what the merge would have to take back is not
+    learnt, so the coefficient comes out near 1. S and m are those of the `optimal` merge, in its form of the Fisher
+    and in its scale. The Fisher is of the loss summed over an example's answer, the Trainer's loss is a mean over
+    tokens: with answers of n tokens a `weight` of 1/n puts both on one scale.
+
+    In the space of factors the penalty is taken where the loss is, at the perturbed adapter.
+
+    Args:
+        weight: Of the penalty, at least 0.
+
+    Raises:
+        PmLlmError: If the weight is negative, or the merge keeps no quadratic.
+    """
+
+    weight: float = 1.0
+    _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, (int, float)) or not 0 <= self.weight < float("inf"):
+            raise PmLlmError(f"curvature: weight is {self.weight!r}; it must be a number from 0.")
+
+    def prepare(self, running: Mapping[str, LowRank], merge: Merge) -> None:
+        if not isinstance(merge, Optimal):
+            raise PmLlmError("constrain curvature needs merge optimal, which keeps the past tasks' quadratics.")
+        self._penalties = {name: past.penalty(running[name]) for name, past in merge.past.items()} if running else {}
+
+    def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
+        if not self._penalties or self.weight == 0:
+            return None
+        parts = [penalty(live[name]) for name, penalty in self._penalties.items()]
+        return self.weight * sum(parts[1:], start=parts[0])

@@ -1,0 +1,245 @@
+"""One pass over a task's rows: the Fisher in any form, the exact curvature along the task vector, and the loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pm_llm.accumulators import Zeros
+from pm_llm.adapters import lora_layers, trainable_adapter
+from pm_llm.errors import PmLlmError
+from pm_llm.fisher import Fisher, Layer, form_of
+from pm_llm.lowrank import LowRank
+
+Batch = dict[str, Tensor]
+Take = Callable[[str, Tensor, Tensor], None]  # module name, inputs (batch, tokens, d_in), output gradients -> None
+ALONG = "the whole model"  # the name under which `Sums.along` holds the sum over all modules
+
+
+@dataclass
+class Sums:
+    """Sums over examples, to be added over processes and divided by their number.
+
+    `form` is the Fisher's, `modules` holds each module's sums by tensor name, `along` the squares of each example's
+    derivative along the task vector, of each module and under `ALONG` of all together, `loss` the summed loss, `count`
+    the examples.
+    """
+
+    form: str
+    modules: dict[str, dict[str, Tensor]]
+    along: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    count: int = 0
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All sums, to be added up in place over the processes."""
+        for sums in self.modules.values():
+            yield from sums.values()
+        yield from self.along.values()
+        yield self.loss
+
+    def mean(self, count: int | None = None, loss_before: float | None = None) -> Fisher:
+        """The Fisher of `count` examples (of all processes; by default those counted here).
+
+        Args:
+            count: What to divide by.
+            loss_before: The mean loss before training, if it was measured.
+        """
+        n = self.count if count is None else count
+        modules = {
+            name: form_of(self.form)(**{key: x.div_(n) for key, x in sums.items()})
+            for name, sums in self.modules.items()
+        }
+        along = {name: float(x) / n for name, x in self.along.items()}
+        exact = along.pop(ALONG, None)
+        return Fisher(modules, exact, along, None if loss_before is None else (loss_before, float(self.loss) / n))
+
+
+def sum_fisher(
+    model: Any,
+    batches: Iterable[Batch],
+    form: str = "dense",
+    direction: dict[str, LowRank] | None = None,
+    progress: Callable[[int], Any] | None = None,
+    zeros: Zeros = torch.zeros,
+) -> Sums:
+    """Sum the squared per-example gradients of the loss, examples in batches, one backward pass a batch.
+
+    Each adapted layer hands over its inputs and output gradients as backward reaches it and keeps nothing. Examples
+    share a batch but never a token, so each one's gradient can be told apart. Nothing below the first adapted layer
+    gets a gradient, nor does any parameter. Gradient checkpointing holds if the model has it switched on.
+
+    Args:
+        model: A (possibly wrapped) PeftModel with one trainable adapter; left in the mode it had.
+        batches: Model inputs with `labels`, -100 outside the answer.
+        form: `dense`, `factored` or `factors`.
+        direction: The task vector of each module, for the exact curvature along it.
+        progress: Called with the number of examples after each batch.
+        zeros: How the sums are made, see :mod:`pm_llm.accumulators`.
+
+    Raises:
+        PmLlmError: If an example has no answer token, or a layer's outputs are not (batch, tokens, d_out).
+    """
+    kind, layers = form_of(form), _layers(model)
+    sums = Sums(form, {name: kind.blank(layer, zeros) for name, layer in layers.items()})
+    device = next(model.parameters()).device
+    towards = {n: LowRank(x.B.to(device), x.A.to(device)) for n, x in (direction or {}).items()}
+    if direction is not None:
+        sums.along = {name: torch.zeros((), dtype=torch.float64) for name in (*layers, ALONG)}
+
+    def take(name: str, x: Tensor, g: Tensor) -> None:
+        x, g = x.float(), g.float()
+        kind.add(sums.modules[name], x, g, layers[name])
+        if towards:
+            slopes = (g * (x @ towards[name].A.T @ towards[name].B.T)).sum(dim=(1, 2))  # <g' x, Delta> of each example
+            sums.along[name] += slopes.double().square().sum().cpu()
+            slope.append(slopes)
+
+    slope: list[Tensor] = []
+    with _quiet(model):
+        for batch in batches:
+            with tapped(model, take):
+                loss = answer_loss(model, batch)
+                loss.backward()
+            sums.loss += loss.detach().cpu()
+            sums.count += len(batch["labels"])
+            if towards:
+                sums.along[ALONG] += torch.stack(slope).sum(dim=0).double().square().sum().cpu()
+                slope.clear()
+            if progress is not None:
+                progress(len(batch["labels"]))
+    return sums
+
+
+def sum_loss(model: Any, batches: Iterable[Batch]) -> tuple[float, int]:
+    """The summed loss over all examples, and their number: the forward half of :func:`sum_fisher`."""
+    total, count = 0.0, 0
+    with _quiet(model), torch.no_grad():
+        for batch in batches:
+            total += answer_loss(model, batch).item()
+            count += len(batch["labels"])
+    return total, count
+
+
+def answer_loss(model: Any, batch: Batch) -> Tensor:
+    """Minus the log-likelihood, summed over examples and answer tokens; logits are made where there are such only.
+
+    Raises:
+        PmLlmError: If an example has no answer token.
+    """
+    seq2seq = model.config.is_encoder_decoder
+    labels = batch["labels"] if seq2seq else batch["labels"][:, 1:]
+    if not bool((labels != -100).any(dim=1).all()):
+        raise PmLlmError("an example has no answer token, so it has no Fisher. Check its completion.")
+    inputs = {key: value for key, value in batch.items() if key != "labels"}  # no loss of the model's own
+    if seq2seq:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        logits = model(**inputs, use_cache=False).logits
+    else:
+        at = (labels != -100).any(dim=0).nonzero().squeeze(1)
+        labels = labels[:, at]
+        if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
+            logits = model(**inputs, use_cache=False, logits_to_keep=at).logits
+        else:
+            logits = model(**inputs, use_cache=False).logits[:, at]
+    return nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="sum"
+    )  # summed, not averaged: examples do not mix in the gradient
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward hands over a layer's inputs and the gradient of its outputs.
+
+    The inputs are kept as autograd keeps tensors, so gradient checkpointing frees and remakes them. `anchor` is what
+    requires a gradient; nothing else needs to.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        ctx.take(x, gradients[0])
+        return gradients[0], None, None, None
+
+
+@contextmanager
+def tapped(model: Any, take: Take) -> Iterator[None]:
+    """Within the block, a backward pass calls `take` for every adapted layer, once, with all its tokens."""
+    anchor = torch.zeros((), requires_grad=True)
+    calls: Counter[str] = Counter()  # of the forward pass; checkpointing calls again in the backward pass
+    waiting: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    forward = [False]
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def arrived(x: Tensor, g: Tensor) -> None:
+            waiting[name].append((x, g))
+            if len(waiting[name]) == calls[name]:  # a layer called twice has one gradient: its calls' tokens together
+                pairs = waiting.pop(name)
+                take(
+                    name, *(torch.cat(part, dim=1) if len(pairs) > 1 else part[0] for part in zip(*pairs, strict=True))
+                )
+
+        def record(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if output.ndim != 3:
+                raise PmLlmError(
+                    f"module {name} gives {tuple(output.shape)}, not (batch, tokens, d_out): its gradient cannot be "
+                    "told apart by example. Leave it out of target_modules."
+                )
+            calls[name] += forward[0]
+            return _Tap.apply(output, args[0].detach(), anchor, arrived)
+
+        return record
+
+    layers: dict[str, Any] = dict(lora_layers(model))
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles.append(model.register_forward_pre_hook(lambda *_: forward.__setitem__(0, True)))
+    handles.append(model.register_forward_hook(lambda *_: forward.__setitem__(0, False)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quiet(model: Any) -> Iterator[None]:
+    """Within the block: evaluation mode, but for what checkpoints, and no parameter that wants a gradient."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanting = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True  # it checkpoints in this mode only; dropout is its children's
+    for p in wanting:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanting:
+            p.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _layers(model: Any) -> dict[str, Layer]:
+    """The adapted layers with the trained adapter's factors, the scaling in B, in float32 where the model is."""
+    adapter, found = trainable_adapter(model), {}
+    layers: dict[str, Any] = dict(lora_layers(model))
+    for name, layer in layers.items():
+        a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+        factors = LowRank(b.float() * layer.scaling[adapter], a.float())
+        found[name] = Layer((layer.out_features, layer.in_features), factors)
+    return found

@@ -1,0 +1,69 @@
+"""The rows of a task that its curvature is measured on, shared out over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+from transformers import DataCollatorForSeq2Seq
+
+from pm_llm.accumulators import Zeros
+from pm_llm.config import FisherSection
+from pm_llm.fisher import Fisher
+from pm_llm.fisher.measure import Batch, sum_fisher, sum_loss
+from pm_llm.lowrank import LowRank
+from pm_llm.processes import process_state
+from pm_llm.progress import bar
+
+
+class ChosenRows:
+    """Some of a task's training rows, the same whenever they are chosen; every example counts once.
+
+    Args:
+        task: The task's name, for the progress bar.
+        rows: The task's encoded rows.
+        config: How many, and how many at once.
+        seed: Of the choice.
+        tokenizer: For padding.
+    """
+
+    def __init__(
+        self, task: str, rows: Sequence[dict[str, Any]], config: FisherSection, seed: int, tokenizer: Any
+    ) -> None:
+        self.task, self.size, self.tokenizer, self.state = task, config.batch_size, tokenizer, process_state()
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: config.samples].tolist()
+        mine = [rows[i] for i in chosen[self.state.process_index :: self.state.num_processes]]
+        # of like lengths together: less padding
+        self.count, self.mine = len(chosen), sorted(mine, key=lambda row: len(row["input_ids"]))
+
+    def fisher(
+        self,
+        model: Any,
+        form: str,
+        direction: dict[str, LowRank] | None = None,
+        loss_before: float | None = None,
+        zeros: Zeros = torch.zeros,
+    ) -> Fisher:
+        """The Fisher, see :func:`pm_llm.fisher.measure.sum_fisher`; `loss_before` is what :meth:`loss` was."""
+        with bar(len(self.mine), f"Fisher {self.task}", "row") as progress:
+            sums = sum_fisher(model, self._batches(model), form, direction, progress.update, zeros)
+        for tensor in sums.tensors() if self.state.num_processes > 1 else ():
+            tensor.copy_(self._over_processes(tensor))
+        return sums.mean(self.count, loss_before)
+
+    def loss(self, model: Any) -> float:
+        """The mean loss over the rows, in nats an example."""
+        total, _ = sum_loss(model, self._batches(model))
+        whole = torch.tensor(total, dtype=torch.float64)
+        return float(self._over_processes(whole) if self.state.num_processes > 1 else whole) / self.count
+
+    def _batches(self, model: Any) -> Iterator[Batch]:
+        collate = DataCollatorForSeq2Seq(self.tokenizer, model)
+        for at in range(0, len(self.mine), self.size):
+            yield collate(self.mine[at : at + self.size]).to(self.state.device)
+
+    def _over_processes(self, tensor: Tensor) -> Tensor:
+        return reduce(tensor.to(self.state.device), "sum").cpu()
