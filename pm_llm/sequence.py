@@ -106,12 +106,15 @@ class ContinualSequence:
         self.base = load_base(self.config.model, self.config.dtype, self.config.load_in_4bit)
         self.model: Any = self.base.model
 
+    def _prepare(self, running: Adapter | None) -> None:
+        self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+
     # ---- one task ----
     def _stage(self, number: int, task: Task, merger: Merger, running: Adapter | None) -> Adapter:
         started = time.monotonic()
         set_seed(self.config.seed * 1000 + number)
         clock = Clock(self.state.device)
-        self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+        self._prepare(running)
         rows = self._features(task)
         chosen, fisher = self._chosen(number, task, rows), None
         with folded(self.model, self.config.fold_running):
@@ -122,7 +125,8 @@ class ContinualSequence:
             new = Adapter.from_model(self.model, TASK)
             if is_sharded(self.model):  # what follows runs on whole models, each process with its share of the rows
                 self._load()
-                self._put_together(running, new)
+                self._prepare(running)
+                self._as_trained(running, new)
             if merger.rule.needs_fisher:
                 fisher = self._fisher(merger, chosen, running, new, loss_before)
             clock.stop("fisher")
@@ -203,9 +207,8 @@ class ContinualSequence:
         form = "factors" if getattr(rule, "space", "weights") == "factors" else self.config.fisher.form
         return chosen.fisher(self.model, form, direction, loss_before, self.zeros)
 
-    def _put_together(self, running: Adapter | None, new: Adapter) -> None:
-        """The model as it was right after a task was trained."""
-        self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+    def _as_trained(self, running: Adapter | None, new: Adapter) -> None:
+        """The model, prepared for a task, as it was right after that was trained."""
         new.attach(self.model, TASK)
         beneath = [RUNNING] if running is not None and not self.start.continues else []
         set_active(self.model, [*beneath, TASK], trainable=TASK)
@@ -243,7 +246,7 @@ class ContinualSequence:
         else:
             merger.load_state(curvature or {}, done)
         running = Adapter.load(self.run_dir.adapter)
-        self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+        self._prepare(running)
         self._activate(running)
         self._evaluate(done - 1, self.stages[-1]["scores"])
         return merger, running
@@ -261,9 +264,9 @@ class ContinualSequence:
             say(f"curvature of task {number} of {len(self.stages)}, {task.name}, once more")
             new = Adapter.load(self.run_dir.stage_adapter(number - 1, TASK_ADAPTER))
             chosen = self._chosen(number, task, self._features(task))
-            self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+            self._prepare(running)
             loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
-            self._put_together(running, new)
+            self._as_trained(running, new)
             fisher = self._fisher(merger, chosen, running, new, loss_before)
             merger.fold(running, new, fisher, continues=self.start.continues)
             if abs(merger.report.raw_coefficient - entry["raw_coefficient"]) > 1e-2 * abs(entry["raw_coefficient"]):

@@ -210,13 +210,13 @@ def test_nan_in_a_later_task_keeps_the_adapter_of_the_first(pico_folders, tmp_pa
 
     kept = []
 
-    def poisoned(number, task, rows):
+    def poisoned(number, task, rows, *rest):
         if number == 2:
             kept.append((tmp_path / "run/adapter/adapter_model.safetensors").read_bytes())
             for name, p in sequence.model.named_parameters():
                 if ".task." in name:
                     p.data.fill_(float("nan"))
-        return original(number, task, rows)
+        return original(number, task, rows, *rest)
 
     sequence._train = poisoned
     with pytest.raises(NonFiniteLossError, match="running adapter is untouched"):

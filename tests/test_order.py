@@ -126,7 +126,9 @@ def test_foreign_rows_are_trained_on_with_their_own_tasks_frame(pico_folders, tm
     sequence = ContinualSequence(config)
     seen = []
     original = sequence._train
-    monkeypatch.setattr(sequence, "_train", lambda n, task, rows: (seen.append(rows), original(n, task, rows))[1])
+    monkeypatch.setattr(
+        sequence, "_train", lambda n, task, rows, *rest: (seen.append(rows), original(n, task, rows, *rest))[1]
+    )
     sequence.run()
     for task, rows in zip(sequence.tasks, seen, strict=True):
         expected = sequence.encoders[task.name].features(task.train)

@@ -90,7 +90,11 @@ def test_observed_loss_does_not_depend_on_the_split(tmp_path) -> None:
     for batch, accumulation in ((16, 1), (4, 4)):
         seen = []
         constraint = SimpleNamespace(
-            scale=lambda step: 1.0, observe=lambda step, loss, seen=seen: seen.append(loss), state=dict, logs=dict
+            space="weights",
+            scale=lambda step: 1.0,
+            observe=lambda step, loss, seen=seen: seen.append(loss),
+            state=dict,
+            logs=dict,
         )
         trainer = make_trainer("t5", str(tmp_path), batch, accumulation)
         trainer.constraints = [constraint]
@@ -178,7 +182,9 @@ def test_mean_over_signs_is_the_gradient_of_the_mean_loss(family: str, tmp_path)
     names = [name for name, q in model.named_parameters() if q.requires_grad]
 
     def step_gradient(sign: int) -> dict[str, torch.Tensor]:
-        trainer.constraints = [SimpleNamespace(scale=lambda step: 1 + sign * epsilon, observe=lambda step, loss: None)]
+        trainer.constraints = [
+            SimpleNamespace(space="weights", scale=lambda step: 1 + sign * epsilon, observe=lambda step, loss: None)
+        ]
         model.zero_grad()
         trainer.current_gradient_accumulation_steps = 1
         tokens = (batch["labels"][:, 1:] if family == "llama" else batch["labels"]).ne(-100).sum()
