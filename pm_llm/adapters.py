@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,15 +41,33 @@ _HARMLESS = {
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+class _Scaled(Mapping[str, LowRank]):
+    """Low-rank updates made when they are asked for, so that few of a mapped file's modules are in memory at once."""
+
+    def __init__(self, pairs: dict[str, tuple[Tensor, Tensor, float]]) -> None:
+        self._pairs = pairs  # B, A, scaling
+
+    def __getitem__(self, name: str) -> LowRank:
+        b, a, scaling = self._pairs[name]
+        return LowRank(b.float() if scaling == 1 else b.float() * scaling, a.float())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: `factors` maps a module's name in the base model to its low-rank update.
+    """A LoRA adapter: `factors` maps a module's name in the base model to its low-rank update; of one read from a
+    folder they are read, and scaled, when they are asked for.
 
     `place` holds the fields of the PEFT configuration that say where the adapter sits (target modules and the like),
     `base_model` the name or path of the model it belongs to, `task_type` PEFT's task type.
     """
 
-    factors: dict[str, LowRank]
+    factors: Mapping[str, LowRank]
     place: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     task_type: str | None = None
@@ -68,7 +86,7 @@ class Adapter:
                     "Training diverged: lower the learning rate. Nothing was merged."
                 )
 
-    def replace_factors(self, factors: dict[str, LowRank]) -> Adapter:
+    def replace_factors(self, factors: Mapping[str, LowRank]) -> Adapter:
         """The same adapter with other matrices."""
         return dataclasses.replace(self, factors=factors)
 
@@ -138,14 +156,18 @@ class Adapter:
             sides.setdefault(module, {})[tail[0]] = tensor
         if not sides:
             raise PmLlmError(f"{where} holds no LoRA weights.")
-        factors = {}
+        pairs = {}
         for module, pair in sides.items():
             if len(pair) != 2:
                 raise PmLlmError(f"{where}: module {module} has only one of its two LoRA factors.")
-            a, b = pair["A"].float(), pair["B"].float()
-            factors[module] = LowRank(b * _scaling(config, module, rank=a.shape[0]), a)
+            if pair["A"].shape[0] != pair["B"].shape[1]:
+                raise PmLlmError(
+                    f"{where}: module {module} has factors B {tuple(pair['B'].shape)} and A {tuple(pair['A'].shape)}, "
+                    "which are not of one matrix. The file is damaged."
+                )
+            pairs[module] = (pair["B"], pair["A"], _scaling(config, module, rank=pair["A"].shape[0]))
         place = {name: _sorted(getattr(config, name)) for name in _PLACE}
-        return cls(factors, place, config.base_model_name_or_path, _task_type(config))
+        return cls(_Scaled(pairs), place, config.base_model_name_or_path, _task_type(config))
 
     # ---- a live model ----
     @classmethod

@@ -284,16 +284,9 @@ def test_forms_do_not_mix() -> None:
 
 # ---- scales ----
 def test_measured_matches_the_quadratic_to_the_loss() -> None:
-    delta = random_adapter(0).factors
-    for exact in (False, True):
-        fisher = Fisher(pair(0).modules, exact=3.0, losses=(5.0, 1.5))
-        size = scale_of(fisher, "measured", delta, exact)
-        if exact:
-            assert 3.0 / size / 2 == pytest.approx(3.5)
-        else:
-            scaled_fisher = Fisher({n: f.divided(size) for n, f in fisher.modules.items()})
-            assert sum(scaled_fisher.quadratics(delta).values()) / 2 == pytest.approx(3.5)
-    assert scale_of(fisher, "own", delta, exact=True) == 3.0
+    fisher = Fisher(pair(0).modules, losses=(5.0, 1.5))
+    assert 3.0 / scale_of(fisher, "measured", 3.0) / 2 == pytest.approx(3.5)
+    assert scale_of(fisher, "own", 3.0) == 3.0
 
 
 def test_measured_is_free_of_a_factor_on_the_fisher() -> None:
@@ -334,9 +327,12 @@ def test_exact_current_curvature_counts_in_the_coefficient() -> None:
 )
 def test_what_was_not_measured_is_an_error(scale: str, fisher: Fisher, expected: str) -> None:
     with pytest.raises(PmLlmError, match=expected):
-        scale_of(fisher, scale, random_adapter(0).factors)
+        scale_of(fisher, scale, 1.0)
+
+
+def test_exact_without_its_measurement_is_an_error() -> None:
     with pytest.raises(PmLlmError, match="exact"):
-        scale_of(pair(0), "own", random_adapter(0).factors, exact=True)
+        Merger("optimal", current="exact").fold(None, random_adapter(0), pair(0))
 
 
 # ---- the penalty ----

@@ -145,10 +145,6 @@ class Fisher:
         """A Fisher as it is, or one from dense (d_out, d_in) tensors."""
         return given if isinstance(given, Fisher) else cls({name: form_of("dense")(F=f) for name, f in given.items()})
 
-    def quadratics(self, delta: dict[str, LowRank]) -> dict[str, float]:
-        """`<F o Delta, Delta>` of each module."""
-        return {name: f.inner(delta[name], delta[name]) for name, f in self.modules.items()}
-
 
 def form_of(name: str) -> Any:
     """The class of a form by name. Raises PmLlmError if there is none."""
@@ -167,7 +163,7 @@ def past_of(tensors: dict[str, Tensor]) -> Past:
     raise PmLlmError(f"the curvature holds {sorted(tensors)}, which is of no form that is known here.")
 
 
-def scale_of(fisher: Fisher, scale: str, delta: dict[str, LowRank], exact: bool = False) -> float:
+def scale_of(fisher: Fisher, scale: str, own: float) -> float:
     """What to divide a task's Fisher by, to put it on a common scale.
 
     `raw`: 1 (the paper). `trace`: the mean of the diagonal becomes 1. `own`: the task's own quadratic
@@ -177,8 +173,7 @@ def scale_of(fisher: Fisher, scale: str, delta: dict[str, LowRank], exact: bool 
     Args:
         fisher: The task's Fisher.
         scale: One of the four.
-        delta: The task vector of each module.
-        exact: Take `Delta' F Delta` as `E[(g . Delta)^2]`, not with F's diagonal.
+        own: `Delta' F Delta` of the task vector, over all modules.
 
     Raises:
         PmLlmError: If the scale is unknown, what it needs was not measured, or what it divides by is not positive.
@@ -188,7 +183,7 @@ def scale_of(fisher: Fisher, scale: str, delta: dict[str, LowRank], exact: bool 
     if scale == "trace":
         size = sum(f.trace() for f in fisher.modules.values()) / sum(f.count() for f in fisher.modules.values())
     elif scale in ("own", "measured"):
-        size = _exact(fisher) if exact else sum(fisher.quadratics(delta).values())
+        size = own
     else:
         raise PmLlmError(f"fisher_scale is {scale!r}; it must be raw, trace, own or measured.")
     if scale == "measured":
@@ -206,9 +201,3 @@ def scale_of(fisher: Fisher, scale: str, delta: dict[str, LowRank], exact: bool 
             f"fisher_scale {scale!r}: the value to divide by is {size}. The adapter did not move or diverged."
         )
     return size
-
-
-def _exact(fisher: Fisher) -> float:
-    if fisher.exact is None:
-        raise PmLlmError("the exact curvature along the task vector was not measured; give Fisher(exact=).")
-    return fisher.exact

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from pm_llm.accumulators import mapped_files
 from pm_llm.errors import PmLlmError
 from pm_llm.merges import FoldReport, Merger
 
@@ -23,12 +24,12 @@ def merge_folders(
     if out.exists():
         raise PmLlmError(f"{out} exists. Choose another --out.")
     merger = Merger("constant", max_rank=max_rank, coefficient=coefficient)
-    merged = merger.fold(running, new)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            merged.save(scratch)
+            # module by module, from mapped files into mapped files: memory holds a few modules
+            merger.fold(running, new, zeros=mapped_files(scratch)).save(scratch)
             scratch.chmod(0o755)
             scratch.rename(out)
         except BaseException:

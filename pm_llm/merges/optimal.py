@@ -74,29 +74,29 @@ class Optimal(Merge):
 
     def coefficients(self, fold: Fold) -> Coefficients:
         fisher = self._checked(fold)
-        delta = {name: self._delta(fold, name) for name in fold.new}
-        size = scale_of(fisher, self.fisher_scale, delta, exact=self.current == "exact")
-        own = self._own(fisher, delta, size)
+        own, whole = self._own(fold, fisher)
+        size = scale_of(fisher, self.fisher_scale, whole)
         room = Room(self.zeros, self.pairs, self.rank)
 
         def module(name: str) -> tuple[Past, float, float]:
             past, pull, along = self.past.get(name), 0.0, 0.0
             if past is not None and fold.running:
-                pull, along = past.pull(fold.running[name], delta[name]), past.along(delta[name])
+                delta = self._delta(fold, name)
+                pull, along = past.pull(fold.running[name], delta), past.along(delta)
             theta = fold.new[name] if self.space == "factors" else fold.theta(name)
-            return (
-                type(fisher.modules[name]).past.plus(past, fisher.modules[name].divided(size), theta, room),
-                pull,
-                along,
-            )
+            one = fisher.modules[name].divided(size)
+            return one.past.plus(past, one, theta, room), pull, along
 
         found = each(module, fold.new)
         if self.granularity == "model":
-            whole = own["the model"]
             pull, along = sum(pull for _, pull, _ in found.values()), sum(along for _, _, along in found.values())
-            raw = dict.fromkeys(found, _divide(pull + whole, along + whole, "the model"))
+            q = whole / size
+            raw = dict.fromkeys(found, _divide(pull + q, along + q, "the model"))
         else:
-            raw = {n: _divide(pull + own[n], along + own[n], f"module {n}") for n, (_, pull, along) in found.items()}
+            raw = {
+                name: _divide(pull + own[name] / size, along + own[name] / size, f"module {name}")
+                for name, (_, pull, along) in found.items()
+            }
         self.past = {name: past for name, (past, _, _) in found.items()}
         if not fold.running:
             return Coefficients.same(1.0, fold.new)  # theta*_1 = Delta_1: numerator and denominator are one sum
@@ -150,14 +150,19 @@ class Optimal(Merge):
         before = fold.running[name]
         return LowRank(new.B - before.B, new.A - before.A)
 
-    def _own(self, fisher: Fisher, delta: dict[str, LowRank], size: float) -> dict[str, float]:
-        """q of each module and of the model."""
+    def _own(self, fold: Fold, fisher: Fisher) -> tuple[dict[str, float], float]:
+        """The task's `Delta' F Delta` of each module, and of the model."""
         if self.current == "exact":
             if fisher.exact is None:
                 raise PmLlmError("current 'exact' needs the curvature along the task vector; give Fisher(exact=).")
-            return {name: value / size for name, value in {**fisher.exact_modules, "the model": fisher.exact}.items()}
-        found = {name: value / size for name, value in fisher.quadratics(delta).items()}
-        return {**found, "the model": sum(found.values())}
+            return fisher.exact_modules, fisher.exact
+
+        def module(name: str) -> float:
+            delta = self._delta(fold, name)
+            return fisher.modules[name].inner(delta, delta)
+
+        found = each(module, fold.new)
+        return found, sum(found.values())
 
     def _checked(self, fold: Fold) -> Fisher:
         """The Fisher, if it is of this adapter and of the form that is kept."""
