@@ -95,28 +95,32 @@ class ConstraintMixin:
             constraint.observe(step, whole)
         return loss
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not self._penalised or not model.training:
             return found
         if is_sharded(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
             names = ", ".join(type(c).__name__ for c in self._penalised)
             raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
-        penalty = self._sum_of_penalties()
-        self._penalty = penalty.detach()
+        # the share of this pass, which the Trainer divides by the number of passes unless the loss counts tokens
+        passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+        penalty = self._sum_of_penalties() / (passes if counted else 1)
+        self._penalty = penalty.detach() / (1 if counted else passes)
         if isinstance(found, tuple):
             return (found[0] + penalty, *found[1:])
         return found + penalty
 
     def _sum_of_penalties(self) -> Tensor:
-        """This pass's share of what the constraints add to the step's loss, of the unscaled update."""
+        """What the constraints add to a step's loss, of the update as it is without a scale."""
         live = {}
         for name, layer in self._adapted.items():
             a, b = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
             live[name] = LowRank(b.float() * self._scaling[name], a.float())
         found = [c.penalty(live) for c in self._penalised]
-        total = sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]
-        return total / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._check_finite()
@@ -243,7 +247,22 @@ class ContinualSFTTrainer(ConstraintMixin, SFTTrainer):
         super().__init__(model, *args, **kwargs)
 
 
-class ContinualSeq2SeqTrainer(ConstraintMixin, Seq2SeqTrainer):
+class _TokenMeanTrainer(Seq2SeqTrainer):
+    """The loss of an encoder-decoder as the mean over all answer tokens of the optimizer step."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if num_items_in_batch is not None:
+            loss = loss * (inputs["labels"].ne(-100).sum() / num_items_in_batch)
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+
+class ContinualSeq2SeqTrainer(ConstraintMixin, _TokenMeanTrainer):
     """Seq2SeqTrainer with constraints, for T5 and other encoder-decoders, with the loss scaled as for decoders.
 
     T5's forward swallows `num_items_in_batch`, so the plain Trainer neither divides by the accumulation steps nor
@@ -267,17 +286,6 @@ class ContinualSeq2SeqTrainer(ConstraintMixin, Seq2SeqTrainer):
                 "ContinualSeq2SeqTrainer supports neither label_smoothing_factor nor compute_loss_func. Unset them."
             )
         self.model_accepts_loss_kwargs = True  # the Trainer counts the step's tokens and leaves scaling to the loss
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        outputs = model(**inputs)
-        loss = outputs.loss
-        if num_items_in_batch is not None:
-            loss = loss * (inputs["labels"].ne(-100).sum() / num_items_in_batch)
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
 
 
 @contextmanager

@@ -77,10 +77,15 @@ def test_stretched_is_undone_exactly_also_after_an_error() -> None:
     parameters = factors_of(layers, "default")
     origin = [torch.randn_like(p) for p in parameters]
     before = [p.detach().clone() for p in parameters]
-    with pytest.raises(RuntimeError, match="on purpose"), stretched(layers, "default", origin, 1.5):
-        for p, o, was in zip(parameters, origin, before, strict=True):
-            torch.testing.assert_close(p.data, o + 1.5 * (was - o))
-        raise RuntimeError("on purpose")
+
+    def fails() -> None:
+        with stretched(layers, "default", origin, 1.5):
+            for p, o, was in zip(parameters, origin, before, strict=True):
+                torch.testing.assert_close(p.data, o + 1.5 * (was - o))
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fails()
     assert all(torch.equal(p, was) for p, was in zip(parameters, before, strict=True))
     assert all(not p._backward_hooks for p in parameters)
 

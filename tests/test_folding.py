@@ -52,9 +52,14 @@ def test_same_function_and_gradient_then_the_same_bits(family: str, options: dic
 def test_undone_after_an_error_too() -> None:
     model = two_adapters("llama", torch.bfloat16)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(RuntimeError, match="on purpose"), folded(model, "always"):
-        assert not all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-        raise RuntimeError("on purpose")
+
+    def fails() -> None:
+        with folded(model, "always"):
+            assert not all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fails()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 

@@ -1,0 +1,198 @@
+"""The past tasks' quadratic as a penalty: in the step, through the Trainer, and in whole runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pm_llm import Merger, Perturb
+from pm_llm.adapters import Adapter
+from pm_llm.constraints import Constraint
+from pm_llm.constraints.curvature import Curvature
+from pm_llm.errors import PmLlmError
+from pm_llm.fisher.measure import sum_fisher
+from pm_llm.lowrank import LowRank
+from pm_llm.sequence import ContinualSequence
+from tests.conftest import FAMILIES, batch_of, features, make_peft
+from tests.invariants.step_script import make_trainer, one_step
+from tests.invariants.test_step import assert_same
+from tests.test_sequence import config_for
+
+
+def after_one_task(family: str, form: str, scale: float = 1.0) -> tuple[Adapter, Merger]:
+    model = make_peft(family, seed=5, random_b=True)
+    rows = [batch_of(family, features(family, 6, "sentiment"))]
+    fisher = sum_fisher(model, rows, form).mean()
+    fisher = type(fisher)({name: f.divided(1 / scale) for name, f in fisher.modules.items()})
+    merger = Merger("optimal")
+    return merger.fold(None, Adapter.from_model(model, "default"), fisher), merger
+
+
+def constraint(family: str, form: str = "factored", weight: float = 1.0, scale: float = 1.0) -> Curvature:
+    running, merger = after_one_task(family, form, scale)
+    found = Curvature(weight)
+    found.prepare(running.factors, merger.rule)
+    return found
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_of_the_step_is_that_of_loss_and_penalty(family: str, form: str, tmp_path) -> None:
+    _, plain = one_step(make_trainer(family, str(tmp_path), 16, 1))
+    trainer = make_trainer(family, str(tmp_path), 16, 1, constraint(family, form, 0.5, 50.0))
+    start = Adapter.from_model(trainer.model, "default")
+    scaling = 2.0  # alpha 8 / r 4
+    _, found = one_step(trainer)
+    live = {}
+    for name, x in start.factors.items():
+        live[name] = LowRank((x.B / scaling).requires_grad_(True), x.A.clone().requires_grad_(True))
+    penalty = trainer.constraints[0].penalty({n: LowRank(x.B * scaling, x.A) for n, x in live.items()})
+    penalty.backward()
+    assert penalty.item() > 1e-3
+    expected = dict(plain)
+    for name, x in live.items():
+        for side in ("A", "B"):
+            (key,) = (k for k in plain if f"{name}.lora_{side}." in k)
+            expected[key] = plain[key] + getattr(x, side).grad
+    assert_same(found, expected, atol=1e-5, rtol=1e-3)
+    assert any((found[k] - plain[k]).abs().max() > 1e-3 for k in plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_and_sign_change_nothing_of_the_penalty(family: str, tmp_path) -> None:
+    """Law 4 with a penalty; it is of the update without the perturbation's scale."""
+    whole = one_step(make_trainer(family, str(tmp_path), 16, 1, constraint(family, scale=50.0)))
+    parts = one_step(make_trainer(family, str(tmp_path), 4, 4, constraint(family, scale=50.0)))
+    assert whole[0] == pytest.approx(parts[0], rel=1e-4)
+    assert_same(whole[1], parts[1], atol=1e-5, rtol=1e-3)
+    perturb = Perturb(epsilon=0.5, probability=0.5)
+    with_it = one_step(make_trainer(family, str(tmp_path), 16, 1, [perturb, constraint(family, scale=50.0)]))
+    without = one_step(make_trainer(family, str(tmp_path), 16, 1, perturb))
+    plain = one_step(make_trainer(family, str(tmp_path), 16, 1))
+    for name in plain[1]:
+        added, expected = with_it[1][name] - without[1][name], whole[1][name] - plain[1][name]
+        torch.testing.assert_close(added, expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_observed_loss_is_without_the_penalty(family: str, accumulation: int, tmp_path) -> None:
+    class Seen(Constraint):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+
+        def observe(self, step, loss) -> None:
+            self.losses.append(loss.item())
+
+    alone, beside = Seen(), Seen()
+    make_trainer(family, str(tmp_path), 16 // accumulation, accumulation, alone).train()
+    both = [beside, constraint(family, scale=50.0)]
+    make_trainer(family, str(tmp_path), 16 // accumulation, accumulation, both).train()
+    assert beside.losses == pytest.approx(alone.losses, rel=1e-4)
+
+
+def test_loss_of_a_model_that_counts_no_tokens_gets_the_same_penalty(tmp_path) -> None:
+    """Then the Trainer itself divides by the number of passes."""
+    found = []
+    for batch, accumulation in ((16, 1), (4, 4)):
+        trainer = make_trainer(
+            "llama", str(tmp_path), batch, accumulation, constraint("llama", weight=2.0, scale=50.0)
+        )
+        plain = make_trainer("llama", str(tmp_path), batch, accumulation)
+        for one in (trainer, plain):
+            one.model_accepts_loss_kwargs = False
+        with_it, without = one_step(trainer)[1], one_step(plain)[1]
+        found.append({name: with_it[name] - without[name] for name in with_it})
+    assert_same(found[0], found[1], atol=1e-5, rtol=1e-3)
+    assert any(x.abs().max() > 1e-3 for x in found[0].values())
+
+
+def test_evaluation_has_no_penalty(tmp_path) -> None:
+    trainer = make_trainer("llama", str(tmp_path), 4, 1, constraint("llama", scale=1e6), eval_strategy="no")
+    trainer.model.eval()
+    batch = batch_of("llama", features("llama", 4))
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(
+        trainer.model(**batch).loss.item(), rel=1e-5
+    )
+
+
+def test_first_task_and_weight_zero_have_no_penalty() -> None:
+    _, merger = after_one_task("llama", "factored")
+    first = Curvature()
+    first.prepare({}, Merger("optimal").rule)
+    assert first.penalty({}) is None
+    none = Curvature(weight=0.0)
+    none.prepare(after_one_task("llama", "factored")[0].factors, merger.rule)
+    assert none.penalty({}) is None
+    with pytest.raises(PmLlmError, match="merge optimal"):
+        Curvature().prepare({}, Merger("average").rule)
+
+
+@pytest.mark.parametrize("space", ["weights", "factors"])
+@pytest.mark.parametrize("form", ["dense", "factored"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_the_penalty_less_is_taken_back(family: str, form: str, space: str, pico_folders, tmp_path) -> None:
+    if space == "factors" and form == "dense":
+        pytest.skip("the space of factors has a form of its own")
+    found = {}
+    for weight in (0.0, 1.0):
+        constrain = [{"name": "perturb", "epsilon": 0.2}, {"name": "curvature", "weight": weight}]
+        config = config_for(
+            pico_folders[family],
+            tmp_path / str(weight),
+            **{"constrain": constrain, "fisher.form": form, "space": space, "train.max_steps": 8},
+            **{"train.learning_rate": 0.02, "evaluate": "final"},
+        )
+        results = ContinualSequence(config).run()
+        found[weight] = results["raw_coefficients"]
+        assert [word["name"] for word in results["method"]["constrain"]] == ["perturb", "curvature"]
+    assert found[0.0][0] == found[1.0][0] == 1.0  # the first task is the same run
+    assert found[1.0][1] > found[0.0][1]
+
+
+VARIANTS = {
+    "factored": {
+        "fisher.form": "factored",
+        "truncation": "fisher",
+        "merge": {"name": "optimal", "fisher_scale": "measured", "current": "exact", "rank": 5, "pairs": 1},
+        "constrain": ["perturb", "curvature"],
+        "max_rank": 6,
+    },
+    "factors": {"space": "factors", "merge": {"name": "optimal", "fisher_scale": "measured", "current": "exact"}},
+}
+
+
+@pytest.mark.parametrize("where", ["_train", "_fisher"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_going_on_and_restarting_change_nothing(
+    family: str, variant: str, where: str, pico_folders, tmp_path, monkeypatch
+) -> None:
+    from safetensors.torch import load_file
+
+    def run(name: str, **options):
+        sequence = ContinualSequence(config_for(pico_folders[family], tmp_path / name, **VARIANTS[variant]), **options)
+        return sequence, tmp_path / name / "adapter/adapter_model.safetensors"
+
+    sequence, file = run("whole")
+    whole, expected = sequence.run(), load_file(file)
+    sequence, file = run("parts")
+    original = getattr(sequence, where)
+
+    def interrupted(number, *rest):
+        if (number.tasks + 1 if where == "_fisher" else number) == 3:
+            raise KeyboardInterrupt
+        return original(number, *rest)
+
+    monkeypatch.setattr(sequence, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sequence.run()
+    for options in ({}, {"restart_from": "question"}):
+        sequence, file = run("parts", **options)
+        resumed = sequence.run()
+        assert resumed["matrix"] == whole["matrix"]
+        exact = not options  # a restart measures the curvature of the tasks before once more
+        for key in ("raw_coefficients", "truncation_errors"):
+            assert resumed[key] == (whole[key] if exact else pytest.approx(whole[key], rel=1e-2, abs=1e-6))
+        for name, x in load_file(file).items():
+            torch.testing.assert_close(x, expected[name], atol=0 if exact else 1e-3, rtol=0 if exact else 2e-2)
