@@ -1,0 +1,49 @@
+"""What the benchmarks share: a table, its JSON, and a watch on this process's memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+STATUS = Path("/proc/self/status")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """With the module's docstring as help, and `--out`."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, help="JSON file to write")
+    return made
+
+
+def show(rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Print rows as one table, and write them."""
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
+    if out:
+        out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory, pages of mapped files included; `VmHWM` is the highest so far."""
+    return int(re.findall(rf"{field}:\s+(\d+) kB", STATUS.read_text())[0]) * 1024
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """After the block the list holds one number: by how many bytes resident memory rose within it, at its highest.
+
+    The kernel's own mark, so nothing is missed; pages of mapped files count, though the system may drop them.
+    """
+    found: list[int] = []
+    Path("/proc/self/clear_refs").write_text("5")  # see proc(5): the mark becomes what is resident now
+    before = resident()
+    try:
+        yield found
+    finally:
+        found.append(resident("VmHWM") - before)
