@@ -3,9 +3,9 @@
     python benchmarks/step.py [--model embedded:llama] [--dtype float32] [--batch 4] [--tokens 128] [--out FILE.json]
 
 One Trainer, one model, one batch; the ways take turns step by step, so that noise meets all alike. A row's `ratio` is
-the median over turns of its time divided by the time of the plain step of the same turn. `folded`: the running adapter
-in the base weights; `two adapters`: beside the trained one, as for quantised bases. `logits error` is the mean absolute
-difference from float32 weights with two adapters, divided by the mean absolute logit.
+the median over turns of its time divided by the time of the plain step of the same turn. `folded`: the running
+adapter in the base weights; `two adapters`: beside the trained one, as for quantised bases. `logits error` is the mean
+absolute difference from float32 weights with two adapters, divided by the mean absolute logit.
 """
 
 from __future__ import annotations
