@@ -109,6 +109,19 @@ def test_a_killed_rank_then_the_same_run(kind: str, family: str, one_process, pi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("space", ["weights", "factors"])
+def test_curvature_in_every_form_is_that_of_one_process(space: str, pico_folders, tmp_path) -> None:
+    """Factored Fisher (or that of the factors), losses, exact curvature and the penalty, over two processes."""
+    more = ["--fisher.form", "factored", "--constrain", "[perturb, curvature]", "--space", space]
+    more += ["--merge", "{name: optimal, fisher_scale: measured, current: exact}", "--fisher.samples", "5"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["run", *arguments(pico_folders["llama"], 8), *more, "--output_dir", str(one)]) == 0
+    command = [*launcher("ddp_cpu", tmp_path), *arguments(pico_folders["llama"], 4), *more, "--output_dir", str(two)]
+    assert start(command, tmp_path / "log").wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    same_as_one_process(two, one)
+
+
+@pytest.mark.slow
 def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(pico_folders, tmp_path, capsys) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = [*launcher("ddp_cpu", tmp_path), *arguments(pico_folders["llama"], 4), "--output_dir", str(run)]

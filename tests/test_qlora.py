@@ -10,10 +10,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from pm_llm import ContinualSequence
-from pm_llm.adapters import Adapter, lora_layers
+from pm_llm.adapters import Adapter, lora_layers, set_active
 from pm_llm.cli import main
+from pm_llm.config import LoraSection
 from pm_llm.evaluation.generate import generate
+from pm_llm.fisher.measure import sum_fisher
+from pm_llm.folding import why_not
+from pm_llm.lowrank import LowRank
 from pm_llm.models import load_base
+from pm_llm.starts import TASK
+from pm_llm.starts.fresh import Fresh
 from pm_llm.tasks.embedded import make_task
 from pm_llm.tasks.encode import Encoder
 from tests.conftest import FAMILIES, batch_of, features, tokenizer
@@ -59,6 +65,26 @@ def test_a_run_leaves_the_base_as_it_was(family: str, pico_folders, tmp_path, ca
     assert main(["evaluate", "--adapter", str(tmp_path / "run/adapter"), *arguments]) == 0
     scores = [float(line.split("\t")[1]) for line in capsys.readouterr().out.splitlines()[:3]]
     assert scores == pytest.approx(results["matrix"][-1], abs=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_form_of_the_fisher_sees_a_quantised_base(family: str, pico_folders) -> None:
+    """Row and column sums are those of the dense Fisher; the exact curvature is the same in every form."""
+    base = load_base(pico_folders[family], load_in_4bit=True)
+    model = Fresh().prepare(base.model, None, LoraSection(r=4), base.seq2seq)
+    task = Adapter.from_model(model, TASK)
+    task = task.replace_factors({n: LowRank(torch.randn_like(x.B) / 10, x.A) for n, x in task.factors.items()})
+    task.attach(model, TASK)
+    set_active(model, [TASK], trainable=TASK)
+    batches = [batch_of(family, features(family, 5))]
+    found = {form: sum_fisher(model, batches, form, task.factors).mean() for form in ("dense", "factored", "factors")}
+    for name, dense in found["dense"].modules.items():
+        assert dense.F.max() > 0
+        torch.testing.assert_close(found["factored"].modules[name].r, dense.F.sum(1), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found["factored"].modules[name].c, dense.F.sum(0), rtol=1e-4, atol=1e-7)
+    assert found["factored"].exact == pytest.approx(found["dense"].exact, rel=1e-5)
+    assert found["factors"].exact == pytest.approx(found["dense"].exact, rel=1e-5)
+    assert why_not(model).endswith("are quantised")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
