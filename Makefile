@@ -17,7 +17,13 @@ faults: $(READY)
 	OMP_NUM_THREADS=1 PM_LLM_KILLS=$(or $(KILLS),40) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python benchmarks/evaluation.py $(ARGS)
+	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/fisher.py
+	$(BIN)/python benchmarks/fold.py
+	$(BIN)/python benchmarks/many_tasks.py
+	$(BIN)/python benchmarks/coefficient.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/curvature_memory.py
 
 quality: $(READY)

@@ -1,10 +1,10 @@
 """Coefficients and accuracies with the factored Fisher against the dense one, on real tasks.
 
-    python benchmarks/coefficient.py --model DIR --data-dir CL_BENCHMARK [--seeds 0 1 2] [--out FILE.json] [KEYS]
+    python benchmarks/coefficient.py [--model DIR --data-dir CL_BENCHMARK] [--seeds 0 1 2] [--out FILE.json] [KEYS]
 
-For each seed one run with each form. Within the dense run every fold is also done with the row and column sums of the
-same Fisher, on the same adapters: that gives the difference of coefficients with nothing else different. Any key of
-the configuration may follow, e.g. `--merge '{name: optimal, fisher_scale: own}'`.
+Without a model and a folder: the embedded ones, in seconds. For each seed one run with each form. Within the dense run
+every fold is also done with the row and column sums of the same Fisher, on the same adapters: that gives the
+difference of coefficients with nothing else different. Any key of the configuration may follow, e.g. `--merge '{name: optimal, fisher_scale: own}'`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,24 @@ from typing import Any
 
 import yaml
 
-TASKS = ["agnews", "SST-2", "QQP", "dbpedia", "BoolQA", "amazon", "MNLI", "yahoo"]
 # short enough for a core: LoRA on the last six layers, 25 steps of eight rows a task
-SETTINGS: dict[str, Any] = {
-    **{"benchmark": "long_sequence", "order": TASKS, "evaluate": "final", "evaluation.mode": "labels"},
-    **{"max_train_samples": 200, "max_test_samples": 50, "max_length": 96, "fisher.samples": 64},
-    **{
-        "dtype": "bfloat16",
-        "train.max_steps": 25,
-        "train.per_device_train_batch_size": 8,
-        "train.learning_rate": 2e-3,
-    },
+REAL: dict[str, Any] = {
+    "benchmark": "long_sequence",
+    "order": ["agnews", "SST-2", "QQP", "dbpedia", "BoolQA", "amazon", "MNLI", "yahoo"],
+    "dtype": "bfloat16",
+    "max_train_samples": 200,
+    "max_test_samples": 50,
+    "max_length": 96,
+    "train.max_steps": 25,
     "lora.layers_to_transform": [24, 25, 26, 27, 28, 29],
+}
+EMBEDDED: dict[str, Any] = {"benchmark": "embedded", "max_test_samples": 50, "max_length": 96, "train.max_steps": 15}
+BOTH: dict[str, Any] = {
+    "evaluate": "final",
+    "evaluation.mode": "labels",
+    "fisher.samples": 64,
+    "train.per_device_train_batch_size": 8,
+    "train.learning_rate": 2e-3,
 }
 
 
@@ -65,8 +71,8 @@ def run(settings: dict[str, Any], shadowed: bool) -> dict[str, Any]:
 def main() -> None:
     """Run both forms for each seed, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--model", default="embedded:llama")
+    parser.add_argument("--data-dir", help="with it the eight real tasks, without it the embedded ones")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, help="JSON file to write, after every run")
     given, more = parser.parse_known_args()
@@ -75,7 +81,8 @@ def main() -> None:
     for seed in given.seeds:
         for form in ("dense", "factored"):
             with tempfile.TemporaryDirectory() as folder:
-                settings = {**SETTINGS, "model": given.model, "data_dir": given.data_dir, "seed": seed, **keys}
+                settings = {**BOTH, **(REAL if given.data_dir else EMBEDDED), "data_dir": given.data_dir}
+                settings |= {"model": given.model, "seed": seed, **keys}
                 settings |= {"fisher.form": form, "output_dir": f"{folder}/run"}
                 found[f"{form} {seed}"] = run(settings, shadowed=form == "dense")
             if given.out:

@@ -17,11 +17,11 @@ from typing import Any
 
 from common import parser, show
 
-WIDTH, TASKS = 4096, 8
+TASKS = 8
 
 
-def state_rows() -> list[dict[str, Any]]:
-    """Bytes kept of one module at 7B's width, dense and factored."""
+def state_rows(width: int) -> list[dict[str, Any]]:
+    """Bytes kept of one square module, dense and factored; 7B's width is 4096."""
     import torch
 
     from pm_llm import Merger
@@ -36,13 +36,13 @@ def state_rows() -> list[dict[str, Any]]:
         merger, running = Merger("optimal", max_rank=64), None
         for task in range(TASKS):
             torch.manual_seed(task)
-            new = Adapter({"q": LowRank(torch.randn(WIDTH, 8), torch.randn(8, WIDTH))}, {"target_modules": ["q"]})
-            sums = torch.rand(WIDTH)
-            one: Any = Factored(sums, sums.flip(0)) if form == "factored" else Dense(torch.rand(WIDTH, WIDTH))
+            new = Adapter({"q": LowRank(torch.randn(width, 8), torch.randn(8, width))}, {"target_modules": ["q"]})
+            sums = torch.rand(width)
+            one: Any = Factored(sums, sums.flip(0)) if form == "factored" else Dense(torch.rand(width, width))
             running = merger.fold(running, new, Fisher({"q": one}))
         found[form] = sum(x.numel() * x.element_size() for x in merger.state().values())
     return [
-        {"state of one 7B module": form, "MiB": size / 2**20, "of dense, %": 100 * size / found["dense"]}
+        {"state of one module": form, "MiB": size / 2**20, "of dense, %": 100 * size / found["dense"]}
         for form, size in found.items()
     ]
 
@@ -91,6 +91,7 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=4)
     arguments.add_argument("--rows", type=int, default=32)
     arguments.add_argument("--tokens", type=int, default=0)
+    arguments.add_argument("--width", type=int, default=4096, help="of the module whose state is measured")
     arguments.add_argument("--turns", type=int, default=5)
     given = arguments.parse_args()
     import torch
@@ -134,7 +135,7 @@ def main() -> None:
             rows.append({"model": name, "pass": way, "seconds": middle, "ratio": round(statistics.median(ratios), 3)})
     show(rows, given.out)
     print()
-    show(state_rows(), given.out and given.out.with_suffix(".state.json"))
+    show(state_rows(given.width), given.out and given.out.with_suffix(".state.json"))
 
 
 if __name__ == "__main__":

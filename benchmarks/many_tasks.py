@@ -64,7 +64,7 @@ def main() -> None:
             memory.append(peak[0])
             disk.append(sum(p.stat().st_size for p in folder.rglob("*.safetensors")))
     rows = []
-    for task in (10, 20, 50, given.tasks):
+    for task in sorted({t for t in (10, 20, 50) if t < given.tasks} | {given.tasks}):
         near = slice(min(task - 5, given.tasks - 9), task + 4)
         rows.append(
             {

@@ -78,10 +78,12 @@ class TrainSection:
 class FisherSection:
     """Curvature of each task, for methods that use it."""
 
-    form: str = option("dense", "Of the Fisher in the space of the weights: dense, or factored (row and column sums).")
+    form: str = option(
+        "factored", "Of the Fisher in the space of the weights: factored (row and column sums), or dense."
+    )
     samples: int = option(128, "Training rows whose gradients are averaged.")
     batch_size: int = option(4, "Rows per forward pass.")
-    storage: str = option("memory", "Where the sums lie: memory, or disk (files mapped into memory).")
+    storage: str = option("memory", "Where a dense Fisher's sums lie: memory, or disk (files mapped into memory).")
 
 
 @dataclass

@@ -184,9 +184,18 @@ def expected_bytes(config: RunConfig) -> tuple[int, int]:
     shapes = [(layer.out_features, layer.in_features, layer.r["task"]) for layer in layers]
     trained = sum((n + m) * r for n, m, r in shapes)
     merged = sum((n + m) * min(n, m, config.max_rank or tasks * r) for n, m, r in shapes)
-    dense = sum(n * m for n, m, _ in shapes)
-    matrices = 2 if config.parsed_method().merge.build("merge").needs_fisher else 0
-    return 4 * (tasks * (merged + trained) + 2 * matrices * dense + 2 * (3 * trained + merged)), tasks
+    kept = sum(_kept(config, n, m, r) for n, m, r in shapes)
+    return 4 * (tasks * (merged + trained) + 2 * kept + 2 * (3 * trained + merged)), tasks
+
+
+def _kept(config: RunConfig, n: int, m: int, r: int) -> int:
+    """Numbers that the merge remembers of one (n, m) matrix with an adapter of rank r."""
+    merge = config.parsed_method().merge.build("merge")
+    if not merge.needs_fisher:
+        return 0
+    if merge.space == "factors":
+        return 2 * (n + m) * r
+    return 2 * n * m if config.fisher.form == "dense" else (n + m) * (merge.pairs + merge.rank)
 
 
 def _hub(config: RunConfig) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -31,6 +32,28 @@ def test_every_file_is_in_the_readme() -> None:
     text = (ROOT / "benchmarks/README.md").read_text()
     for path in (ROOT / "benchmarks").glob("*.py"):
         assert f"`{path.name}`" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "words", "expected"),
+    [
+        ("step", "--turns 1 --batch 1 --tokens 16", "| plain, running folded |"),
+        ("fisher", "--turns 1 --rows 4 --width 64 --model embedded:t5", "| embedded:t5 | factored and exact |"),
+        ("fold", "--shapes 7b --peft-modules 0 --repeats 1", "| 7b | 64 |"),
+        ("many_tasks", "--tasks 20 --modules 2 --size 64", "| ratio last / first |"),
+        ("coefficient", "--seeds 0 --order sentiment,topic --train.max_steps 2", "mean absolute difference"),
+        ("overhead", "--rows 16 --samples 4", "| this run | 16 | 4 |"),
+    ],
+)
+def test_claims_of_the_core(file: str, words: str, expected: str, tmp_path, monkeypatch, capsys) -> None:
+    """In this process: importing everything anew takes longer than most of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", [file, *words.split(), "--out", "found.json"])
+    runpy.run_path(str(ROOT / f"benchmarks/{file}.py"), run_name="__main__")
+    assert expected in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())
 
 
 @pytest.mark.slow
