@@ -4,7 +4,8 @@
 
 Without a model and a folder: the embedded ones, in seconds. For each seed one run with each form. Within the dense run
 every fold is also done with the row and column sums of the same Fisher, on the same adapters: that gives the
-difference of coefficients with nothing else different. Any key of the configuration may follow, e.g. `--merge '{name: optimal, fisher_scale: own}'`.
+difference of coefficients with nothing else different. Any key of the configuration may follow, e.g.
+`--merge '{name: optimal, fisher_scale: own}'`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ import torch
 from packaging.requirements import Requirement
 
 from pm_llm.config import RunConfig
-from pm_llm.errors import PmLlmError
+from pm_llm.durable import size_of
+from pm_llm.errors import PmLlmError, first_line
 
 OK, WARNING, FAILURE = "ok", "warning", "FAILURE"
 
@@ -128,7 +129,7 @@ def _quantisation(config: RunConfig) -> Iterator[Finding]:
         result = layer.to(device)(torch.ones(1, 64, device=device))
         yield Finding(OK, "4-bit weights", f"work on {result.device.type}")
     except (ImportError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         yield Finding(FAILURE, "4-bit weights", f"do not work: {reason}", 'pip install -U "pm_llm[qlora]"')
 
 
@@ -141,9 +142,9 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
     try:
         need, tasks = expected_bytes(config)
     except PmLlmError as error:
-        yield Finding(WARNING, "disk", f"{_size(free)} free in {folder}; what is needed is not known: {error}")
+        yield Finding(WARNING, "disk", f"{size_of(free)} free in {folder}; what is needed is not known: {error}")
         return
-    found = f"{_size(free)} free in {folder}, about {_size(need)} needed for {tasks} tasks"
+    found = f"{size_of(free)} free in {folder}, about {size_of(need)} needed for {tasks} tasks"
     if free < need:
         yield Finding(FAILURE, "disk", found, "Make room, choose another --output_dir, or a method without curvature")
     else:
@@ -211,15 +212,11 @@ def _hub(config: RunConfig) -> Iterator[Finding]:
     try:
         name = HfApi().whoami()["name"]
     except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         remedy = "Check the connection and the token (hf auth login)"
         yield Finding(WARNING, "Hub", f"{constants.ENDPOINT} does not take the token: {reason}", remedy)
     else:
         yield Finding(OK, "Hub", f"logged in as {name} at {constants.ENDPOINT}")
-
-
-def _size(n: float) -> str:
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
 
 
 def main_text(config: RunConfig) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, first_line
 
 Digests = dict[str, dict[str, Any]]  # path relative to a folder -> {"size": bytes, "sha256": hex}
 
@@ -124,7 +124,7 @@ def writing(where: str | Path, leftover: Path | None = None) -> Iterator[None]:
             raise
         if leftover is not None:
             shutil.rmtree(leftover, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise PmLlmError(
             f"cannot write to {where}: {reason}. What was there before is untouched. Make room, give permission or "
             "choose another output_dir; then run the same command again."
@@ -197,3 +197,12 @@ class Lock:
         except (FileNotFoundError, PermissionError):
             pass  # no lock file, or none of ours: nobody that could be named
         return None
+
+
+def size_of(n: float) -> str:
+    """Bytes as one reads them."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} GiB"

@@ -14,6 +14,11 @@ class NonFiniteLossError(PmLlmError):
     """The training loss became NaN or infinite; the running adapter has not been touched."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> PmLlmError:
     """The error for a name that is not among `allowed`, with the nearest one that is."""
     names = sorted(allowed)

@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, first_line
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -34,7 +34,7 @@ def fetched(adapter: str) -> str:
         try:
             folder = Path(snapshot_download(adapter, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
         except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise PmLlmError(
                 f"cannot load the adapter {adapter!r}: it is no folder, and the Hub says: {reason}"
             ) from error

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, first_line
 from pm_llm.run_dir import RunDir
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
@@ -62,7 +62,7 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
         except PmLlmError:
             raise
         except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise PmLlmError(
                 f"the Hub did not take {repo_id}: {reason}. Check the name and your login (`hf auth whoami`)."
             ) from error

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from pm_llm.config import LoraSection
-from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.errors import PmLlmError, first_line, unknown_name
 from pm_llm.processes import process_state
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -165,7 +165,7 @@ def _told(name: str) -> Iterator[None]:
     except PmLlmError:
         raise
     except (OSError, ValueError) as error:
-        raise PmLlmError(f"cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
+        raise PmLlmError(f"cannot load the model {name!r}: {first_line(error)}") from error
 
 
 def lora_config(lora: LoraSection, targets: list[str] | str, seq2seq: bool) -> LoraConfig:

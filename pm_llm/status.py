@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pm_llm.durable import size_of
 from pm_llm.evaluation.matrix import asked_for
 from pm_llm.run_dir import ADAPTER, CURVATURE, RESULTS, STAGES, RunDir
 
@@ -84,14 +85,6 @@ def _added(state: dict[str, Any]) -> list[str]:
     }
     return [
         f"added to plain training: {extra:.1f} s for Fisher and merge ({extra / train:.1%} of training), "
-        f"{_size(adapter)} of running adapter and {_size(curvature)} of curvature kept between tasks",
-        "peak memory: " + ", ".join(f"{part} {_size(x)}" for part, x in peaks.items() if x),
+        f"{size_of(adapter)} of running adapter and {size_of(curvature)} of curvature kept between tasks",
+        "peak memory: " + ", ".join(f"{part} {size_of(x)}" for part, x in peaks.items() if x),
     ]
-
-
-def _size(n: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} GiB"

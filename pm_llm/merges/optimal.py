@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
 
@@ -16,7 +18,7 @@ from pm_llm.merges import Coefficients, Fold, Merge
 from pm_llm.parallel import each
 
 OPTIONS = {
-    "granularity": ("model", "module"),
+    "granularity": ("model", "layer", "module"),
     "fisher_scale": ("raw", "trace", "own", "measured"),
     "current": ("diagonal", "exact"),
     "space": ("weights", "factors"),
@@ -37,7 +39,7 @@ class Optimal(Merge):
     `q = <F_t o Delta, Delta>`, which is the same.
 
     Args:
-        granularity: `model` (one alpha) or `module` (one each; as exact, since a diagonal Fisher separates).
+        granularity: `model` (one alpha), `layer` or `module` (one each; as exact, since a diagonal Fisher separates).
         clip: Clip alpha to [0, 1] (a choice; the raw value is always recorded).
         fisher_scale: `raw` (the paper), `trace`, `own` or `measured`, see :func:`pm_llm.fisher.scale_of`.
         current: How the task's own quadratic q is taken: with the `diagonal` of its Fisher (the paper), or `exact`, as
@@ -88,15 +90,12 @@ class Optimal(Merge):
             return one.past.plus(past, one, theta, room), pull, along
 
         found = each(module, fold.new)
-        if self.granularity == "model":
-            pull, along = sum(pull for _, pull, _ in found.values()), sum(along for _, _, along in found.values())
-            q = whole / size
-            raw = dict.fromkeys(found, _divide(pull + q, along + q, "the model"))
-        else:
-            raw = {
-                name: _divide(pull + own[name] / size, along + own[name] / size, f"module {name}")
-                for name, (_, pull, along) in found.items()
-            }
+        raw: dict[str, float] = {}
+        for group, names in self._groups(found).items():
+            pull, along = sum(found[name][1] for name in names), sum(found[name][2] for name in names)
+            q = (whole if self.granularity == "model" else sum(own[name] for name in names)) / size
+            raw |= dict.fromkeys(names, _divide(pull + q, along + q, group))
+        raw = {name: raw[name] for name in found}
         self.past = {name: past for name, (past, _, _) in found.items()}
         if not fold.running:
             return Coefficients.same(1.0, fold.new)  # theta*_1 = Delta_1: numerator and denominator are one sum
@@ -149,6 +148,16 @@ class Optimal(Merge):
             return fold.delta(name)
         before = fold.running[name]
         return LowRank(new.B - before.B, new.A - before.A)
+
+    def _groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """What has one alpha, and its modules; a layer's number is the first in a module's name."""
+        if self.granularity == "model":
+            return {"the model": list(names)}
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            layer = re.match(r".*?\.\d+(?=\.)", name) if self.granularity == "layer" else None
+            groups[f"layer {layer[0]}" if layer else f"module {name}"].append(name)
+        return groups
 
     def _own(self, fold: Fold, fisher: Fisher) -> tuple[dict[str, float], float]:
         """The task's `Delta' F Delta` of each module, and of the model."""

@@ -88,14 +88,39 @@ def test_module_granularity_minimises_each_module() -> None:
     assert len(set(merger.report.raw_coefficients.values())) == 2
 
 
+def test_layer_granularity_minimises_each_layer() -> None:
+    names = ("model.layers.0.q", "model.layers.0.v", "model.layers.11.q", "head")
+    groups = (names[:2], names[2:3], names[3:])
+    merger, running = Merger("optimal", clip=False, granularity="layer"), None
+    fishers, optima = [], []
+    for t in range(3):
+        new, fisher = random_adapter(t, names), random_fisher(t, names)
+        past = dense(running.factors) if running else dict.fromkeys(new.factors, 0.0)
+        delta = dense(new.factors)
+        fishers.append(fisher)
+        optima.append({n: past[n] + delta[n] for n in delta})
+        running = merger.fold(running, new, fisher)
+        for group in groups:
+
+            def objective(alpha: float, group=group, past=past, delta=delta) -> float:
+                pairs = list(zip(fishers, optima, strict=True))
+                return sum(
+                    float((f[n] * (past[n] + alpha * delta[n] - o[n]) ** 2).sum()) for n in group for f, o in pairs
+                )
+
+            for n in group:
+                assert merger.report.raw_coefficients[n] == pytest.approx(argmin(objective), abs=1e-4)
+    assert len({round(value, 6) for value in merger.report.raw_coefficients.values()}) == 3
+
+
 def random_adapter(seed: int, modules: tuple[str, ...] = ("one", "two")) -> Adapter:
     torch.manual_seed(seed)
     return Adapter({n: LowRank(torch.randn(6, 2), torch.randn(2, 5)) for n in modules}, {"target_modules": ["x"]})
 
 
-def random_fisher(seed: int) -> dict[str, torch.Tensor]:
+def random_fisher(seed: int, modules: tuple[str, ...] = ("one", "two")) -> dict[str, torch.Tensor]:
     torch.manual_seed(1000 + seed)
-    return {n: torch.rand(6, 5) ** 2 for n in ("one", "two")}
+    return {n: torch.rand(6, 5) ** 2 for n in modules}
 
 
 @pytest.mark.parametrize("granularity", ["model", "module"])

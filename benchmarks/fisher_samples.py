@@ -1,0 +1,66 @@
+"""How much the coefficient depends on which rows, and how many, the Fisher is measured on.
+
+    python benchmarks/fisher_samples.py [--model embedded:llama] [--samples 16 32 64 128] [--draws 5] [--out FILE.json]
+
+One run of two tasks. The coefficient of the second is computed anew from other random rows of both tasks, `--draws`
+times for each number of rows, on the same adapters. Any key of the configuration may follow.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from common import parser, show
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", default="embedded:llama")
+    arguments.add_argument("--samples", type=int, nargs="+", default=[16, 32, 64, 128])
+    arguments.add_argument("--draws", type=int, default=5)
+    given, more = arguments.parse_known_args()
+    import dataclasses
+
+    from pm_llm import ContinualSequence, Merger
+    from pm_llm.config import load_config
+    from pm_llm.fisher.task import ChosenRows
+
+    mergers: dict[tuple[int, int], Merger] = {}
+    found: dict[int, list[float]] = {n: [] for n in given.samples}
+
+    class Redrawn(ContinualSequence):
+        def _chosen(self, number: int, task: Any, rows: Any) -> ChosenRows:
+            self.task_rows = task.name, rows
+            return super()._chosen(number, task, rows)
+
+        def _fisher(self, merger: Any, chosen: Any, running: Any, new: Any, loss_before: Any) -> Any:
+            name, rows = self.task_rows
+            for n in given.samples:
+                for draw in range(given.draws):
+                    section = dataclasses.replace(self.config.fisher, samples=n)
+                    drawn = ChosenRows(name, rows, section, 1000 * draw + n, self.base.tokenizer)
+                    own = mergers.setdefault((n, draw), Merger(self.config.parsed_method().merge, max_rank=64))
+                    own.fold(running, new, super()._fisher(own, drawn, running, new, loss_before))
+                    if running is not None:
+                        found[n].append(own.report.raw_coefficient)
+            return super()._fisher(merger, chosen, running, new, loss_before)
+
+    keys: dict[str, Any] = {"benchmark": "embedded", "order": "sentiment,topic", "evaluate": "final"}
+    keys |= {"max_train_samples": 256, "max_test_samples": 4, "train.max_steps": 25, "train.learning_rate": 2e-3}
+    keys |= {key.removeprefix("--"): yaml.safe_load(value) for key, value in zip(more[::2], more[1::2], strict=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        Redrawn(load_config(None, {**keys, "model": given.model, "output_dir": str(Path(folder) / "run")})).run()
+    rows = []
+    for n, values in found.items():
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        rows.append({"rows": n, "mean coefficient": mean, "standard deviation": spread, "draws": len(values)})
+    show(rows, given.out)
+
+
+if __name__ == "__main__":
+    main()
