@@ -4,9 +4,9 @@
 
 Rows of the embedded benchmark, or with `--tokens` random ones of that many tokens, of which the last four (of a T5
 four more) are the answer. `plain` is `model(**batch).loss.backward()` in training mode with a running and a trained
-adapter; the ways take turns, and `ratio` is the median over turns of a way's time divided by plain's. `t5:60m` is a
-random T5 of t5-small's shape, for where its weights are not at hand. State: what a merge rule keeps between tasks,
-measured on one module of 4096 x 4096 after eight tasks of rank 8.
+adapter, which makes logits for every token; the ways take turns, and `ratio` is the median over turns of a way's time
+divided by plain's. `t5:60m` is a random T5 of t5-small's shape, for where its weights are not at hand. State: what a
+merge rule keeps between tasks, measured on one module of 4096 x 4096 after eight tasks of rank 8.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> None:
     import torch
 
     from pm_llm.adapters import Adapter
-    from pm_llm.fisher.measure import sum_fisher
+    from pm_llm.fisher.measure import answer_loss, sum_fisher
     from pm_llm.starts import TASK
 
     rows: list[dict[str, Any]] = []
@@ -114,15 +114,22 @@ def main() -> None:
         def fisher(form: str, towards: Any = None, model: Any = model, batches: Any = batches) -> None:
             sum_fisher(model, batches, form, towards)
 
+        def at_answers(model: Any = model, batches: Any = batches) -> None:
+            model.train()
+            for batch in batches:
+                answer_loss(model, batch).backward()
+            model.zero_grad()
+
         ways = {
             "plain": plain,
+            "plain, logits at answers only": at_answers,
             "factored": lambda f=fisher: f("factored"),
             "factored and exact": lambda f=fisher, d=direction: f("factored", d),
             "dense": lambda f=fisher: f("dense"),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(given.turns + 1):
-            for way, run in ways.items():
+            for way, run in list(ways.items())[:: -1 if turn % 2 else 1]:
                 started = time.perf_counter()
                 run()
                 if torch.cuda.is_available():

@@ -38,17 +38,17 @@ def main() -> None:
             self.task_rows = task.name, rows
             return super()._chosen(number, task, rows)
 
-        def _fisher(self, merger: Any, chosen: Any, running: Any, new: Any, loss_before: Any) -> Any:
+        def _fisher(self, merger: Any, chosen: Any, running: Any, new: Any, *rest: Any) -> Any:
             name, rows = self.task_rows
             for n in given.samples:
                 for draw in range(given.draws):
                     section = dataclasses.replace(self.config.fisher, samples=n)
                     drawn = ChosenRows(name, rows, section, 1000 * draw + n, self.base.tokenizer)
                     own = mergers.setdefault((n, draw), Merger(self.config.parsed_method().merge, max_rank=64))
-                    own.fold(running, new, super()._fisher(own, drawn, running, new, loss_before))
+                    own.fold(running, new, super()._fisher(own, drawn, running, new, *rest))
                     if running is not None:
                         found[n].append(own.report.raw_coefficient)
-            return super()._fisher(merger, chosen, running, new, loss_before)
+            return super()._fisher(merger, chosen, running, new, *rest)
 
     keys: dict[str, Any] = {"benchmark": "embedded", "order": "sentiment,topic", "evaluate": "final"}
     keys |= {"max_train_samples": 256, "max_test_samples": 4, "train.max_steps": 25, "train.learning_rate": 2e-3}

@@ -3,14 +3,16 @@
     python benchmarks/fold.py [--shapes 7b 70b] [--peft-modules 1] [--repeats 5] [--out FILE.json]
 
 Synthetic adapters on q and v: a running one of rank 32 and a new one of rank 16, folded and truncated to 32, from
-folders on disk to a folder on disk. PEFT's `add_weighted_adapter(combination_type="svd")` does the same on a few
-modules of the same size; its time is scaled to their number. The dense optimum is the truncated SVD in float64. Extra
-memory is the largest rise of resident memory, pages of the mapped input and output files included.
+folders on disk to a folder on disk, as `pm-llm merge` does. PEFT's `add_weighted_adapter(combination_type="svd")` does
+the same on a few modules of the same size; its time is scaled to their number. The dense optimum is the truncated SVD
+in float64. Extra memory is the largest rise of resident memory, pages of the mapped input and output files included.
 """
 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -63,14 +65,16 @@ def error(shape: str) -> float:
     """Relative error of one folded module against the truncated SVD of the dense sum, in float64."""
     import torch
 
-    from pm_llm import Merger
     from pm_llm.adapters import Adapter
+    from pm_llm.lowrank import LowRank
+    from pm_llm.merges.files import merge_folders
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_adapters(shape, folder, 1)
         running, new = Adapter.load(folder / "running"), Adapter.load(folder / "new")
-        found = Merger("constant", max_rank=32, coefficient=0.5).fold(running, new).factors
+        merge_folders(folder / "running", folder / "new", 0.5, 32, folder / "out")
+        found = {name: LowRank(x.B.clone(), x.A.clone()) for name, x in Adapter.load(folder / "out").factors.items()}
         which = next(iter(found))
         dense = sum(
             s * (x.factors[which].B.double() @ x.factors[which].A.double()) for s, x in ((1.0, running), (0.5, new))
@@ -86,14 +90,19 @@ def main() -> None:
     arguments.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     arguments.add_argument("--peft-modules", type=int, default=1, help="timed with PEFT at 7b; 0: none")
     arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--write", type=Path, help="only write the adapters, into this folder")
     given = arguments.parse_args()
+    if given.write:
+        write_adapters(given.shapes[0], given.write, LAYERS[given.shapes[0]])
+        return
     from pm_llm.merges.files import merge_folders
 
     rows = []
     for shape in given.shapes:
         with tempfile.TemporaryDirectory(dir=".") as name:
             folder = Path(name)
-            write_adapters(shape, folder, LAYERS[shape])
+            # in a process of its own, whose freed memory would hide what a fold takes in this one
+            subprocess.run([sys.executable, __file__, "--shapes", shape, "--write", folder], check=True)
             adapter = (folder / "running" / "adapter_model.safetensors").stat().st_size
             seconds, memory = [], []
             for i in range(given.repeats):

@@ -1,9 +1,9 @@
-"""A hundred simulated tasks: time a fold, state on disk, and peak memory, after ten tasks and after a hundred.
+"""A hundred simulated tasks: time a fold, state to go on from, and peak memory, after ten tasks and after a hundred.
 
     python benchmarks/many_tasks.py [--tasks 100] [--modules 16] [--size 1024] [--form factored] [--out FILE.json]
 
 Synthetic adapters of rank 8 with factored Fishers, each fold from and to disk as a run does it: running adapter and
-curvature are written and read back between tasks. The
+curvature are written and read back between tasks. (A run's folder keeps every task's adapters besides.) The
 rank (32) is reached after four tasks; time and memory are medians of the nine tasks around the one named.
 """
 
@@ -70,12 +70,13 @@ def main() -> None:
             {
                 "after task": task,
                 "seconds a fold": statistics.median(seconds[near]),
-                "state on disk, MiB": disk[task - 1] / 2**20,
+                "state, MiB": disk[task - 1] / 2**20,
                 "extra memory, MiB": statistics.median(memory[near]) / 2**20,
             }
         )
     first, last = rows[0], rows[-1]
-    rows.append({"after task": "ratio last / first", **{k: last[k] / first[k] for k in list(first)[1:]}})
+    ratios = {k: last[k] / first[k] if first[k] else "-" for k in list(first)[1:]}
+    rows.append({"after task": "ratio last / first", **ratios})
     show(rows, given.out)
 
 

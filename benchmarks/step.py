@@ -21,6 +21,21 @@ from common import parser, resident, show
 RUNNING_RANK, RANK = 64, 8
 
 
+def past_of_tasks(running: Any) -> Any:
+    """A merge rule that remembers as many tasks as fill its bounds, with random factored Fishers."""
+    import torch
+
+    from pm_llm import Merger
+    from pm_llm.fisher import Fisher
+    from pm_llm.fisher.factored import Factored
+
+    merger, merged = Merger("optimal", max_rank=RUNNING_RANK), None
+    for _ in range(4):
+        fisher = {n: Factored(torch.rand(x.shape[0]), torch.rand(x.shape[1])) for n, x in running.factors.items()}
+        merged = merger.fold(merged, running, Fisher(fisher))
+    return merger.rule
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     arguments = parser(__doc__)
@@ -38,6 +53,7 @@ def main() -> None:
     from pm_llm import ContinualSFTTrainer, Perturb
     from pm_llm.adapters import Adapter, set_active
     from pm_llm.config import LoraSection
+    from pm_llm.constraints.curvature import Curvature
     from pm_llm.folding import folded, why_not
     from pm_llm.lowrank import LowRank
     from pm_llm.models import load_base
@@ -115,7 +131,10 @@ def main() -> None:
     def memory() -> int:
         return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
 
+    penalty = Curvature()
+    penalty.prepare(running.factors, past_of_tasks(running))
     ways = {"plain": (perturb[:0], "alone"), "perturbed": (perturb, "alone")}
+    ways |= {"perturbed, curvature penalty": ([*perturb, penalty], "alone")}
     ways |= {"plain, running as two adapters": (perturb[:0], "two adapters")}
     if why_not(model) is None:
         ways["plain, running folded"] = (perturb[:0], "folded")

@@ -127,7 +127,13 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:
-        """Read an adapter folder. Raises PmLlmError if it is missing, damaged, or not a LoRA that folds exactly."""
+        """Read an adapter folder; its tensors stay in the file, which is mapped into memory.
+
+        So do not write into that file while the adapter is in use (replacing it by another of its name is safe).
+
+        Raises:
+            PmLlmError: If it is missing, damaged, or not a LoRA that folds exactly.
+        """
         folder = Path(folder)
         kind = check_files(folder)["peft_type"]
         if kind != "LORA":

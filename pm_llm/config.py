@@ -183,6 +183,11 @@ class RunConfig:
             )
         if not start.continues and (in_factors or (perturb is not None and perturb.space == "factors")):
             raise PmLlmError(f"space factors needs start continue; start is {method.start.name!r}.")
+        moved = [merge, *([perturb] if perturb is not None else [])]
+        if any(getattr(one, "space", "weights") != ("factors" if in_factors else "weights") for one in moved) or (
+            self.space == "factors" and not in_factors
+        ):
+            raise PmLlmError("space factors needs merge optimal and constrain perturb in factors, both or neither.")
         if self.start is not None and self.space == "factors" and Choice.parse(self.start, "start").name != "continue":
             raise PmLlmError(f"space factors needs start continue; start is {self.start!r}. Leave it out.")
         rank = max([self.lora.r, *self.lora.rank_pattern.values()])

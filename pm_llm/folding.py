@@ -15,6 +15,7 @@ from pm_llm.adapters import lora_layers, set_active
 from pm_llm.errors import PmLlmError
 from pm_llm.starts import RUNNING, TASK
 
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch
 
 
@@ -27,8 +28,8 @@ def why_not(model: nn.Module) -> str | None:
     )  # a tied weight is used by several modules
     layers: dict[str, Any] = dict(lora_layers(model))
     for name, layer in layers.items():
-        weight = layer.get_base_layer().weight
-        if weight.ndim != 2 or not weight.dtype.is_floating_point:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is None or weight.ndim != 2 or weight.dtype not in PLAIN:
             return f"the weights of {name} are quantised"
         if used[id(weight)] > 1:
             return f"the weights of {name} are shared with another layer"

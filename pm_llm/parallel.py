@@ -11,6 +11,9 @@ import torch
 Result = TypeVar("Result")
 
 
+MOST = 8  # modules at once: each has its own intermediate matrices
+
+
 def each(function: Callable[[str], Result], names: Iterable[str]) -> dict[str, Result]:
     """`function` of every name, in their order, on as many threads as torch may use; each call itself uses one.
 
@@ -19,8 +22,9 @@ def each(function: Callable[[str], Result], names: Iterable[str]) -> dict[str, R
     names, threads = list(names), torch.get_num_threads()
     if threads == 1:
         return {name: function(name) for name in names}
+    pool = ThreadPoolExecutor(min(threads, MOST), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return dict(zip(names, pool.map(function, names), strict=True))
+        return dict(zip(names, pool.map(function, names), strict=True))
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from pm_llm.tasks import Example, Task
 
 # keys without influence on any result, beyond the rounding of sums
 FREE = (
-    *("output_dir", "train.save_steps", "fisher.storage"),
+    *("output_dir", "train.save_steps", "fisher.storage", "fold_running"),
     *("fisher.batch_size", "evaluation.batch_size", "evaluation.batch_tokens"),
 )
 # keys that say which rows are trained and scored on: judged by the rows themselves

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -116,8 +116,10 @@ class ContinualSequence:
         clock = Clock(self.state.device)
         self._prepare(running)
         rows = self._features(task)
+        began = Adapter.from_model(self.model, TASK) if running is None else None
         chosen, fisher = self._chosen(number, task, rows), None
-        with folded(self.model, self.config.fold_running):
+        with self._folded():
+            clock.stop("prepare")
             loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
             clock.stop("fisher")
             logs, seconds = self._train(number, task, rows, merger, running)
@@ -126,11 +128,12 @@ class ContinualSequence:
             if is_sharded(self.model):  # what follows runs on whole models, each process with its share of the rows
                 self._load()
                 self._prepare(running)
-                self._as_trained(running, new)
+                self._as_trained(new)
             if merger.rule.needs_fisher:
-                fisher = self._fisher(merger, chosen, running, new, loss_before)
+                fisher = self._fisher(merger, chosen, running, new, loss_before, began)
             clock.stop("fisher")
-        merged = merger.fold(running, new, fisher, continues=self.start.continues)
+        clock.stop("prepare")
+        merged = merger.fold(running, new, fisher, continues=self.start.continues, start=began)
         self._activate(merged)
         clock.stop("merge")
         report = merger.report
@@ -149,6 +152,8 @@ class ContinualSequence:
             "rank": report.rank,
             "curvature": next((log["curvature"] for log in reversed(logs) if "curvature" in log), None),
             "curvature_errors": report.curvature_errors,
+            "losses": fisher.losses if fisher is not None else None,
+            "exact_curvature": fisher.exact if fisher is not None else None,
             "seconds": {**clock.seconds, "train": seconds, "evaluate": 0.0},
             "peak_memory_bytes": clock.peak_memory,
             "scores": {},
@@ -198,20 +203,31 @@ class ContinualSequence:
         return ChosenRows(task.name, rows, self.config.fisher, seed, self.base.tokenizer)
 
     def _fisher(
-        self, merger: Merger, chosen: ChosenRows, running: Adapter | None, new: Adapter, loss_before: float | None
+        self,
+        merger: Merger,
+        chosen: ChosenRows,
+        running: Adapter | None,
+        new: Adapter,
+        loss_before: float | None,
+        began: Adapter | None,
     ) -> Fisher:
         rule, direction = merger.rule, None
         if rule.needs_direction:
-            past = running.factors if running is not None else {}
-            direction = rule.direction(Fold(merger.tasks + 1, past, new.factors, self.start.continues))
+            past, first = running.factors if running is not None else {}, began.factors if began is not None else {}
+            direction = rule.direction(Fold(merger.tasks + 1, past, new.factors, self.start.continues, start=first))
         form = "factors" if getattr(rule, "space", "weights") == "factors" else self.config.fisher.form
         return chosen.fisher(self.model, form, direction, loss_before, self.zeros)
 
-    def _as_trained(self, running: Adapter | None, new: Adapter) -> None:
+    def _as_trained(self, new: Adapter) -> None:
         """The model, prepared for a task, as it was right after that was trained."""
+        active = list(self.model.active_adapters)
         new.attach(self.model, TASK)
-        beneath = [RUNNING] if running is not None and not self.start.continues else []
-        set_active(self.model, [*beneath, TASK], trainable=TASK)
+        set_active(self.model, active, trainable=TASK)
+
+    def _folded(self) -> AbstractContextManager:
+        """The running adapter in the base weights, where that can be."""
+        sharded = {"deepspeed", "fsdp"} & self.config.train.extra.keys()
+        return folded(self.model, "never" if sharded else self.config.fold_running)
 
     def _activate(self, merged: Adapter) -> None:
         """Only the running adapter, frozen."""
@@ -264,12 +280,16 @@ class ContinualSequence:
             say(f"curvature of task {number} of {len(self.stages)}, {task.name}, once more")
             new = Adapter.load(self.run_dir.stage_adapter(number - 1, TASK_ADAPTER))
             chosen = self._chosen(number, task, self._features(task))
+            set_seed(self.config.seed * 1000 + number)
             self._prepare(running)
-            loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
-            self._as_trained(running, new)
-            fisher = self._fisher(merger, chosen, running, new, loss_before)
-            merger.fold(running, new, fisher, continues=self.start.continues)
-            if abs(merger.report.raw_coefficient - entry["raw_coefficient"]) > 1e-2 * abs(entry["raw_coefficient"]):
+            began = Adapter.from_model(self.model, TASK) if running is None else None
+            with self._folded():
+                loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
+                self._as_trained(new)
+                fisher = self._fisher(merger, chosen, running, new, loss_before, began)
+            merger.fold(running, new, fisher, continues=self.start.continues, start=began)
+            before = entry["raw_coefficient"]
+            if abs(merger.report.raw_coefficient - before) > 1e-2 * max(abs(before), 0.1):
                 raise PmLlmError(
                     f"the curvature of task {task.name!r} gives the coefficient {merger.report.raw_coefficient:.4f} "
                     f"now and gave {entry['raw_coefficient']:.4f}. Restart from an earlier task, or run elsewhere."

@@ -82,6 +82,7 @@ class ConstraintMixin:
         if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:  # type: ignore[attr-defined]
             raise AlreadyTrainedError
         step = self._next_step()
+        self._check_sharding()
         factor = prod(c.scale(step) for c in self.constraints if c.space == "weights")
         stretch = prod(c.scale(step) for c in self.constraints if c.space == "factors")
         layers, name = self._layers, self.adapter_name
@@ -101,9 +102,6 @@ class ConstraintMixin:
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not self._penalised or not model.training:
             return found
-        if is_sharded(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
-            names = ", ".join(type(c).__name__ for c in self._penalised)
-            raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
         # the share of this pass, which the Trainer divides by the number of passes unless the loss counts tokens
         passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
@@ -112,6 +110,12 @@ class ConstraintMixin:
         if isinstance(found, tuple):
             return (found[0] + penalty, *found[1:])
         return found + penalty
+
+    def _check_sharding(self) -> None:
+        whole = [type(c).__name__ for c in self.constraints if c in self._penalised or c.space == "factors"]
+        if whole and is_sharded(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
+            names = ", ".join(whole)
+            raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
 
     def _sum_of_penalties(self) -> Tensor:
         """What the constraints add to a step's loss, of the update as it is without a scale."""
@@ -158,6 +162,7 @@ class ConstraintMixin:
         if checkpoint is None or not file.is_file():
             return
         found = load_file(file)
+        self._origin = [found[f"origin.{j}"] for j in range(len(self._origin))]
         for i, constraint in enumerate(self.constraints):
             constraint.load_state(
                 {k: [found[f"{i}.{k}.{j}"] for j in range(len(v))] for k, v in constraint.state().items()}
@@ -176,9 +181,10 @@ class ConstraintMixin:
                 shutil.rmtree(file.parent)
 
     def _constraint_sums(self) -> dict[str, Tensor]:
-        """What the constraints have summed up, each tensor under `constraint.name.number`."""
+        """What the constraints have summed up, each tensor under `constraint.name.number`, and the origin."""
         states = [constraint.state() for constraint in self.constraints]
-        return {f"{i}.{k}.{j}": x for i, s in enumerate(states) for k, v in s.items() for j, x in enumerate(v)}
+        sums = {f"{i}.{k}.{j}": x for i, s in enumerate(states) for k, v in s.items() for j, x in enumerate(v)}
+        return sums | {f"origin.{j}": x for j, x in enumerate(self._origin)}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.checkpoints is None:  # a checkpoint within a run is nothing to publish

@@ -43,7 +43,8 @@ def test_every_file_is_in_the_readme() -> None:
         ("fold", "--shapes 7b --peft-modules 0 --repeats 1", "| 7b | 64 |"),
         ("many_tasks", "--tasks 20 --modules 2 --size 64", "| ratio last / first |"),
         ("coefficient", "--seeds 0 --order sentiment,topic --train.max_steps 2", "mean absolute difference"),
-        ("overhead", "--rows 16 --samples 4", "| this run | 16 | 4 |"),
+        ("overhead", "--rows 16 --samples 4 --turns 1", "| this run | 16 | 4 |"),
+        ("fisher_samples", "--samples 2 4 --draws 2 --train.max_steps 2", "| 4 | "),
     ],
 )
 def test_claims_of_the_core(file: str, words: str, expected: str, tmp_path, monkeypatch, capsys) -> None:

@@ -12,7 +12,9 @@ from pm_llm.constraints import Step
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher
 from pm_llm.fisher.factors import Factors
+from pm_llm.fisher.measure import answer_loss, sum_fisher
 from pm_llm.lowrank import LowRank
+from pm_llm.merges import Fold
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
@@ -48,6 +50,44 @@ def test_coefficient_is_the_brute_force_minimum_over_the_factors() -> None:
         assert merger.report.rank == new.rank  # it never grows
         assert merger.report.truncation_error == 0.0
     assert 0.05 < merger.report.raw_coefficient < 0.95
+
+
+@pytest.mark.parametrize("current", ["diagonal", "exact"])
+def test_first_task_vector_is_from_where_it_began(current: str) -> None:
+    """Not from zero: A begins at random, and only its change is the task's."""
+    model = make_peft("llama")
+    start = Adapter.from_model(model, "default")
+    generator = torch.Generator().manual_seed(0)
+    for p in factors_of(lora_layers(model).values(), "default"):
+        p.data += torch.randn(p.shape, generator=generator) / 20
+    new = Adapter.from_model(model, "default")
+    rule = Merger("optimal", space="factors", fisher_scale="own", current=current).rule
+    direction = rule.direction(Fold(1, {}, new.factors, True, start=start.factors))
+    batches = [batch_of("llama", features("llama", 4))]
+    fisher = sum_fisher(model, batches, "factors", direction).mean()
+    # by autograd: the derivative of each example's loss along (dB, dA) in the live factors
+    model.eval()
+    total = 0.0
+    for row in features("llama", 4):
+        loss, slope = answer_loss(model, batch_of("llama", [row])), 0.0
+        for name, layer in lora_layers(model).items():
+            pair = [layer.lora_B["default"].weight, layer.lora_A["default"].weight]
+            gb, ga = torch.autograd.grad(loss, pair, retain_graph=True)
+            a, b = new.factors[name], start.factors[name]
+            slope += float((gb * (a.B - b.B) / layer.scaling["default"]).sum() + (ga * (a.A - b.A)).sum())
+        total += slope**2 / 4
+    assert fisher.exact == pytest.approx(total, rel=1e-4)
+    merger = Merger(rule)
+    merger.fold(None, new, fisher, start=start)
+    if current == "exact":
+        size = fisher.exact
+    else:
+        steps = {n: LowRank(x.B - start.factors[n].B, x.A - start.factors[n].A) for n, x in new.factors.items()}
+        size = sum(f.inner(steps[n], steps[n]) for n, f in fisher.modules.items())
+    for name, past in rule.past.items():
+        torch.testing.assert_close(past.S.B, fisher.modules[name].B / size)
+    with pytest.raises(PmLlmError, match="start="):
+        Merger("optimal", space="factors", fisher_scale="own").fold(None, new, fisher)
 
 
 def test_merge_is_of_the_factors_not_of_their_product() -> None:
@@ -162,6 +202,10 @@ def test_a_run_in_factors_keeps_rank_and_state(family: str, tmp_path, pico_folde
         ({"merge": {"name": "optimal", "space": "factors"}}, "start continue"),
         ({"constrain": {"name": "perturb", "space": "factors"}}, "start continue"),
         ({"start": "continue"}, "space factors"),
+        ({"space": "factors", "method": "average"}, "both or neither"),
+        ({"space": "factors", "merge": {"name": "optimal", "space": "weights"}}, "both or neither"),
+        ({"space": "factors", "constrain": {"name": "perturb", "space": "weights"}}, "would perturb the past"),
+        ({"start": "continue", "constrain": {"name": "perturb", "space": "factors"}}, "both or neither"),
         ({"space": "factors", "max_rank": 4}, "max_rank is 4"),
         ({"space": "factors", "truncation": "fisher"}, "truncation fisher"),
         ({"method": "seqlora", "truncation": "fisher"}, "truncation fisher"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM, set_seed
 
 from pm_llm import lowrank
 from pm_llm.adapters import Adapter, lora_layers, scaled, set_active
@@ -78,6 +80,39 @@ def test_a_layer_called_twice_has_one_gradient() -> None:
     for row in rows:
         expected += torch.autograd.grad(answer_loss(model, batch_of("llama", [row])), [weight])[0] ** 2
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_call_that_the_loss_does_not_see_takes_nothing_away() -> None:
+    model = make_peft("llama", random_b=True)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    batch = batch_of("llama", rows_of("llama"))
+    expected = sum_fisher(model, [batch], "factored").modules
+
+    def again(module, args, output) -> None:
+        layer(args[0])
+
+    model.get_base_model().model.layers[1].register_forward_hook(again)
+    found = sum_fisher(model, [batch], "factored").modules
+    for name, sums in expected.items():
+        assert torch.equal(found[name]["r"], sums["r"])
+
+
+def test_dropout_of_a_checkpointed_layer_is_off() -> None:
+    """OPT's layers drop by themselves, and checkpoint in training mode only."""
+    config = OPTConfig(
+        **{"vocab_size": 1024, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"dropout": 0.5, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "word_embed_proj_dim": 32},
+    )
+    set_seed(0)
+    model = get_peft_model(OPTForCausalLM(config), LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
+    batches = batches_of("llama", 3)
+    expected = sum_fisher(model, batches, "factored")
+    model.gradient_checkpointing_enable()
+    found = sum_fisher(model, batches, "factored")
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+    for name, sums in expected.modules.items():
+        torch.testing.assert_close(found.modules[name]["r"], sums["r"], rtol=1e-3, atol=1e-7)
+    assert model.get_base_model().model.decoder.layers[0].dropout == 0.5
 
 
 def test_no_matrix_of_the_weights_shape_is_made() -> None:
@@ -321,13 +356,16 @@ def test_exact_current_curvature_counts_in_the_coefficient() -> None:
     ("scale", "fisher", "expected"),
     [
         ("measured", Fisher(pair(0).modules), "losses"),
-        ("measured", Fisher(pair(0).modules, losses=(1.0, 2.0)), "Train longer"),
         ("best", pair(0), "raw, trace, own or measured"),
     ],
 )
 def test_what_was_not_measured_is_an_error(scale: str, fisher: Fisher, expected: str) -> None:
     with pytest.raises(PmLlmError, match=expected):
         scale_of(fisher, scale, 1.0)
+
+
+def test_a_task_that_was_not_learnt_counts_little_but_is_no_error() -> None:
+    assert 3.0 / scale_of(Fisher(pair(0).modules, losses=(1.0, 2.0)), "measured", 3.0) / 2 == pytest.approx(0.01)
 
 
 def test_exact_without_its_measurement_is_an_error() -> None:

@@ -147,6 +147,13 @@ def test_fsdp2_of_tied_embeddings_is_refused(pico_folders, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_fsdp2_of_the_factors_is_refused(pico_folders, tmp_path) -> None:
+    command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["llama"], 4), "--space", "factors"]
+    assert start([*command, "--output_dir", str(tmp_path / "run")], tmp_path / "log").wait(timeout=120) != 0
+    assert "pm-llm: error: Perturb needs the whole adapter in every process" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
 def test_two_machines(one_process, pico_folders, tmp_path) -> None:
     """Two launchers that find each other on loopback, a process each, with a folder that both see."""
     with socket.socket() as free:

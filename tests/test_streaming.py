@@ -120,7 +120,7 @@ print("added", peak[0] - before)
         env={"MALLOC_MMAP_THRESHOLD_": "65536", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )
     added = int(re.findall(r"added (-?\d+)", done.stdout)[0])
-    one = sum((tmp_path / "running" / "adapter_model.safetensors").stat().st_size for _ in range(1))
+    one = (tmp_path / "running" / "adapter_model.safetensors").stat().st_size
     assert one > 16e6
     assert added < one  # all in memory would be three adapters and more
     merged = Adapter.load(tmp_path / "out")
@@ -186,6 +186,32 @@ def test_fisher_truncation_loses_less_of_what_matters(form: str) -> None:
         assert error[truncation] ** 2 == pytest.approx(share, rel=1e-4)
     assert cost["fisher"] < 0.9 * cost["plain"]
     assert error["fisher"] > error["plain"]
+
+
+def test_a_module_that_no_task_sees_is_truncated_plainly() -> None:
+    found = []
+    for truncation in ("plain", "fisher"):
+        merger, running = Merger("optimal", max_rank=4, truncation=truncation), None
+        for t in range(2):
+            new = wide_adapter(t, 4, modules=2, size=40)
+            fisher = fisher_of(new, t)
+            fisher.modules["layers.1.q_proj"] = fisher.modules["layers.1.q_proj"].divided(float("inf"))
+            running = merger.fold(running, new, fisher)
+        found.append(running.factors["layers.1.q_proj"])
+        assert torch.isfinite(found[-1].B).all()
+    assert torch.equal(found[0].B, found[1].B)
+
+
+def test_what_a_fold_returns_is_its_own(tmp_path) -> None:
+    """Adapters on disk are mapped: the result must not change with the file it came from."""
+    random_adapter(0).save(tmp_path / "a")
+    running = Merger("sum").fold(None, tmp_path / "a")
+    before = {n: (x.B.clone(), x.A.clone()) for n, x in running.factors.items()}
+    file = tmp_path / "a/adapter_model.safetensors"
+    with file.open("r+b") as opened:  # in place, as no library should
+        opened.seek(-80, 2)
+        opened.write(bytes(80))
+    assert all(torch.equal(x.B, before[n][0]) and torch.equal(x.A, before[n][1]) for n, x in running.factors.items())
 
 
 def test_truncation_by_name_only_where_it_can_be() -> None:

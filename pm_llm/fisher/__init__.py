@@ -168,7 +168,8 @@ def scale_of(fisher: Fisher, scale: str, own: float) -> float:
 
     `raw`: 1 (the paper). `trace`: the mean of the diagonal becomes 1. `own`: the task's own quadratic
     `Delta' F Delta` becomes 1. `measured`: `1/2 Delta' F Delta` becomes the loss that training took away, measured at
-    both ends of the task vector on the task's own rows.
+    both ends of the task vector on the task's own rows; at least a hundredth of the loss before (a choice), or a task
+    that was not learnt would have no place in the sum.
 
     Args:
         fisher: The task's Fisher.
@@ -190,12 +191,7 @@ def scale_of(fisher: Fisher, scale: str, own: float) -> float:
         if fisher.losses is None:
             raise PmLlmError("fisher_scale 'measured' needs the loss before and after training; give Fisher(losses=).")
         before, after = fisher.losses
-        if not before > after:
-            raise PmLlmError(
-                f"fisher_scale 'measured': the loss on the task's own rows was {before:.4g} before training and is "
-                f"{after:.4g} after it, so there is no curvature to match. Train longer, or use another fisher_scale."
-            )
-        size /= 2 * (before - after)
+        size /= 2 * max(before - after, before / 100)
     if not 0 < size < float("inf"):
         raise PmLlmError(
             f"fisher_scale {scale!r}: the value to divide by is {size}. The adapter did not move or diverged."

@@ -11,6 +11,8 @@ from pm_llm.accumulators import Zeros
 from pm_llm.fisher import Diagonal, Layer, Past, Penalty, Room
 from pm_llm.lowrank import LowRank
 
+BLOCK = 512  # rows at a time, where a sum is in float64
+
 
 class DensePast(Past):
     """S and m as (d_out, d_in) matrices: 8 bytes for each weight of each adapted matrix."""
@@ -32,7 +34,11 @@ class DensePast(Past):
         return Dense(self.S).inner(delta, delta)
 
     def pull(self, running: LowRank, delta: LowRank) -> float:
-        return float(((self.m - self.S * running.dense()).double() * delta.dense().double()).sum())
+        total = 0.0
+        for rows in torch.arange(len(self.S)).split(BLOCK):
+            slope = self.m[rows].double() - self.S[rows].double() * (running.B[rows] @ running.A)
+            total += float((slope * (delta.B[rows] @ delta.A)).sum())
+        return total
 
     def penalty(self, running: LowRank) -> Penalty:
         S, slope = self.S, self.S * running.dense() - self.m
@@ -74,7 +80,10 @@ class Dense(Diagonal):
         return self if size == 1 else Dense(self.F / size)
 
     def inner(self, x: LowRank, y: LowRank) -> float:
-        return float((self.F.double() * x.dense().double() * y.dense().double()).sum())
+        total = 0.0
+        for rows in torch.arange(len(self.F)).split(BLOCK):
+            total += float((self.F[rows].double() * (x.B[rows] @ x.A) * (y.B[rows] @ y.A)).sum())
+        return total
 
     def trace(self) -> float:
         return float(self.F.double().sum())

@@ -96,12 +96,14 @@ class Factored(Diagonal):
     @staticmethod
     def blank(layer: Layer, zeros: Zeros) -> dict[str, Tensor]:
         d_out, d_in = layer.shape
-        return {"r": zeros(d_out), "c": zeros(d_in)}
+        like = layer.factors.B  # small: they stay where the model is until all rows are seen
+        return {"r": like.new_zeros(d_out), "c": like.new_zeros(d_in)}
 
     @staticmethod
     def add(sums: dict[str, Tensor], x: Tensor, g: Tensor, layer: Layer) -> None:
-        sums["r"] += (g * (x @ x.mT @ g)).sum(dim=(0, 1)).cpu()
-        sums["c"] += (x * (g @ g.mT @ x)).sum(dim=(0, 1)).cpu()
+        # sums of squares, which rounding may take below zero where they nearly vanish
+        sums["r"] += (g * (x @ x.mT @ g)).sum(dim=1).clamp(min=0).sum(dim=0)
+        sums["c"] += (x * (g @ g.mT @ x)).sum(dim=1).clamp(min=0).sum(dim=0)
 
     def divided(self, size: float) -> Factored:
         return self if size == 1 else Factored(self.r / size, self.c / size)
@@ -112,7 +114,8 @@ class Factored(Diagonal):
 
     def times(self, x: LowRank) -> LowRank:
         """`F o x = (diag(r) B) (A diag(c)) / sum(r)`, of the same rank."""
-        return LowRank(self.r[:, None] * x.B, x.A * (self.c / max(self.trace(), torch.finfo(torch.float32).tiny)))
+        total = self.trace()
+        return LowRank(self.r[:, None] * x.B, x.A * (self.c / total if total > 0 else 0 * self.c))
 
     def trace(self) -> float:
         return float(self.r.double().sum())

@@ -55,7 +55,7 @@ class Sums:
         """
         n = self.count if count is None else count
         modules = {
-            name: form_of(self.form)(**{key: x.div_(n) for key, x in sums.items()})
+            name: form_of(self.form)(**{key: x.div_(n).cpu() for key, x in sums.items()})
             for name, sums in self.modules.items()
         }
         along = {name: float(x) / n for name, x in self.along.items()}
@@ -78,7 +78,7 @@ def sum_fisher(
     gets a gradient, nor does any parameter. Gradient checkpointing holds if the model has it switched on.
 
     Args:
-        model: A (possibly wrapped) PeftModel with one trainable adapter; left in the mode it had.
+        model: A PeftModel with one trainable adapter; left in the mode it had.
         batches: Model inputs with `labels`, -100 outside the answer.
         form: `dense`, `factored` or `factors`.
         direction: The task vector of each module, for the exact curvature along it.
@@ -93,14 +93,14 @@ def sum_fisher(
     device = next(model.parameters()).device
     towards = {n: LowRank(x.B.to(device), x.A.to(device)) for n, x in (direction or {}).items()}
     if direction is not None:
-        sums.along = {name: torch.zeros((), dtype=torch.float64) for name in (*layers, ALONG)}
+        sums.along = {name: torch.zeros((), device=device) for name in (*layers, ALONG)}
 
     def take(name: str, x: Tensor, g: Tensor) -> None:
         x, g = x.float(), g.float()
         kind.add(sums.modules[name], x, g, layers[name])
         if towards:
             slopes = (g * (x @ towards[name].A.T @ towards[name].B.T)).sum(dim=(1, 2))  # <g' x, Delta> of each example
-            sums.along[name] += slopes.double().square().sum().cpu()
+            sums.along[name] += slopes.square().sum()
             slope.append(slopes)
 
     slope: list[Tensor] = []
@@ -112,7 +112,7 @@ def sum_fisher(
             sums.loss += loss.detach().cpu()
             sums.count += len(batch["labels"])
             if towards:
-                sums.along[ALONG] += torch.stack(slope).sum(dim=0).double().square().sum().cpu()
+                sums.along[ALONG] += torch.stack(slope).sum(dim=0).square().sum()
                 slope.clear()
             if progress is not None:
                 progress(len(batch["labels"]))
@@ -212,17 +212,27 @@ def tapped(model: Any, take: Take) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+    for name, pairs in waiting.items():  # called again where the loss does not see it
+        take(name, *(torch.cat(part, dim=1) for part in zip(*pairs, strict=True)))
 
 
 @contextmanager
 def _quiet(model: Any) -> Iterator[None]:
-    """Within the block: evaluation mode, but for what checkpoints, and no parameter that wants a gradient."""
+    """Within the block: evaluation mode, but for what checkpoints, and no parameter that wants a gradient.
+
+    A layer checkpoints in training mode only; the dropout of its own that some have (OPT, BART) is set to 0.
+    """
+    dropouts: list[tuple[nn.Module, str, float]] = []
     modes = [(module, module.training) for module in model.modules()]
     wanting = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = True  # it checkpoints in this mode only; dropout is its children's
+            module.training = True
+            own = [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]
+            dropouts += [(module, key, getattr(module, key)) for key in own]
+            for key in own:
+                setattr(module, key, 0.0)
     for p in wanting:
         p.requires_grad_(False)
     try:
@@ -232,6 +242,8 @@ def _quiet(model: Any) -> Iterator[None]:
             p.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
+        for module, key, value in dropouts:
+            setattr(module, key, value)
 
 
 def _layers(model: Any) -> dict[str, Layer]:

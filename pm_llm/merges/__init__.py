@@ -26,13 +26,15 @@ Factors = Mapping[str, LowRank]
 @dataclass(frozen=True)
 class Fold:
     """What a merge rule sees: `task` (1, 2, ...), the running `M_{t-1}` (empty before the first task) and the adapter
-    just trained, per module; `continues` is whether that one began as the running adapter, so that it holds it."""
+    just trained, per module; `continues` is whether that one began as the running adapter, so that it holds it.
+    `start` is the first task's adapter as it began (empty: not known)."""
 
     task: int
     running: Factors
     new: Factors
     continues: bool = False
     fisher: Fisher | None = None
+    start: Factors = field(default_factory=dict)
 
     def delta(self, name: str) -> LowRank:
         """The task vector `Delta_t = theta*_t - M_{t-1}` of a module."""
@@ -169,6 +171,7 @@ class Merger:
         new: Adapter | str | Path,
         fisher: Fisher | Mapping[str, Tensor] | None = None,
         continues: bool = False,
+        start: Adapter | None = None,
         zeros: Zeros | None = None,
     ) -> Adapter:
         """The new running adapter; :attr:`report` says what was done. Modules are worked on one by one, in parallel.
@@ -178,6 +181,7 @@ class Merger:
             new: The adapter just trained (or its folder), on top of the frozen running one.
             fisher: The task's Fisher, for rules that need it; tensors are dense Fishers, (d_out, d_in).
             continues: Whether `new` itself began as the running adapter, so that it already holds it.
+            start: The first task's adapter as it began, for rules in the space of the factors.
             zeros: Where to put the result, see :mod:`pm_llm.accumulators`; by default in memory.
 
         Raises:
@@ -203,6 +207,7 @@ class Merger:
             new.factors,
             continues,
             None if fisher is None else Fisher.of(fisher),
+            start.factors if start is not None else {},
         )
         alpha = self.rule.coefficients(fold)
 
@@ -211,6 +216,8 @@ class Merger:
             kept, lost, total = self._truncated(name, merged)
             if zeros is not None:
                 kept = LowRank(zeros(*kept.B.shape).copy_(kept.B), zeros(*kept.A.shape).copy_(kept.A))
+            elif kept is merged:  # it may hold a mapped file's own tensors
+                kept = LowRank(kept.B.clone(), kept.A.clone())
             return kept, lost, total
 
         found = each(module, new.factors)
@@ -231,7 +238,7 @@ class Merger:
         if self.max_rank is None or x.rank <= self.max_rank:
             return x, 0.0, lowrank.inner(x, x)
         weights = self.rule.weights(name) if self.truncation == "fisher" else None
-        if weights is None:
+        if weights is None or not all(w.max() > 0 for w in weights):
             return lowrank.truncate(x, self.max_rank)
         # a row that no task cares for keeps a little weight, or what it holds would be lost to rounding
         kept, _, _ = lowrank.truncate(x, self.max_rank, *((w / w.max()).clamp(min=1e-6).sqrt() for w in weights))

@@ -143,11 +143,11 @@ class Optimal(Merge):
         self.past = {name: past_of(tensors) for name, tensors in modules.items()}
 
     def _delta(self, fold: Fold, name: str) -> LowRank:
-        new = fold.new[name]
-        if self.space == "weights" or not fold.running:
+        """The task vector; in factors the pair (B, A) less the one it began as."""
+        if self.space == "weights":
             return fold.delta(name)
-        before = fold.running[name]
-        return LowRank(new.B - before.B, new.A - before.A)
+        new, began = fold.new[name], fold.running or fold.start
+        return LowRank(new.B - began[name].B, new.A - began[name].A) if began else new
 
     def _groups(self, names: Iterable[str]) -> dict[str, list[str]]:
         """What has one alpha, and its modules; a layer's number is the first in a module's name."""
@@ -185,6 +185,8 @@ class Optimal(Merge):
         known = next((type(past) for past in self.past.values()), None)
         if known not in (None, next(iter(fisher.modules.values())).past):
             raise PmLlmError(f"the Fisher is {form}, but those of the tasks before were not. Keep to one form.")
+        if space == "factors" and not fold.running and not fold.start and self.fisher_scale in ("own", "measured"):
+            raise PmLlmError(f"optimal: fisher_scale {self.fisher_scale} in factors needs the first task's start=.")
         if space == "factors" and fold.running:
             if not fold.continues:
                 raise PmLlmError("optimal: space factors needs an adapter that continues the running one.")
