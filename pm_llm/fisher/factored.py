@@ -27,8 +27,8 @@ class FactoredPast(Past):
 
     One pair too many: the two are joined whose sum is changed least by it. Their row and column sums are added, which
     is the factored Fisher of both tasks' examples together. The rank of m is cut where it matters least to the
-    coefficient: with rows and columns weighted by the inverse roots of those of S, in which `<m, Delta>` is bounded by
-    the norm of what was cut times `<S o Delta, Delta>^(1/2)`.
+    coefficient: with rows and columns weighted by the inverse roots of S's row and column sums r and c. What was cut
+    then changes `<m, Delta>` by no more than its norm times `<(r c') o Delta, Delta>^(1/2)`.
     """
 
     names = ("r", "c", "mB", "mA")
