@@ -75,12 +75,16 @@ def main() -> None:
     parser.add_argument("--model", default="embedded:llama")
     parser.add_argument("--data-dir", help="with it the eight real tasks, without it the embedded ones")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, help="JSON file to write, after every run")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file, written after every run; runs it holds are not done again"
+    )
     given, more = parser.parse_known_args()
     keys = {key.removeprefix("--"): yaml.safe_load(value) for key, value in zip(more[::2], more[1::2], strict=True)}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
     for seed in given.seeds:
         for form in ("dense", "factored"):
+            if f"{form} {seed}" in found:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 settings = {**BOTH, **(REAL if given.data_dir else EMBEDDED), "data_dir": given.data_dir}
                 settings |= {"model": given.model, "seed": seed, **keys}
