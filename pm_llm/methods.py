@@ -15,6 +15,8 @@ from pm_llm.errors import PmLlmError, unknown_name
 STARTS = {
     "fresh": "pm_llm.starts.fresh:Fresh",
     "continue": "pm_llm.starts.continuing:Continue",
+    "last": "pm_llm.starts.last:Last",
+    "orthogonal": "pm_llm.starts.orthogonal:Orthogonal",
 }
 CONSTRAINTS = {
     "perturb": "pm_llm.constraints.perturb:Perturb",
@@ -24,6 +26,8 @@ MERGES = {
     "replace": "pm_llm.merges.replace:Replace",
     "sum": "pm_llm.merges.summation:Sum",
     "average": "pm_llm.merges.average:Average",
+    "exponential": "pm_llm.merges.exponential:Exponential",
+    "slao": "pm_llm.merges.slao:Slao",
     "constant": "pm_llm.merges.constant:Constant",
     "optimal": "pm_llm.merges.optimal:Optimal",
 }
@@ -116,5 +120,6 @@ PRESETS: dict[str, Method] = {
     "pm": Method(Choice("fresh"), (Choice("perturb"),), Choice("optimal")),  # P&M, arXiv 2505.22389
     "seqlora": Method(Choice("continue"), (), Choice("replace")),  # plain sequential fine-tuning
     "inclora": Method(Choice("fresh"), (), Choice("sum")),  # IncLoRA: new adapters are added up
+    "slao": Method(Choice("orthogonal"), (), Choice("slao")),  # SLAO: B averaged, A orthogonal at the start
     "average": Method(Choice("fresh"), (), Choice("average")),  # M_t = M_{t-1} + Delta_t / t
 }
