@@ -28,6 +28,11 @@ MERGES = {
     "average": "pm_llm.merges.average:Average",
     "exponential": "pm_llm.merges.exponential:Exponential",
     "slao": "pm_llm.merges.slao:Slao",
+    "task_arithmetic": "pm_llm.merges.arithmetic:Arithmetic",
+    "ties": "pm_llm.merges.ties:Ties",
+    "dare": "pm_llm.merges.dare:Dare",
+    "magmax": "pm_llm.merges.magmax:MagMax",
+    "opcm": "pm_llm.merges.opcm:Opcm",
     "constant": "pm_llm.merges.constant:Constant",
     "optimal": "pm_llm.merges.optimal:Optimal",
 }
@@ -121,5 +126,10 @@ PRESETS: dict[str, Method] = {
     "seqlora": Method(Choice("continue"), (), Choice("replace")),  # plain sequential fine-tuning
     "inclora": Method(Choice("fresh"), (), Choice("sum")),  # IncLoRA: new adapters are added up
     "slao": Method(Choice("orthogonal"), (), Choice("slao")),  # SLAO: B averaged, A orthogonal at the start
+    "task_arithmetic": Method(Choice("fresh"), (), Choice("task_arithmetic", {"scale": 0.5})),  # arXiv 2212.04089
+    "ties": Method(Choice("fresh"), (), Choice("ties")),  # arXiv 2306.01708
+    "dare": Method(Choice("fresh"), (), Choice("dare")),  # arXiv 2311.03099
+    "magmax": Method(Choice("last"), (), Choice("magmax")),  # arXiv 2407.06322
+    "opcm": Method(Choice("last"), (), Choice("opcm")),  # arXiv 2501.09522
     "average": Method(Choice("fresh"), (), Choice("average")),  # M_t = M_{t-1} + Delta_t / t
 }
