@@ -21,8 +21,9 @@ class Opcm(Merge):
         M_t = (lambda_{t-1} M_{t-1} + P(theta*_t)) / lambda_t
 
     P keeps the directions `u_i v_j'` with i, j > k and i != j; lambda_t is such that the norm of M_t is the mean norm
-    of the task vectors so far, which are relative to the base (`start: last` trains on from the last task). Uncertain: whether norms are of each matrix (taken here) or of the whole model. Beyond the
-    rank of M the singular vectors are arbitrary, so i = j is left out within its rank only.
+    of the task vectors so far, which are relative to the base (`start: last` trains on from the last task). Uncertain:
+    whether norms are of each matrix (taken here) or of the whole model. Beyond the rank of M the singular vectors are
+    arbitrary, so i = j is left out within its rank only.
 
     Args:
         threshold: Share of the singular values' sum that is kept clear.
