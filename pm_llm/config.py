@@ -181,6 +181,8 @@ class RunConfig:
                 "constrain perturb with start continue would perturb the past tasks too, since one adapter holds them "
                 "all. Use start fresh, or space factors, or constrain none."
             )
+        if method.merge.name == "slao" and not start.continues:
+            raise PmLlmError(f"merge slao needs a start that continues; start is {method.start.name!r}.")
         if not start.continues and (in_factors or (perturb is not None and perturb.space == "factors")):
             raise PmLlmError(f"space factors needs start continue; start is {method.start.name!r}.")
         moved = [merge, *([perturb] if perturb is not None else [])]
@@ -191,10 +193,10 @@ class RunConfig:
         if self.start is not None and self.space == "factors" and Choice.parse(self.start, "start").name != "continue":
             raise PmLlmError(f"space factors needs start continue; start is {self.start!r}. Leave it out.")
         rank = max([self.lora.r, *self.lora.rank_pattern.values()])
-        if in_factors and self.max_rank is not None and self.max_rank < rank:
+        if (in_factors or method.merge.name == "slao") and self.max_rank is not None and self.max_rank < rank:
             raise PmLlmError(
                 f"max_rank is {self.max_rank}, below the adapter's rank {rank}: truncation would change the factors "
-                "that space factors merges. Set max_rank to none."
+                "that are merged. Set max_rank to none."
             )
         if "curvature" in constraints:
             if method.merge.name != "optimal":

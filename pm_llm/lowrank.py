@@ -42,6 +42,12 @@ class LowRank:
         return self.B @ self.A
 
 
+def from_dense(x: Tensor) -> LowRank:
+    """A dense (d_out, d_in) matrix as factors of full rank, one of them the identity; for :func:`truncate` to cut."""
+    d_out, d_in = x.shape
+    return LowRank(torch.eye(d_out, dtype=x.dtype), x) if d_out < d_in else LowRank(x, torch.eye(d_in, dtype=x.dtype))
+
+
 def add(x: LowRank, y: LowRank) -> LowRank:
     """`x + y`, exact, rank(x) + rank(y): `[B_x | B_y] [A_x ; A_y]`."""
     if x.shape != y.shape:

@@ -15,6 +15,8 @@ from pm_llm.errors import PmLlmError, unknown_name
 STARTS = {
     "fresh": "pm_llm.starts.fresh:Fresh",
     "continue": "pm_llm.starts.continuing:Continue",
+    "last": "pm_llm.starts.last:Last",
+    "orthogonal": "pm_llm.starts.orthogonal:Orthogonal",
 }
 CONSTRAINTS = {
     "perturb": "pm_llm.constraints.perturb:Perturb",
@@ -24,6 +26,13 @@ MERGES = {
     "replace": "pm_llm.merges.replace:Replace",
     "sum": "pm_llm.merges.summation:Sum",
     "average": "pm_llm.merges.average:Average",
+    "exponential": "pm_llm.merges.exponential:Exponential",
+    "slao": "pm_llm.merges.slao:Slao",
+    "task_arithmetic": "pm_llm.merges.arithmetic:Arithmetic",
+    "ties": "pm_llm.merges.ties:Ties",
+    "dare": "pm_llm.merges.dare:Dare",
+    "magmax": "pm_llm.merges.magmax:MagMax",
+    "opcm": "pm_llm.merges.opcm:Opcm",
     "constant": "pm_llm.merges.constant:Constant",
     "optimal": "pm_llm.merges.optimal:Optimal",
 }
@@ -116,5 +125,11 @@ PRESETS: dict[str, Method] = {
     "pm": Method(Choice("fresh"), (Choice("perturb"),), Choice("optimal")),  # P&M, arXiv 2505.22389
     "seqlora": Method(Choice("continue"), (), Choice("replace")),  # plain sequential fine-tuning
     "inclora": Method(Choice("fresh"), (), Choice("sum")),  # IncLoRA: new adapters are added up
+    "slao": Method(Choice("orthogonal"), (), Choice("slao")),  # SLAO: B averaged, A orthogonal at the start
+    "task_arithmetic": Method(Choice("fresh"), (), Choice("task_arithmetic", {"scale": 0.5})),  # arXiv 2212.04089
+    "ties": Method(Choice("fresh"), (), Choice("ties")),  # arXiv 2306.01708
+    "dare": Method(Choice("fresh"), (), Choice("dare")),  # arXiv 2311.03099
+    "magmax": Method(Choice("last"), (), Choice("magmax")),  # arXiv 2407.06322
+    "opcm": Method(Choice("last"), (), Choice("opcm")),  # arXiv 2501.09522
     "average": Method(Choice("fresh"), (), Choice("average")),  # M_t = M_{t-1} + Delta_t / t
 }

@@ -63,6 +63,7 @@ class ContinualSequence:
             Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
         self.method = config.parsed_method()
         self.start = self.method.start.build("start")
+        self.last: Adapter | None = None  # as it was last trained
         self.state = process_state()
         self.run_dir = RunDir(config.output_dir)
         self.stopping = Stopping()
@@ -107,7 +108,7 @@ class ContinualSequence:
         self.model: Any = self.base.model
 
     def _prepare(self, running: Adapter | None) -> None:
-        self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq)
+        self.model = self.start.prepare(self.model, running, self.config.lora, self.base.seq2seq, self.last)
 
     # ---- one task ----
     def _stage(self, number: int, task: Task, merger: Merger, running: Adapter | None) -> Adapter:
@@ -135,6 +136,7 @@ class ContinualSequence:
         clock.stop("prepare")
         merged = merger.fold(running, new, fisher, continues=self.start.continues, start=began)
         self._activate(merged)
+        self.last = new if self.start.needs_last else None
         clock.stop("merge")
         report = merger.report
         entry = {
@@ -262,6 +264,8 @@ class ContinualSequence:
         else:
             merger.load_state(curvature or {}, done)
         running = Adapter.load(self.run_dir.adapter)
+        if self.start.needs_last:
+            self.last = Adapter.load(self.run_dir.stage_adapter(done - 1, TASK_ADAPTER))
         self._prepare(running)
         self._activate(running)
         self._evaluate(done - 1, self.stages[-1]["scores"])
@@ -295,6 +299,7 @@ class ContinualSequence:
                     f"now and gave {entry['raw_coefficient']:.4f}. Restart from an earlier task, or run elsewhere."
                 )
             running = Adapter.load(self.run_dir.stage_adapter(number - 1))
+            self.last = new if self.start.needs_last else None
             self._activate(running)
 
     def _finish(self) -> dict[str, Any]:

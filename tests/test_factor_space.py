@@ -107,7 +107,7 @@ def test_another_rank_or_a_fresh_adapter_is_refused() -> None:
     wider = Adapter({n: LowRank(torch.randn(6, 3), torch.randn(3, 5)) for n in first.factors}, first.place)
     with pytest.raises(PmLlmError, match="one rank"):
         merger.fold(running, wider, random_fisher(1, wider), continues=True)
-    with pytest.raises(PmLlmError, match="continues"):
+    with pytest.raises(PmLlmError, match="must continue"):
         merger.fold(running, random_adapter(1), random_fisher(1, first))
 
 

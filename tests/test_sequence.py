@@ -41,6 +41,10 @@ def test_every_preset_on_both_families(family: str, method: str, pico_folders, t
     coefficients = results["coefficients"]
     if method == "average":
         assert coefficients == pytest.approx([1, 1 / 2, 1 / 3])
+    elif method == "task_arithmetic":
+        assert coefficients == [0.5, 0.5, 0.5]
+    elif method == "slao":
+        assert coefficients == pytest.approx([1, 2**-0.5, 3**-0.5])
     elif method == "pm":
         assert coefficients[0] == 1
         assert 0 <= coefficients[2] < 1
@@ -49,13 +53,14 @@ def test_every_preset_on_both_families(family: str, method: str, pico_folders, t
     merged = Adapter.load(run / "adapter")
     assert merged.base_model == pico_folders[family]  # in every task's adapter, not the first one's alone
     assert merged.task_type == ("CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM")
-    assert merged.rank == (4 if method == "seqlora" else 6)
+    assert merged.rank == (4 if method in ("seqlora", "slao") else 6)
     task = Adapter.load(run / "stages/03-question/task_adapter")
     if method == "seqlora":
         for name, x in merged.factors.items():
             torch.testing.assert_close(x.dense(), task.factors[name].dense(), atol=1e-6, rtol=1e-5)
     curvature = list(run.glob("stages/*/curvature.safetensors"))
-    assert [p.parent.name for p in curvature] == (["03-question"] if method == "pm" else [])
+    remembers = method in ("pm", "ties", "dare", "opcm")
+    assert [p.parent.name for p in curvature] == (["03-question"] if remembers else [])
     log = [json.loads(line) for line in (run / "stages/01-sentiment/log.jsonl").read_text().splitlines()]
     assert any("loss" in line for line in log)
 
@@ -74,7 +79,14 @@ def test_merged_adapter_is_running_plus_coefficient_times_task(pico_folders, tmp
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("method", "where"),
-    [("pm", "_train"), ("pm", "_fisher"), ("pm", "_evaluate"), ("seqlora", "_train"), ("seqlora", "_evaluate")],
+    [
+        ("pm", "_train"),
+        ("pm", "_fisher"),
+        ("pm", "_evaluate"),
+        ("seqlora", "_train"),
+        ("seqlora", "_evaluate"),
+        ("slao", "_train"),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_going_on_after_a_stop_changes_nothing(

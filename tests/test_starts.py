@@ -7,9 +7,12 @@ import torch
 
 from pm_llm.adapters import Adapter, lora_layers, remove, trainable_adapter
 from pm_llm.config import LoraSection
+from pm_llm.lowrank import LowRank
 from pm_llm.starts import RUNNING, TASK
 from pm_llm.starts.continuing import Continue
 from pm_llm.starts.fresh import Fresh
+from pm_llm.starts.last import Last
+from pm_llm.starts.orthogonal import Orthogonal
 from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft, targets
 
 
@@ -35,6 +38,34 @@ def test_a_task_starts_from_the_running_model(family: str, start) -> None:
         # both train at the rate the user asked for, with the user's dropout
         assert layer.scaling[TASK] == pytest.approx(8.0)
         assert layer.lora_dropout[TASK].p == 0.1
+
+
+def test_last_and_orthogonal_begin_where_training_ended() -> None:
+    """Not at the merged adapter; at the user's scaling; orthogonal with an orthonormal basis of the rows of A."""
+    running, _, batch = running_adapter("llama")
+    last = running.replace_factors({n: LowRank(torch.randn_like(x.B), x.A) for n, x in running.factors.items()})
+    lora = LoraSection(r=4, lora_alpha=32, target_modules=targets("llama"))
+    found = {}
+    for start in (Last(), Orthogonal()):
+        model = start.prepare(make_model("llama"), running, lora, False, last).eval()
+        assert trainable_adapter(model) == TASK
+        assert model.active_adapters == [TASK]
+        assert all(layer.scaling[TASK] == pytest.approx(8.0) for layer in lora_layers(model).values())
+        found[type(start)] = Adapter.from_model(model, TASK).factors
+        with torch.no_grad():
+            model(**batch)
+    for name, x in last.factors.items():
+        torch.testing.assert_close(found[Last][name].dense(), x.dense())
+        a, b = found[Orthogonal][name].A, found[Orthogonal][name].B
+        torch.testing.assert_close(b, x.B)
+        torch.testing.assert_close(a @ a.T, torch.eye(4), atol=1e-5, rtol=0)
+        r = x.A @ a.T  # A = R' Q', lower triangular, and the basis is signed so that its diagonal is positive
+        torch.testing.assert_close(r @ a, x.A, atol=1e-5, rtol=1e-4)
+        assert r.triu(1).abs().max() < 1e-4
+        assert (r.diagonal() > 0).all()
+    for start in (Last(), Orthogonal()):  # the first task has none: a fresh adapter
+        model = start.prepare(make_model("llama"), None, lora, False)
+        assert all(not x.B.any() for x in Adapter.from_model(model, TASK).factors.values())
 
 
 @pytest.mark.parametrize("start", [Fresh(), Continue()])

@@ -100,6 +100,18 @@ class Merge:
         """The inverse of :meth:`state`."""
 
 
+def check_coordinates(rule: str, fold: Fold) -> None:
+    """Raise PmLlmError unless the two adapters' A and B can be compared entry by entry."""
+    if fold.running and not fold.continues:
+        raise PmLlmError(f"{rule}: the merge is of A and B themselves, so the adapter must continue (start continue).")
+    for name, before in fold.running.items():
+        if before.rank != fold.new[name].rank:
+            raise PmLlmError(
+                f"{rule}: the merge is of A and B themselves, so all tasks need one rank; module {name} has "
+                f"{before.rank} in the running adapter and {fold.new[name].rank} in the new one."
+            )
+
+
 @dataclass
 class FoldReport:
     """What one fold did. `truncation_error` is the relative Frobenius error over all modules (0: exact);

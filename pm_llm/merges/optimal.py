@@ -14,7 +14,7 @@ from torch import Tensor
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher, Past, Room, past_of, scale_of
 from pm_llm.lowrank import LowRank
-from pm_llm.merges import Coefficients, Fold, Merge
+from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates
 from pm_llm.parallel import each
 
 OPTIONS = {
@@ -187,15 +187,8 @@ class Optimal(Merge):
             raise PmLlmError(f"the Fisher is {form}, but those of the tasks before were not. Keep to one form.")
         if space == "factors" and not fold.running and not fold.start and self.fisher_scale in ("own", "measured"):
             raise PmLlmError(f"optimal: fisher_scale {self.fisher_scale} in factors needs the first task's start=.")
-        if space == "factors" and fold.running:
-            if not fold.continues:
-                raise PmLlmError("optimal: space factors needs an adapter that continues the running one.")
-            for name, before in fold.running.items():
-                if before.rank != fold.new[name].rank:
-                    raise PmLlmError(
-                        f"optimal: space factors needs one rank for all tasks; module {name} has {before.rank} in the "
-                        f"running adapter and {fold.new[name].rank} in the new one."
-                    )
+        if space == "factors":
+            check_coordinates("optimal", fold)
         return fisher
 
 

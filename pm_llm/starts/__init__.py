@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters import Adapter, lora_layers, remove, set_active
 from pm_llm.config import LoraSection
+from pm_llm.models import add_task_adapter
 
 RUNNING, TASK = "running", "task"  # the names of the two adapters in a live model
 
@@ -14,11 +15,30 @@ class Start:
     """Prepares the model for a task: exactly one trainable adapter, named `TASK`.
 
     `continues` says whether the trained adapter already holds the running one, or comes on top of it (then the running
-    one is active too, frozen, under the name `RUNNING`).
+    one is active too, frozen, under the name `RUNNING`). `needs_last` says whether it is given the adapter as it was
+    last trained, `last`.
     """
 
     continues = False
+    needs_last = False
 
-    def prepare(self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool) -> PeftModel:
+    def prepare(
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+    ) -> PeftModel:
         """`model` (a base model before the first task) with its adapters in place, active and trainable."""
         raise NotImplementedError
+
+
+def train_further(model: PeftModel, adapter: Adapter | None, lora: LoraSection, seq2seq: bool) -> PeftModel:
+    """`model` with one adapter, to be trained: a fresh one, or from where `adapter` is, at the same learning rate.
+
+    The scaling matters: with Adam a step moves W by `scaling` times the learning rate, and an adapter here comes with
+    its scaling folded in. Without unfolding it, every task but the first would train at another rate.
+    """
+    model = add_task_adapter(model, lora, seq2seq, TASK)
+    if adapter is not None:
+        scaling = {name: layer.scaling[TASK] for name, layer in lora_layers(model).items()}
+        adapter.attach(model, TASK, lora.lora_dropout, scaling)
+        remove(model, RUNNING)
+    set_active(model, [TASK], trainable=TASK)
+    return model

@@ -16,7 +16,9 @@ from pm_llm.starts import RUNNING, TASK, Start
 class Fresh(Start):
     """Train `W0 + M_{t-1} + Delta` from `Delta = 0`."""
 
-    def prepare(self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool) -> PeftModel:
+    def prepare(
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+    ) -> PeftModel:
         model = add_task_adapter(model, lora, seq2seq, TASK)
         if running is None:
             set_active(model, [TASK], trainable=TASK)

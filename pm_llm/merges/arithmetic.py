@@ -1,0 +1,23 @@
+"""Task arithmetic: the task vectors are scaled and added up (arXiv 2212.04089)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+from pm_llm.errors import PmLlmError
+from pm_llm.merges import Coefficients, Fold, Merge
+
+
+@dataclass
+class Arithmetic(Merge):
+    """`M_t = M_{t-1} + scale * Delta_t`, so `M_t = scale * sum_i Delta_i`: the first task is scaled too."""
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scale, (int, float)) or not isfinite(self.scale):
+            raise PmLlmError(f"task_arithmetic: scale is {self.scale!r}; it must be a finite number.")
+
+    def coefficients(self, fold: Fold) -> Coefficients:
+        return Coefficients.same(float(self.scale), fold.new)

@@ -1,0 +1,24 @@
+"""Last: the adapter as it was last trained is trained further, whatever became of it in the merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftModel
+
+from pm_llm.adapters import Adapter
+from pm_llm.config import LoraSection
+from pm_llm.starts import Start, train_further
+
+
+@dataclass
+class Last(Start):
+    """Train `W0 + theta` from `theta = theta*_{t-1}`: plain sequential training, with merging beside it."""
+
+    continues = True
+    needs_last = True
+
+    def prepare(
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+    ) -> PeftModel:
+        return train_further(model, last, lora, seq2seq)

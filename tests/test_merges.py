@@ -1,0 +1,203 @@
+"""Merge rules against their formulas, written differently, and in their limit cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.utils import merge_utils
+
+from pm_llm import Merger, lowrank
+from pm_llm.adapters import Adapter
+from pm_llm.config import load_config
+from pm_llm.errors import PmLlmError
+from pm_llm.lowrank import LowRank, from_dense
+from pm_llm.merges.opcm import project
+from tests.invariants.test_closed_form import random_adapter
+
+
+def folded(rule: str, count: int, continues: bool, **options) -> tuple[list[Adapter], list[Adapter], list[float]]:
+    """The adapters that came, the running one after each, and the coefficients."""
+    merger, running, came, left, used = Merger(rule, **options), None, [], [], []
+    for t in range(count):
+        came.append(random_adapter(t))
+        running = merger.fold(running, came[-1], continues=continues)
+        left.append(running)
+        used.append(merger.report.coefficient)
+    return came, left, used
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9])
+def test_exponential_is_the_weighted_mean_of_the_models(decay: float) -> None:
+    came, left, _ = folded("exponential", 5, continues=True, decay=decay)
+    for t in range(5):
+        weights = torch.tensor([decay ** (t - i) if t > i or decay else 1.0 for i in range(t + 1)])
+        for name, x in left[t].factors.items():
+            models = torch.stack([came[i].factors[name].dense() for i in range(t + 1)])
+            expected = (weights[:, None, None] * models).sum(0) / weights.sum()
+            torch.testing.assert_close(x.dense(), expected if decay else models[-1], atol=1e-5, rtol=1e-4)
+
+
+def test_exponential_near_one_is_the_average() -> None:
+    _, slow, _ = folded("exponential", 4, continues=False, decay=1 - 1e-7)
+    _, even, _ = folded("average", 4, continues=False)
+    for name, x in slow[-1].factors.items():
+        torch.testing.assert_close(x.dense(), even[-1].factors[name].dense(), atol=1e-4, rtol=1e-4)
+    with pytest.raises(PmLlmError, match="below 1"):
+        Merger("exponential", decay=1.0)
+
+
+def test_slao_takes_the_new_a_and_moves_b_by_one_over_root_t() -> None:
+    came, left, used = folded("slao", 4, continues=True)
+    b = {name: x.B for name, x in came[0].factors.items()}
+    for t in range(1, 4):
+        for name, x in left[t].factors.items():
+            share = (t + 1) ** -0.5
+            b[name] = (1 - share) * b[name] + share * came[t].factors[name].B
+            torch.testing.assert_close(x.B, b[name])
+            assert torch.equal(x.A, came[t].factors[name].A)
+    assert used == pytest.approx([1, 0.7071, 0.5774, 0.5], abs=1e-4)
+    assert left[-1].rank == came[0].rank
+
+
+def test_slao_needs_one_rank_and_an_adapter_that_continues() -> None:
+    merger = Merger("slao")
+    running = merger.fold(None, random_adapter(0), continues=True)
+    with pytest.raises(PmLlmError, match="must continue"):
+        merger.fold(running, random_adapter(1))
+    wide = Adapter({n: LowRank(torch.randn(6, 3), torch.randn(3, 5)) for n in running.factors}, running.place)
+    with pytest.raises(PmLlmError, match="one rank"):
+        merger.fold(running, wide, continues=True)
+    for keys in ({"method": "slao", "start": "fresh"}, {"method": "slao", "max_rank": 4}):
+        with pytest.raises(PmLlmError, match=r"continues|max_rank is 4"):
+            load_config(None, keys).check()
+
+
+def dense(adapter: Adapter, name: str) -> torch.Tensor:
+    return adapter.factors[name].dense()
+
+
+def test_a_dense_matrix_as_factors() -> None:
+    for shape in ((4, 7), (7, 4)):
+        x = torch.randn(shape)
+        assert torch.equal(from_dense(x).dense(), x)
+        assert from_dense(x).rank == 4
+        assert lowrank.truncate(from_dense(x), 2)[1] == pytest.approx(float((torch.linalg.svdvals(x)[2:] ** 2).sum()))
+
+
+@pytest.mark.parametrize("rule", ["task_arithmetic", "ties", "dare", "magmax", "opcm"])
+@pytest.mark.parametrize("continues", [True, False])
+def test_one_task_is_the_identity(rule: str, continues: bool) -> None:
+    options = {"density": 1.0} if rule in ("ties", "dare") else {}
+    (came,), (left,), _ = folded(rule, 1, continues, **options)
+    for name in came.factors:
+        torch.testing.assert_close(dense(left, name), dense(came, name))
+
+
+def test_task_arithmetic_is_pefts() -> None:
+    came, left, _ = folded("task_arithmetic", 3, continues=False, scale=0.3)
+    for name in came[0].factors:
+        expected = merge_utils.task_arithmetic([dense(x, name) for x in came], torch.full((3,), 0.3))
+        torch.testing.assert_close(dense(left[-1], name), expected)
+
+
+@pytest.mark.parametrize("method", ["total", "frequency"])
+@pytest.mark.parametrize("density", [0.3, 0.7])
+def test_ties_is_pefts(density: float, method: str) -> None:
+    came, left, _ = folded("ties", 3, continues=False, density=density, scale=0.8, majority_sign_method=method)
+    for name in came[0].factors:
+        vectors = [dense(x, name) for x in came]
+        expected = 0.8 * merge_utils.ties(vectors, torch.ones(3), density, method)
+        torch.testing.assert_close(dense(left[-1], name), expected)
+
+
+def test_ties_of_density_one_trims_nothing() -> None:
+    came, left, _ = folded("ties", 3, continues=False, density=1.0)
+    for name in came[0].factors:
+        stack = torch.stack([dense(x, name) for x in came])
+        sign = torch.where(stack.sum(0) >= 0, 1.0, -1.0)
+        agree = stack.sign() == sign
+        torch.testing.assert_close(dense(left[-1], name), (stack * agree).sum(0) / agree.sum(0).clamp(min=1))
+
+
+def test_dare_is_unbiased_and_draws_the_same_again() -> None:
+    came, left, _ = folded("dare", 2, continues=False, density=0.5, seed=3)
+    _, again, _ = folded("dare", 2, continues=False, density=0.5, seed=3)
+    total = torch.zeros(6, 5)
+    for seed in range(400):
+        total += dense(folded("dare", 2, continues=False, density=0.5, seed=seed)[1][-1], "one") / 400
+    expected = dense(came[0], "one") + dense(came[1], "one")
+    assert (total - expected).abs().max() < 0.25 * expected.abs().max()
+    kept = dense(folded("dare", 1, continues=False, density=0.5)[1][0], "one")
+    share = float((kept != 0).float().mean())
+    torch.testing.assert_close(kept[kept != 0], 2 * dense(came[0], "one")[kept != 0])
+    assert 0.2 < share < 0.8
+    assert torch.equal(dense(left[-1], "one"), dense(again[-1], "one"))
+    _, whole, _ = folded("dare", 2, continues=False, density=1.0)
+    torch.testing.assert_close(dense(whole[-1], "one"), expected)
+
+
+def test_magmax_takes_what_went_furthest() -> None:
+    came, left, _ = folded("magmax", 4, continues=True)
+    for name in came[0].factors:
+        stack = torch.stack([dense(x, name) for x in came])
+        expected = stack.gather(0, stack.abs().argmax(0, keepdim=True))[0]
+        torch.testing.assert_close(dense(left[-1], name), expected)
+
+
+@pytest.mark.parametrize("variant", ["paper", "reference"])
+def test_opcm_projection_against_a_dense_one(variant: str) -> None:
+    """By the full SVD, with every direction named; and the directions it leaves out are out."""
+    torch.manual_seed(0)
+    before = LowRank(torch.randn(6, 4).double(), torch.randn(4, 5).double())
+    x = LowRank(torch.randn(6, 3).double(), torch.randn(3, 5).double())
+    found = project(before, x, 0.5, variant).dense()
+    u, s, vh = torch.linalg.svd(before.dense())
+    k = next(i for i in range(1, 5) if s[:i].sum() >= 0.5 * s.sum())
+    expected = torch.zeros(6, 5).double()
+    for i in range(6):
+        for j in range(5):
+            keep = (i >= k and j >= k) if variant == "paper" else (i >= k - 1 or j >= k - 1)
+            if keep and not (i == j and i < 4):
+                expected += (u[:, i] @ x.dense() @ vh[j]) * torch.outer(u[:, i], vh[j])
+    torch.testing.assert_close(found, expected)
+    if variant == "paper":
+        assert (u[:, :k].T @ found).abs().max() < 1e-10
+        assert (found @ vh[:k].T).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("variant", ["paper", "reference"])
+def test_opcm_keeps_the_mean_norm(variant: str) -> None:
+    came, left, _ = folded("opcm", 4, continues=True, variant=variant)
+    for name in came[0].factors:
+        for t in range(1, 5):
+            norms = [dense(x, name).norm() for x in came[:t]]
+            assert dense(left[t - 1], name).norm() == pytest.approx(float(sum(norms) / t), rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["ties", "dare", "opcm", "slao", "exponential"])
+def test_state_goes_on_where_it_was(rule: str) -> None:
+    whole, running = Merger(rule, max_rank=3), None
+    for t in range(4):
+        again = Merger(rule, max_rank=3)
+        again.load_state({key: x.clone() for key, x in whole.state().items()}, whole.tasks)
+        if rule == "slao":
+            again.max_rank = whole.max_rank = None
+        other = again.fold(running, random_adapter(t), continues=True)
+        running = whole.fold(running, random_adapter(t), continues=True)
+        assert all(torch.equal(other.factors[n].B, x.B) for n, x in running.factors.items())
+
+
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [
+        ({"name": "ties", "density": 0}, "above 0"),
+        ({"name": "ties", "majority_sign_method": "vote"}, "total or frequency"),
+        ({"name": "dare", "density": 1.5}, "at most 1"),
+        ({"name": "opcm", "variant": "mine"}, "paper or reference"),
+        ({"name": "opcm", "threshold": 0}, "above 0"),
+        ({"name": "task_arithmetic", "scale": "half"}, "finite number"),
+    ],
+)
+def test_options_out_of_range(merge: dict, expected: str) -> None:
+    with pytest.raises(PmLlmError, match=expected):
+        load_config(None, {"merge": merge}).check()
