@@ -134,7 +134,7 @@ def test_the_page(runs, tmp_path, capsys) -> None:
     assert {"accuracy.png", "accuracy.svg", "matrix-1.png", "matrix-3.svg", "modules-1.png", "costs-2.svg"} <= names
     results = json.loads((runs["pm"] / "results.json").read_text())
     assert f"{results['average_accuracy']:.1f} (" in page.text
-    assert set(results["seconds"][0]) == {"train", "fisher", "merge", "evaluate"}
+    assert set(results["seconds"][0]) == {"prepare", "train", "fisher", "merge", "evaluate"}
     assert all(x > 10**7 for x in results["peak_memory_bytes"])
     assert results["untrained"].keys() == set(TASKS)
 
