@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
+from common import keys_of
 
 # short enough for a core: LoRA on the last six layers, 25 steps of eight rows a task
 REAL: dict[str, Any] = {
@@ -79,7 +79,7 @@ def main() -> None:
         "--out", type=Path, help="JSON file, written after every run; runs it holds are not done again"
     )
     given, more = parser.parse_known_args()
-    keys = {key.removeprefix("--"): yaml.safe_load(value) for key, value in zip(more[::2], more[1::2], strict=True)}
+    keys = keys_of(more)
     found: dict[str, dict[str, Any]] = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
     for seed in given.seeds:
         for form in ("dense", "factored"):

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 STATUS = Path("/proc/self/status")
 
 
@@ -29,9 +31,9 @@ def show(rows: list[dict[str, Any]], out: Path | None) -> None:
         out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory, pages of mapped files included; `VmHWM` is the highest so far."""
-    return int(re.findall(rf"{field}:\s+(\d+) kB", STATUS.read_text())[0]) * 1024
+def keys_of(words: list[str]) -> dict[str, Any]:
+    """Keys of the configuration from a command line's `--key value` pairs."""
+    return {key.removeprefix("--"): yaml.safe_load(value) for key, value in zip(words[::2], words[1::2], strict=True)}
 
 
 @contextmanager
@@ -40,10 +42,15 @@ def peak_memory() -> Iterator[list[int]]:
 
     The kernel's own mark, so nothing is missed; pages of mapped files count, though the system may drop them.
     """
+    import torch
+
+    from pm_llm.processes import Clock
+
     found: list[int] = []
-    Path("/proc/self/clear_refs").write_text("5")  # see proc(5): the mark becomes what is resident now
-    before = resident()
+    clock = Clock(torch.device("cpu"))
+    before = int(re.findall(r"VmRSS:\s+(\d+) kB", STATUS.read_text())[0]) * 1024
     try:
         yield found
     finally:
-        found.append(resident("VmHWM") - before)
+        clock.stop("block")
+        found.append(clock.peak_memory["block"] - before)

@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-from common import parser, show
+from common import keys_of, parser, show
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
 
     keys: dict[str, Any] = {"benchmark": "embedded", "order": "sentiment,topic", "evaluate": "final"}
     keys |= {"max_train_samples": 256, "max_test_samples": 4, "train.max_steps": 25, "train.learning_rate": 2e-3}
-    keys |= {key.removeprefix("--"): yaml.safe_load(value) for key, value in zip(more[::2], more[1::2], strict=True)}
+    keys |= keys_of(more)
     with tempfile.TemporaryDirectory() as folder:
         Redrawn(load_config(None, {**keys, "model": given.model, "output_dir": str(Path(folder) / "run")})).run()
     rows = []

@@ -15,8 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-from common import parser, show
+from common import keys_of, parser, show
 
 # (recipe, rows of its smallest and of its middle task, Fisher samples)
 SIZES = (
@@ -40,7 +39,7 @@ def main() -> None:
 
     keys: dict[str, Any] = {"benchmark": "embedded", "order": "sentiment,topic", "evaluate": "final"}
     keys |= {"max_test_samples": 4, "train.per_device_train_batch_size": 8, "model": given.model}
-    keys |= {key.removeprefix("--"): yaml.safe_load(value) for key, value in zip(more[::2], more[1::2], strict=True)}
+    keys |= keys_of(more)
     seconds = []
     for times in (1, 2, 1, 2)[: 2 * given.turns]:
         with tempfile.TemporaryDirectory() as folder:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from contextlib import nullcontext
 from typing import Any
 
-from common import parser, resident, show
+from common import parser, show
 
 RUNNING_RANK, RANK = 64, 8
 
@@ -57,6 +56,7 @@ def main() -> None:
     from pm_llm.folding import folded, why_not
     from pm_llm.lowrank import LowRank
     from pm_llm.models import load_base
+    from pm_llm.processes import Clock
     from pm_llm.starts import RUNNING, TASK
     from pm_llm.starts.fresh import Fresh
 
@@ -112,24 +112,14 @@ def main() -> None:
     def step(constraints: list[Any], turn: int) -> tuple[float, int]:
         trainer.constraints, trainer.state.global_step = constraints, turn
         trainer.state.max_steps = 10**9
-        mark_memory()
-        started = time.perf_counter()
+        clock = Clock(device)
         trainer.training_step(model, dict(batch), items)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started, memory()
-
-    def mark_memory() -> None:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-
-    def memory() -> int:
-        return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
+        clock.stop("step")
+        return clock.seconds["step"], clock.peak_memory["step"]
 
     penalty = Curvature()
     penalty.prepare(running.factors, past_of_tasks(running))

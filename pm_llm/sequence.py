@@ -118,7 +118,7 @@ class ContinualSequence:
         self._prepare(running)
         rows = self._features(task)
         began = Adapter.from_model(self.model, TASK) if running is None else None
-        chosen, fisher = self._chosen(number, task, rows), None
+        chosen = self._chosen(number, task, rows)
         with self._folded():
             clock.stop("prepare")
             loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
@@ -130,8 +130,7 @@ class ContinualSequence:
                 self._load()
                 self._prepare(running)
                 self._as_trained(new)
-            if merger.rule.needs_fisher:
-                fisher = self._fisher(merger, chosen, running, new, loss_before, began)
+            fisher = self._fisher(merger, chosen, running, new, loss_before, began)
             clock.stop("fisher")
         clock.stop("prepare")
         merged = merger.fold(running, new, fisher, continues=self.start.continues, start=began)
@@ -212,8 +211,11 @@ class ContinualSequence:
         new: Adapter,
         loss_before: float | None,
         began: Adapter | None,
-    ) -> Fisher:
+    ) -> Fisher | None:
+        """The task's Fisher, if the merge needs one, with what else it needs."""
         rule, direction = merger.rule, None
+        if not rule.needs_fisher:
+            return None
         if rule.needs_direction:
             past, first = running.factors if running is not None else {}, began.factors if began is not None else {}
             direction = rule.direction(Fold(merger.tasks + 1, past, new.factors, self.start.continues, start=first))

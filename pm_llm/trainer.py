@@ -62,15 +62,14 @@ class ConstraintMixin:
         if not isinstance(model, PeftModel):
             raise PmLlmError(f"the model is a {type(model).__name__}; give a PeftModel with a LoRA adapter.")
         self.adapter_name = trainable_adapter(model)
-        self._layers = list(lora_layers(model).values())
+        self._adapted: dict[str, Any] = dict(lora_layers(model))
+        self._layers = list(self._adapted.values())
         if any(self.adapter_name in layer.lora_variant for layer in self._layers):
             raise PmLlmError(
                 f"adapter {self.adapter_name!r} is a variant of LoRA (such as DoRA), whose update is not its scaling "
                 "times B A. Use plain LoRA or rsLoRA."
             )
-        self._adapted: dict[str, Any] = dict(lora_layers(model))
         self._scaling = {name: layer.scaling[self.adapter_name] for name, layer in self._adapted.items()}
-        self._penalised = [c for c in self.constraints if type(c).penalty is not Constraint.penalty]
         self._penalty: Tensor | float = 0.0  # of the last pass
         self._origin: list[Tensor] = []  # of A and B, where they are stretched away from where they began
         if any(c.space == "factors" for c in self.constraints):
@@ -100,30 +99,34 @@ class ConstraintMixin:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if not self._penalised or not model.training:
+        penalised = self._penalised()
+        if not penalised or not model.training:
             return found
         # the share of this pass, which the Trainer divides by the number of passes unless the loss counts tokens
         passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
-        penalty = self._sum_of_penalties() / (passes if counted else 1)
+        penalty = self._sum_of_penalties(penalised) / (passes if counted else 1)
         self._penalty = penalty.detach() / (1 if counted else passes)
         if isinstance(found, tuple):
             return (found[0] + penalty, *found[1:])
         return found + penalty
 
+    def _penalised(self) -> list[Constraint]:
+        return [c for c in self.constraints if type(c).penalty is not Constraint.penalty]
+
     def _check_sharding(self) -> None:
-        whole = [type(c).__name__ for c in self.constraints if c in self._penalised or c.space == "factors"]
+        whole = [type(c).__name__ for c in self.constraints if c.space == "factors" or c in self._penalised()]
         if whole and is_sharded(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
             names = ", ".join(whole)
             raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
 
-    def _sum_of_penalties(self) -> Tensor:
+    def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
         """What the constraints add to a step's loss, of the update as it is without a scale."""
         live = {}
         for name, layer in self._adapted.items():
             a, b = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
             live[name] = LowRank(b.float() * self._scaling[name], a.float())
-        found = [c.penalty(live) for c in self._penalised]
+        found = [c.penalty(live) for c in penalised]
         return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

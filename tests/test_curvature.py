@@ -203,3 +203,13 @@ def test_going_on_and_restarting_change_nothing(
         for key in ("raw_coefficients", "truncation_errors", "curvature_errors", "losses", "exact_curvatures"):
             assert resumed[key] == whole[key]
         assert all(torch.equal(x, expected[name]) for name, x in load_file(file).items())
+
+
+def test_a_constraint_that_is_set_later_is_in_the_step_too(tmp_path) -> None:
+    """As the benchmark of the step sets them, from step to step."""
+    given = one_step(make_trainer("llama", str(tmp_path), 16, 1, constraint("llama", scale=50.0)))
+    later = make_trainer("llama", str(tmp_path), 16, 1)
+    later.constraints = [constraint("llama", scale=50.0)]
+    found = one_step(later)
+    assert found[0] == pytest.approx(given[0], rel=1e-6)
+    assert_same(found[1], given[1], atol=1e-6, rtol=1e-4)

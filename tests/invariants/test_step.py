@@ -5,17 +5,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pm_llm import Perturb
 from pm_llm.adapters import lora_layers, set_active
+from pm_llm.constraints import Constraint
 from tests.conftest import FAMILIES, ROOT
 from tests.invariants.step_script import make_trainer, one_step, weights
 
 ALWAYS = {"epsilon": 0.5, "probability": 0.5}  # never the sign 0
+
+
+class Watching(Constraint):
+    """Always one scale; keeps the losses it observes."""
+
+    def __init__(self, factor: float, seen: list) -> None:
+        self.factor, self.seen = factor, seen
+
+    def scale(self, step) -> float:
+        return self.factor
+
+    def observe(self, step, loss) -> None:
+        self.seen.append(loss)
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance) -> None:
@@ -89,13 +102,7 @@ def test_observed_loss_does_not_depend_on_the_split(tmp_path) -> None:
     means = []
     for batch, accumulation in ((16, 1), (4, 4)):
         seen = []
-        constraint = SimpleNamespace(
-            space="weights",
-            scale=lambda step: 1.0,
-            observe=lambda step, loss, seen=seen: seen.append(loss),
-            state=dict,
-            logs=dict,
-        )
+        constraint = Watching(1.0, seen)
         trainer = make_trainer("t5", str(tmp_path), batch, accumulation)
         trainer.constraints = [constraint]
         trainer.train()
@@ -182,9 +189,7 @@ def test_mean_over_signs_is_the_gradient_of_the_mean_loss(family: str, tmp_path)
     names = [name for name, q in model.named_parameters() if q.requires_grad]
 
     def step_gradient(sign: int) -> dict[str, torch.Tensor]:
-        trainer.constraints = [
-            SimpleNamespace(space="weights", scale=lambda step: 1 + sign * epsilon, observe=lambda step, loss: None)
-        ]
+        trainer.constraints = [Watching(1 + sign * epsilon, [])]
         model.zero_grad()
         trainer.current_gradient_accumulation_steps = 1
         tokens = (batch["labels"][:, 1:] if family == "llama" else batch["labels"]).ne(-100).sum()
