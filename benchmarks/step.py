@@ -52,6 +52,7 @@ def main() -> None:
     from pm_llm import ContinualSFTTrainer, Perturb
     from pm_llm.adapters import Adapter, set_active
     from pm_llm.config import LoraSection
+    from pm_llm.constraints import Context
     from pm_llm.constraints.curvature import Curvature
     from pm_llm.folding import folded, why_not
     from pm_llm.lowrank import LowRank
@@ -122,7 +123,7 @@ def main() -> None:
         return clock.seconds["step"], clock.peak_memory["step"]
 
     penalty = Curvature()
-    penalty.prepare(running.factors, past_of_tasks(running))
+    penalty.prepare(Context(2, running.factors, past_of_tasks(running)))
     ways = {"plain": (perturb[:0], "alone"), "perturbed": (perturb, "alone")}
     ways |= {"perturbed, curvature penalty": ([*perturb, penalty], "alone")}
     ways |= {"plain, running as two adapters": (perturb[:0], "two adapters")}

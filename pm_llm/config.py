@@ -173,37 +173,21 @@ class RunConfig:
 
     def _check_method(self, method: Method) -> None:
         start, merge = method.start.build("start"), method.merge.build("merge")
-        constraints = {choice.name: choice.build("constrain") for choice in method.constrain}
-        in_factors = getattr(merge, "space", "weights") == "factors"
-        perturb = constraints.get("perturb")
-        if perturb is not None and start.continues and perturb.space == "weights":
-            raise PmLlmError(
-                "constrain perturb with start continue would perturb the past tasks too, since one adapter holds them "
-                "all. Use start fresh, or space factors, or constrain none."
-            )
-        if method.merge.name == "slao" and not start.continues:
-            raise PmLlmError(f"merge slao needs a start that continues; start is {method.start.name!r}.")
-        if not start.continues and (in_factors or (perturb is not None and perturb.space == "factors")):
-            raise PmLlmError(f"space factors needs start continue; start is {method.start.name!r}.")
-        moved = [merge, *([perturb] if perturb is not None else [])]
-        if any(getattr(one, "space", "weights") != ("factors" if in_factors else "weights") for one in moved) or (
-            self.space == "factors" and not in_factors
-        ):
-            raise PmLlmError("space factors needs merge optimal and constrain perturb in factors, both or neither.")
-        if self.start is not None and self.space == "factors" and Choice.parse(self.start, "start").name != "continue":
-            raise PmLlmError(f"space factors needs start continue; start is {self.start!r}. Leave it out.")
+        if self.space == "factors":
+            if self.start is not None and method.start != Choice.parse(self.start, "start"):
+                raise PmLlmError(f"space factors needs start continue; start is {self.start!r}. Leave it out.")
+            if not merge.in_factors:
+                raise PmLlmError("space factors needs merge optimal, or another merge of the factors themselves.")
+        merge.check(start)
+        for choice in method.constrain:
+            choice.build("constrain").check(start, merge)
         rank = max([self.lora.r, *self.lora.rank_pattern.values()])
-        if (in_factors or method.merge.name == "slao") and self.max_rank is not None and self.max_rank < rank:
+        if merge.in_factors and self.max_rank is not None and self.max_rank < rank:
             raise PmLlmError(
                 f"max_rank is {self.max_rank}, below the adapter's rank {rank}: truncation would change the factors "
                 "that are merged. Set max_rank to none."
             )
-        if "curvature" in constraints:
-            if method.merge.name != "optimal":
-                raise PmLlmError(f"constrain curvature needs merge optimal; merge is {method.merge.name!r}.")
-            if start.continues and not in_factors:
-                raise PmLlmError("constrain curvature with start continue needs space factors. Or use start fresh.")
-        if self.truncation == "fisher" and (method.merge.name != "optimal" or in_factors):
+        if self.truncation == "fisher" and (method.merge.name != "optimal" or merge.in_factors):
             raise PmLlmError("truncation fisher needs merge optimal in the space of the weights. Set it to plain.")
 
     def plain(self) -> dict[str, Any]:

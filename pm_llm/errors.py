@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from math import inf, isfinite
+from typing import Any
 
 
 class PmLlmError(ValueError):
@@ -17,6 +19,27 @@ class NonFiniteLossError(PmLlmError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_number(what: str, value: Any, low: float = -inf, high: float = inf, whole: bool = False) -> None:
+    """Raise PmLlmError unless the value is a finite number (a whole one) from `low` to `high`.
+
+    Args:
+        what: Where it stands and its name, such as `perturb: epsilon`.
+        value: What was given.
+        low: The smallest allowed.
+        high: The largest allowed.
+        whole: Whether it must be an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not isfinite(value):
+        good = False
+    else:
+        good = low <= value <= high
+    if not good:
+        bounds = [f"from {low}"] if low > -inf else []
+        bounds += [f"to {high}"] if high < inf else []
+        kind = "a whole number" if whole else "a finite number"
+        raise PmLlmError(f"{what} is {value!r}; it must be {' '.join([kind, *bounds])}.")
 
 
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> PmLlmError:

@@ -17,10 +17,24 @@ STARTS = {
     "continue": "pm_llm.starts.continuing:Continue",
     "last": "pm_llm.starts.last:Last",
     "orthogonal": "pm_llm.starts.orthogonal:Orthogonal",
+    "alone": "pm_llm.starts.alone:Alone",
 }
 CONSTRAINTS = {
     "perturb": "pm_llm.constraints.perturb:Perturb",
     "curvature": "pm_llm.constraints.curvature:Curvature",
+    "gaussian": "pm_llm.constraints.gaussian:Gaussian",
+    "ewc": "pm_llm.constraints.ewc:Ewc",
+    "l2": "pm_llm.constraints.l2:L2",
+    "orthogonal": "pm_llm.constraints.orthogonal:Orthogonal",
+    "sparse": "pm_llm.constraints.sparse:Sparse",
+    "migu": "pm_llm.constraints.migu:Migu",
+    "align": "pm_llm.constraints.align:Align",
+    "null_space": "pm_llm.constraints.null_space:NullSpace",
+    "gradient_subspace": "pm_llm.constraints.gradient_subspace:GradientSubspace",
+    "refresh": "pm_llm.constraints.refresh:Refresh",
+    "slow": "pm_llm.constraints.slow:Slow",
+    "lori": "pm_llm.constraints.lori:Lori",
+    "replay": "pm_llm.constraints.replay:Replay",
 }
 MERGES = {
     "replace": "pm_llm.merges.replace:Replace",
@@ -34,6 +48,11 @@ MERGES = {
     "magmax": "pm_llm.merges.magmax:MagMax",
     "opcm": "pm_llm.merges.opcm:Opcm",
     "constant": "pm_llm.merges.constant:Constant",
+    "cofima": "pm_llm.merges.cofima:Cofima",
+    "pam": "pm_llm.merges.pam:Pam",
+    "max": "pm_llm.merges.max_merge:Max",
+    "frank_wolfe": "pm_llm.merges.frank_wolfe:FrankWolfe",
+    "transfer": "pm_llm.merges.transfer:Transfer",
     "optimal": "pm_llm.merges.optimal:Optimal",
 }
 REGISTRIES = {"start": STARTS, "constrain": CONSTRAINTS, "merge": MERGES}
@@ -86,6 +105,7 @@ class Method:
     start: Choice = Choice("fresh")
     constrain: tuple[Choice, ...] = ()
     merge: Choice = Choice("replace")
+    source: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, preset: str, start: Any = None, constrain: Any = None, merge: Any = None) -> Method:
@@ -121,15 +141,41 @@ class Method:
         }
 
 
+def _preset(start: str, constrain: str | Choice | None, merge: str | Choice, source: str) -> Method:
+    constraints = (Choice.parse(constrain, "constrain"),) if constrain is not None else ()
+    return Method(Choice(start), constraints, Choice.parse(merge, "merge"), source)
+
+
 PRESETS: dict[str, Method] = {
-    "pm": Method(Choice("fresh"), (Choice("perturb"),), Choice("optimal")),  # P&M, arXiv 2505.22389
-    "seqlora": Method(Choice("continue"), (), Choice("replace")),  # plain sequential fine-tuning
-    "inclora": Method(Choice("fresh"), (), Choice("sum")),  # IncLoRA: new adapters are added up
-    "slao": Method(Choice("orthogonal"), (), Choice("slao")),  # SLAO: B averaged, A orthogonal at the start
-    "task_arithmetic": Method(Choice("fresh"), (), Choice("task_arithmetic", {"scale": 0.5})),  # arXiv 2212.04089
-    "ties": Method(Choice("fresh"), (), Choice("ties")),  # arXiv 2306.01708
-    "dare": Method(Choice("fresh"), (), Choice("dare")),  # arXiv 2311.03099
-    "magmax": Method(Choice("last"), (), Choice("magmax")),  # arXiv 2407.06322
-    "opcm": Method(Choice("last"), (), Choice("opcm")),  # arXiv 2501.09522
-    "average": Method(Choice("fresh"), (), Choice("average")),  # M_t = M_{t-1} + Delta_t / t
+    "pm": _preset("fresh", "perturb", "optimal", "P&M, arXiv 2505.22389"),
+    "pm_gaussian": _preset("fresh", "gaussian", "optimal", "P&M's ablation, arXiv 2505.22389"),
+    "seqlora": _preset("continue", None, "replace", "plain sequential fine-tuning"),
+    "inclora": _preset("fresh", None, "sum", "IncLoRA, in arXiv 2310.14152"),
+    "average": _preset("fresh", None, "average", "M_t = M_{t-1} + Delta_t / t"),
+    "ema": _preset("continue", None, "exponential", "exponential average of the models"),
+    "ewc": _preset("continue", "ewc", "replace", "EWC, arXiv 1612.00796"),
+    "online_ewc": _preset("continue", Choice("ewc", {"online": True}), "replace", "online EWC, arXiv 1805.06370"),
+    "l2": _preset("continue", "l2", "replace", "in arXiv 1612.00796"),
+    "olora": _preset("fresh", "orthogonal", "sum", "O-LoRA, arXiv 2310.14152"),
+    "nlora": _preset("fresh", "sparse", "sum", "N-LoRA, arXiv 2410.10179"),
+    "migu": _preset("continue", "migu", "replace", "MIGU, arXiv 2406.17245"),
+    "pam": _preset("continue", "align", "pam", "PAM, arXiv 2506.03189"),
+    "inflora": _preset("fresh", "null_space", "sum", "InfLoRA, arXiv 2404.00228"),
+    "coso": _preset("fresh", "gradient_subspace", "sum", "in the manner of CoSO, arXiv 2505.11816"),
+    "refresh": _preset("continue", "refresh", "replace", "refresh learning, arXiv 2403.13249"),
+    "slca": _preset("continue", "slow", "replace", "SLCA, arXiv 2303.05118"),
+    "lori": _preset("fresh", "lori", "sum", "LoRI, arXiv 2504.07448"),
+    "slao": _preset("orthogonal", None, "slao", "SLAO"),
+    "coma": _preset("continue", None, "constant", "CoMA, arXiv 2312.08977"),
+    "cofima": _preset("continue", None, "cofima", "CoFiMA, arXiv 2312.08977"),
+    "task_arithmetic": _preset("fresh", None, Choice("task_arithmetic", {"scale": 0.5}), "arXiv 2212.04089"),
+    "ties": _preset("fresh", None, "ties", "TIES, arXiv 2306.01708"),
+    "dare": _preset("fresh", None, "dare", "DARE, arXiv 2311.03099"),
+    "magmax": _preset("last", None, "magmax", "MagMax, arXiv 2407.06322"),
+    "opcm": _preset("last", None, "opcm", "OPCM, arXiv 2501.09522"),
+    "ps_lora": _preset("fresh", None, "max", "the merge of PS-LoRA, arXiv 2512.08960"),
+    "frank_wolfe": _preset("alone", None, "frank_wolfe", "FW-Merging, arXiv 2503.12649"),
+    "replay": _preset("continue", "replay", "replace", "experience replay, for reference"),
+    "joint": _preset("alone", Choice("replay", {"share": 1.0, "longer": True}), "replace", "bound: all rows so far"),
+    "per_task": _preset("alone", None, "replace", "bound: a model of its own for each task"),
 }

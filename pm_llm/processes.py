@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, reduce
+from torch import Tensor
 
 RESET_PEAK = Path("/proc/self/clear_refs")  # on Linux
 
@@ -20,6 +21,12 @@ RESET_PEAK = Path("/proc/self/clear_refs")  # on Linux
 def process_state() -> PartialState:
     """Accelerate's state of this process. Without an accelerator it must be told so, or it sees one process."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes, on this one's device; with one process `x` itself."""
+    state = process_state()
+    return reduce(x.to(state.device), "sum") if state.num_processes > 1 else x
 
 
 class Clock:

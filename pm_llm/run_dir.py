@@ -5,6 +5,7 @@
     config.yaml            the configuration, for people
     stages/01-agnews/      adapter/ (merged, standard PEFT), task_adapter/ (as trained), log.jsonl, predictions/
     curvature.safetensors  in the last stage's folder only: what the merge rule remembers
+    memory.safetensors     in a stage's folder: what the constraints remember, where they do
     adapter -> stages/..   the merged adapter after the last trained task, at a stable path
     untrained/             predictions before the first task, where they were asked for
     work/                  the Trainer's checkpoints of the task in training
@@ -33,6 +34,7 @@ from pm_llm.durable import Lock, sha256_of, writing
 from pm_llm.errors import PmLlmError
 
 ADAPTER, TASK_ADAPTER, CURVATURE, LOG = "adapter", "task_adapter", "curvature.safetensors", "log.jsonl"
+MEMORY = "memory.safetensors"
 STATE, RESULTS, STAGES, UNTRAINED, WORK = "state.json", "results.json", "stages", "untrained", "work"
 KEYS = {"tasks", "config", "rows", "stages", "untrained", "files", "restarted"}
 
@@ -256,6 +258,17 @@ class RunDir:
         state = self.state()
         name = f"{STAGES}/{state['stages'][-1]['folder']}/{CURVATURE}"
         return load_file(self.path / name) if name in state["files"] else None
+
+    def memories(self, stage: int, count: int) -> list[dict[str, Tensor]]:
+        """What each of `count` constraints remembers after stage `stage` (from 0)."""
+        state = self.state()
+        name = f"{STAGES}/{state['stages'][stage]['folder']}/{MEMORY}"
+        found = load_file(self.path / name) if name in state["files"] else {}
+        memories: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for key, tensor in found.items():
+            place, _, rest = key.partition(".")
+            memories[int(place)][rest] = tensor
+        return memories
 
     def predictions(self, stage: int) -> list[Path]:
         """The files of predictions after stage `stage` (from 0), or -1 for those of the untrained model.

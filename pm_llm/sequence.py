@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import set_seed
 
 from pm_llm.accumulators import Zeros, mapped_files
-from pm_llm.adapters import Adapter, remove, set_active
+from pm_llm.adapters import Adapter, lora_layers, remove, set_active
 from pm_llm.checkpoints import Checkpoints
 from pm_llm.config import RunConfig
+from pm_llm.constraints import Constraint, Context, Live
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix, asked_for
 from pm_llm.evaluation.run import answer_task
 from pm_llm.fisher import Fisher
 from pm_llm.fisher.task import ChosenRows
 from pm_llm.folding import folded
-from pm_llm.merges import Fold, Merger
+from pm_llm.merges import Factors, Fold, Merger, Slopes
 from pm_llm.models import load_base
-from pm_llm.processes import Clock, process_state
+from pm_llm.processes import Clock, process_state, total
 from pm_llm.progress import bar, say
 from pm_llm.results import gather_results
 from pm_llm.resume import stage_key, take_up
-from pm_llm.run_dir import ADAPTER, LOG, TASK_ADAPTER, RunDir, jsonl
+from pm_llm.run_dir import ADAPTER, LOG, MEMORY, TASK_ADAPTER, RunDir, jsonl
 from pm_llm.sharding import is_sharded
 from pm_llm.starts import RUNNING, TASK
 from pm_llm.stopping import Stopping
@@ -64,6 +68,7 @@ class ContinualSequence:
         self.method = config.parsed_method()
         self.start = self.method.start.build("start")
         self.last: Adapter | None = None  # as it was last trained
+        self.memories: list[dict[str, Tensor]] = []  # what each constraint remembers
         self.state = process_state()
         self.run_dir = RunDir(config.output_dir)
         self.stopping = Stopping()
@@ -119,11 +124,15 @@ class ContinualSequence:
         rows = self._features(task)
         began = Adapter.from_model(self.model, TASK) if running is None else None
         chosen = self._chosen(number, task, rows)
+        constraints = self._constraints()
         with self._folded():
+            context = self._context(number, merger, running, chosen, rows)
+            for constraint in constraints:
+                constraint.prepare(context)
             clock.stop("prepare")
             loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
             clock.stop("fisher")
-            logs, seconds = self._train(number, task, rows, merger, running)
+            logs, seconds = self._train(number, task, context, constraints)
             clock.stop("train")
             new = Adapter.from_model(self.model, TASK)
             if is_sharded(self.model):  # what follows runs on whole models, each process with its share of the rows
@@ -131,9 +140,15 @@ class ContinualSequence:
                 self._prepare(running)
                 self._as_trained(new)
             fisher = self._fisher(merger, chosen, running, new, loss_before, began)
+            context = replace(self._context(number, merger, running, chosen, rows), new=new.factors)
+            for constraint in constraints:
+                form = constraint.needs_fisher
+                measured = chosen.fisher(self.model, form, zeros=self.zeros) if form else None
+                constraint.remember(replace(context, fisher=measured))
+            self.memories = [constraint.memory() for constraint in constraints]
             clock.stop("fisher")
         clock.stop("prepare")
-        merged = merger.fold(running, new, fisher, continues=self.start.continues, start=began)
+        merged = merger.fold(running, new, fisher, self.start.continues, start=began, slopes=self._slopes(chosen, new))
         self._activate(merged)
         self.last = new if self.start.needs_last else None
         clock.stop("merge")
@@ -164,6 +179,9 @@ class ContinualSequence:
             merged.save(folder / ADAPTER)
             new.save(folder / TASK_ADAPTER)
             (folder / LOG).write_bytes(jsonl(logs))
+            memory = {f"{i}.{key}": x for i, one in enumerate(self.memories) for key, x in one.items()}
+            if memory:
+                save_file(memory, folder / MEMORY)
 
         self._on_main(lambda: self.run_dir.commit_stage(number, entry, fill, merger.state()))
         self.stages.append(entry)
@@ -177,20 +195,43 @@ class ContinualSequence:
             rows += self.encoders[name].features(foreign)
         return rows
 
+    def _constraints(self) -> list[Constraint]:
+        """The method's constraints with what they remember of past tasks."""
+        constraints = [choice.build("constrain") for choice in self.method.constrain]
+        for constraint, memory in zip(constraints, self.memories, strict=False):
+            if memory:
+                constraint.load_memory(memory)
+        return constraints
+
+    def _context(
+        self, number: int, merger: Merger, running: Adapter | None, chosen: ChosenRows, rows: list[dict[str, Any]]
+    ) -> Context:
+        return Context(
+            number,
+            running.factors if running is not None else {},
+            merger.rule,
+            Live(lora_layers(self.model), TASK, total),
+            self.model,
+            chosen,
+            rows,
+            seed=self.config.seed * 1000 + number,
+        )
+
     def _train(
-        self, number: int, task: Task, rows: list[dict[str, Any]], merger: Merger, running: Adapter | None
+        self, number: int, task: Task, context: Context, constraints: list[Constraint]
     ) -> tuple[list[dict[str, Any]], float]:
         """The Trainer's log, and the seconds that training took, in all processes that had a part in it."""
         key = stage_key(self.config, number, self.rows[number - 1], self.state.num_processes)
         checkpoints = Checkpoints(self.run_dir.work(number, task.name), key)
-        constraints = [choice.build("constrain") for choice in self.method.constrain]
+        rows, steps = context.rows, self.config.train.max_steps
         for constraint in constraints:
-            constraint.prepare(running.factors if running is not None else {}, merger.rule)
+            rows, steps = constraint.rows(rows, context), constraint.steps(steps, context)
         logs = train(
             self.model,
             self.base,
             self.config,
             Dataset.from_list(rows),
+            steps,
             label=task.name,
             seed=self.config.seed * 1000 + number,
             constraints=constraints,
@@ -221,6 +262,16 @@ class ContinualSequence:
             direction = rule.direction(Fold(merger.tasks + 1, past, new.factors, self.start.continues, start=first))
         form = "factors" if getattr(rule, "space", "weights") == "factors" else self.config.fisher.form
         return chosen.fisher(self.model, form, direction, loss_before, self.zeros)
+
+    def _slopes(self, chosen: ChosenRows, new: Adapter) -> Slopes:
+        """For merges that look at the task's loss; the model is left with the last adapter that was looked at."""
+
+        def slopes(at: Factors, towards: Sequence[Factors]) -> list[float]:
+            new.replace_factors(at).attach(self.model, TASK)
+            set_active(self.model, [TASK], trainable=TASK)
+            return chosen.slopes(self.model, towards)
+
+        return slopes
 
     def _as_trained(self, new: Adapter) -> None:
         """The model, prepared for a task, as it was right after that was trained."""
@@ -266,6 +317,7 @@ class ContinualSequence:
         else:
             merger.load_state(curvature or {}, done)
         running = Adapter.load(self.run_dir.adapter)
+        self.memories = self.run_dir.memories(done - 1, len(self.method.constrain))
         if self.start.needs_last:
             self.last = Adapter.load(self.run_dir.stage_adapter(done - 1, TASK_ADAPTER))
         self._prepare(running)
@@ -293,7 +345,8 @@ class ContinualSequence:
                 loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
                 self._as_trained(new)
                 fisher = self._fisher(merger, chosen, running, new, loss_before, began)
-            merger.fold(running, new, fisher, continues=self.start.continues, start=began)
+            slopes = self._slopes(chosen, new)
+            merger.fold(running, new, fisher, self.start.continues, start=began, slopes=slopes)
             before = entry["raw_coefficient"]
             if abs(merger.report.raw_coefficient - before) > 1e-2 * max(abs(before), 0.1):
                 raise PmLlmError(

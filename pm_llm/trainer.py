@@ -6,22 +6,24 @@ Both take an ordinary PeftModel with exactly one trainable LoRA adapter; other a
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer
+from transformers import Seq2SeqTrainer, TrainerCallback
 from trl import SFTTrainer
 
 from pm_llm.adapters import factors_of, lora_layers, scaled, set_active, stretched, trainable_adapter
 from pm_llm.checkpoints import Checkpoints
-from pm_llm.constraints import Constraint, Step
+from pm_llm.constraints import Constraint, Live, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.lowrank import LowRank
 from pm_llm.sharding import is_sharded
@@ -33,6 +35,22 @@ class AlreadyTrainedError(Exception):
     The Trainer looks at the number of steps after a step only, and would train one too many where the last step is not
     at the end of an epoch.
     """
+
+
+# hooks that look at, or change, whole parameters; the last three also their gradients, which DeepSpeed keeps to itself
+WHOLE = ("penalty", "around", "before_pass", "before_update", "after_update")
+UPDATE = ("before_pass", "before_update", "after_update")
+
+
+class _AfterUpdate(TrainerCallback):
+    """Lets constraints act when the optimizer has moved the parameters."""
+
+    def __init__(self, trainer: ConstraintMixin) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        for constraint in self.trainer.constraints:
+            constraint.after_update(self.trainer.step, self.trainer.live)
 
 
 class ConstraintMixin:
@@ -62,30 +80,37 @@ class ConstraintMixin:
         if not isinstance(model, PeftModel):
             raise PmLlmError(f"the model is a {type(model).__name__}; give a PeftModel with a LoRA adapter.")
         self.adapter_name = trainable_adapter(model)
-        self._adapted: dict[str, Any] = dict(lora_layers(model))
-        self._layers = list(self._adapted.values())
+        self.live = Live(dict(lora_layers(model)), self.adapter_name, self._total)
+        self._layers = list(self.live.layers.values())
         if any(self.adapter_name in layer.lora_variant for layer in self._layers):
             raise PmLlmError(
                 f"adapter {self.adapter_name!r} is a variant of LoRA (such as DoRA), whose update is not its scaling "
                 "times B A. Use plain LoRA or rsLoRA."
             )
-        self._scaling = {name: layer.scaling[self.adapter_name] for name, layer in self._adapted.items()}
+        self._scaling = {name: self.live.scaling(name) for name in self.live.layers}
         self._penalty: Tensor | float = 0.0  # of the last pass
         self._origin: list[Tensor] = []  # of A and B, where they are stretched away from where they began
         if any(c.space == "factors" for c in self.constraints):
             self._origin = [p.detach().clone() for p in factors_of(self._layers, self.adapter_name)]
-        self._at = (-1, 0)  # (optimizer step, passes already made in it)
+        self.step = Step(seed=0, step=-1)  # of the last pass
         self._unfinite: Tensor | None = None
+        self.add_callback(_AfterUpdate(self))  # type: ignore[attr-defined]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:  # type: ignore[attr-defined]
             raise AlreadyTrainedError
-        step = self._next_step()
+        step = self.step = self._next_step()
         self._check_sharding()
+        for constraint in self.constraints:
+            constraint.before_pass(step, self.live, lambda: self._gradient(inputs, num_items_in_batch))
         factor = prod(c.scale(step) for c in self.constraints if c.space == "weights")
         stretch = prod(c.scale(step) for c in self.constraints if c.space == "factors")
         layers, name = self._layers, self.adapter_name
-        with scaled(layers, name, factor), stretched(layers, name, self._origin, stretch):
+        with ExitStack() as stack:
+            stack.enter_context(scaled(layers, name, factor))
+            stack.enter_context(stretched(layers, name, self._origin, stretch))
+            for constraint in self.constraints:
+                stack.enter_context(constraint.around(step, self.live))
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         # the Trainer's loss is this pass's share of the step's mean
         whole = (loss.detach() - self._penalty) * step.micro_steps
@@ -93,7 +118,22 @@ class ConstraintMixin:
         self._unfinite = bad if self._unfinite is None else self._unfinite | bad
         for constraint in self.constraints:
             constraint.observe(step, whole)
+        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            for constraint in self.constraints:
+                constraint.before_update(step, self.live)
         return loss
+
+    def _gradient(self, inputs: dict[str, Any], num_items_in_batch: Any) -> list[Tensor]:
+        """The gradient of a pass's loss, for A and B of every module; the mean over the processes."""
+        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)  # type: ignore[attr-defined]
+        found = torch.autograd.grad(loss, self.live.parameters())
+        return [self._total(g) / self.accelerator.num_processes for g in found]  # type: ignore[attr-defined]
+
+    def _total(self, x: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return self.accelerator.reduce(x, "sum")  # type: ignore[attr-defined]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -112,19 +152,24 @@ class ConstraintMixin:
         return found + penalty
 
     def _penalised(self) -> list[Constraint]:
-        return [c for c in self.constraints if type(c).penalty is not Constraint.penalty]
+        return [c for c in self.constraints if c.fills("penalty")]
 
     def _check_sharding(self) -> None:
-        whole = [type(c).__name__ for c in self.constraints if c.space == "factors" or c in self._penalised()]
+        whole = [type(c).__name__ for c in self.constraints if c.space == "factors" or c.fills(*WHOLE)]
         if whole and is_sharded(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
             names = ", ".join(whole)
             raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
+        updating = [type(c).__name__ for c in self.constraints if c.fills(*UPDATE)]
+        if updating and self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # type: ignore[attr-defined]
+            raise PmLlmError(
+                f"{', '.join(updating)} needs the gradients, which DeepSpeed does not show. Use ddp.yaml."
+            )
 
     def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
         """What the constraints add to a step's loss, of the update as it is without a scale."""
         live = {}
-        for name, layer in self._adapted.items():
-            a, b = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+        for name in self.live.layers:
+            a, b = self.live.weights(name)
             live[name] = LowRank(b.float() * self._scaling[name], a.float())
         found = [c.penalty(live) for c in penalised]
         return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]
@@ -132,6 +177,8 @@ class ConstraintMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._check_finite()
         for constraint in self.constraints if self.model.training else ():  # type: ignore[attr-defined]
+            if not constraint.fills("logs"):
+                continue
             sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state().items()}  # type: ignore[attr-defined]
             if sums:
                 sums = self.accelerator.reduce(sums, "sum")  # type: ignore[attr-defined]
@@ -167,9 +214,11 @@ class ConstraintMixin:
         found = load_file(file)
         self._origin = [found[f"origin.{j}"] for j in range(len(self._origin))]
         for i, constraint in enumerate(self.constraints):
-            constraint.load_state(
-                {k: [found[f"{i}.{k}.{j}"] for j in range(len(v))] for k, v in constraint.state().items()}
-            )
+            state: dict[str, dict[int, Tensor]] = defaultdict(dict)
+            for key in [key for key in found if key.startswith(f"{i}.")]:
+                name, _, place = key.removeprefix(f"{i}.").rpartition(".")
+                state[name][int(place)] = found[key]
+            constraint.load_state({name: [one[j] for j in range(len(one))] for name, one in state.items()})
 
     def _drop_adapters(self) -> None:
         """Keep only what training goes on from: of sharded models their own state, else the task adapter alone.
@@ -212,11 +261,11 @@ class ConstraintMixin:
 
     def _next_step(self) -> Step:
         step = self.state.global_step  # type: ignore[attr-defined]
-        self._at = (step, self._at[1] + 1 if self._at[0] == step else 0)
         return Step(
             seed=self.args.seed,  # type: ignore[attr-defined]
             step=step,
-            micro_step=self._at[1],
+            steps=self.state.max_steps,  # type: ignore[attr-defined]
+            micro_step=self.step.micro_step + 1 if self.step.step == step else 0,
             micro_steps=self.current_gradient_accumulation_steps,  # type: ignore[attr-defined]
             rank=self.accelerator.process_index,  # type: ignore[attr-defined]
             world_size=self.accelerator.num_processes,  # type: ignore[attr-defined]

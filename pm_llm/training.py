@@ -35,6 +35,7 @@ def train(
     base: Base,
     config: RunConfig,
     rows: Dataset,
+    steps: int,
     label: str,
     seed: int,
     constraints: Sequence[Constraint],
@@ -43,12 +44,14 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train `model` (a PeftModel with one trainable adapter) on encoded rows, and return the Trainer's log lines.
 
+    `steps` is `max_steps`; -1: as many as `num_train_epochs` takes.
+
     Raises:
         PmLlmError: If the Trainer does not take the settings, the loss is not finite, or a checkpoint cannot be
             written.
         Stopped: After a signal, with a checkpoint of the step it came in.
     """
-    arguments = training_arguments(config, base.seq2seq, checkpoints.folder, seed)
+    arguments = training_arguments(config, base.seq2seq, checkpoints.folder, seed, steps)
     newest = checkpoints.newest()
     if newest is not None:
         say(f"{label}: going on from {Path(newest).name}")
@@ -84,8 +87,12 @@ def train(
         return trainer.state.log_history
 
 
-def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int) -> Any:
-    """The Trainer's arguments for one task. Raises PmLlmError if transformers does not take them."""
+def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int, steps: int | None = None) -> Any:
+    """The Trainer's arguments for one task, of `steps` steps if given.
+
+    Raises:
+        PmLlmError: If transformers does not take them.
+    """
     taken = sorted(OURS & config.train.extra.keys())
     if taken:
         raise PmLlmError(f"train.extra sets {', '.join(taken)}, which a run must decide itself. Leave it out.")
@@ -94,6 +101,7 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
     fields |= {
         "output_dir": str(folder),
         "seed": seed,
+        "max_steps": config.train.max_steps if steps is None else steps,
         "bf16": config.dtype == "bfloat16",
         "save_strategy": "steps",
         "report_to": "none",

@@ -7,7 +7,7 @@ import torch
 
 from pm_llm import Merger, Perturb
 from pm_llm.adapters import Adapter
-from pm_llm.constraints import Constraint
+from pm_llm.constraints import Constraint, Context
 from pm_llm.constraints.curvature import Curvature
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.measure import sum_fisher
@@ -32,7 +32,7 @@ def after_one_task(family: str, form: str, scale: float = 1.0) -> tuple[Adapter,
 def constraint(family: str, form: str = "factored", weight: float = 1.0, scale: float = 1.0) -> Curvature:
     running, merger = after_one_task(family, form, scale)
     found = Curvature(weight)
-    found.prepare(running.factors, merger.rule)
+    found.prepare(Context(2, running.factors, merger.rule))
     return found
 
 
@@ -120,13 +120,13 @@ def test_evaluation_has_no_penalty(tmp_path) -> None:
 def test_first_task_and_weight_zero_have_no_penalty() -> None:
     _, merger = after_one_task("llama", "factored")
     first = Curvature()
-    first.prepare({}, Merger("optimal").rule)
+    first.prepare(Context(1, {}, Merger("optimal").rule))
     assert first.penalty({}) is None
     none = Curvature(weight=0.0)
-    none.prepare(after_one_task("llama", "factored")[0].factors, merger.rule)
+    none.prepare(Context(2, after_one_task("llama", "factored")[0].factors, merger.rule))
     assert none.penalty({}) is None
     with pytest.raises(PmLlmError, match="merge optimal"):
-        Curvature().prepare({}, Merger("average").rule)
+        Curvature().prepare(Context(1, {}, Merger("average").rule))
 
 
 @pytest.mark.parametrize("space", ["weights", "factors"])

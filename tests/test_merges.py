@@ -7,11 +7,17 @@ import torch
 from peft.utils import merge_utils
 
 from pm_llm import Merger, lowrank
-from pm_llm.adapters import Adapter
+from pm_llm.adapters import Adapter, set_active
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
+from pm_llm.fisher import Fisher
+from pm_llm.fisher.factors import Factors
+from pm_llm.fisher.measure import sum_loss
+from pm_llm.fisher.slopes import sum_slopes
 from pm_llm.lowrank import LowRank, from_dense
 from pm_llm.merges.opcm import project
+from pm_llm.merges.transfer import task_vector
+from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
 from tests.invariants.test_closed_form import random_adapter
 
 
@@ -84,7 +90,7 @@ def test_a_dense_matrix_as_factors() -> None:
         assert lowrank.truncate(from_dense(x), 2)[1] == pytest.approx(float((torch.linalg.svdvals(x)[2:] ** 2).sum()))
 
 
-@pytest.mark.parametrize("rule", ["task_arithmetic", "ties", "dare", "magmax", "opcm"])
+@pytest.mark.parametrize("rule", ["task_arithmetic", "ties", "dare", "magmax", "opcm", "max", "pam", "frank_wolfe"])
 @pytest.mark.parametrize("continues", [True, False])
 def test_one_task_is_the_identity(rule: str, continues: bool) -> None:
     options = {"density": 1.0} if rule in ("ties", "dare") else {}
@@ -201,3 +207,143 @@ def test_state_goes_on_where_it_was(rule: str) -> None:
 def test_options_out_of_range(merge: dict, expected: str) -> None:
     with pytest.raises(PmLlmError, match=expected):
         load_config(None, {"merge": merge}).check()
+
+
+# ---- merges of the factors, and of what is stored ----
+def measured(seed: int) -> Fisher:
+    """A random Fisher of the factors of `random_adapter`."""
+    found = random_adapter(seed).factors
+    return Fisher({name: Factors(x.B**2, x.A**2) for name, x in found.items()})
+
+
+def test_cofima_is_the_fisher_weighted_mean_of_each_entry() -> None:
+    for past in ("last", "sum"):
+        merger, running = Merger("cofima", weight=0.3 if past == "last" else 0.5, past=past), None
+        came, fishers = [random_adapter(t) for t in range(3)], [measured(10 + t) for t in range(3)]
+        for new, fisher in zip(came, fishers, strict=True):
+            again = Merger("cofima", weight=merger.rule.weight, past=past)
+            again.load_state({k: x.clone() for k, x in merger.state().items()}, merger.tasks)
+            merged = again.fold(running, new, fisher, continues=True)
+            if past == "last" and running is not None:
+                f, p = fisher.modules["one"], fishers[again.tasks - 2].modules["one"]
+                expected = (0.3 * f.A * new.factors["one"].A + 0.7 * p.A * running.factors["one"].A) / (
+                    0.3 * f.A + 0.7 * p.A
+                )
+                torch.testing.assert_close(merged.factors["one"].A, expected, atol=1e-5, rtol=1e-4)
+            merger, running = again, merged
+        if past == "sum":  # each entry at the minimum of all tasks' quadratics
+            for side in ("A", "B"):
+                weights = [getattr(f.modules["one"], side) for f in fishers]
+                values = [getattr(x.factors["one"], side) for x in came]
+                expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+                torch.testing.assert_close(getattr(running.factors["one"], side), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_cofima_of_a_fisher_that_says_nothing_is_the_mean() -> None:
+    merger = Merger("cofima", weight=0.25)
+    nothing = Fisher({n: Factors(0 * x.B, 0 * x.A) for n, x in random_adapter(0).factors.items()})
+    first = merger.fold(None, random_adapter(0), nothing, continues=True)
+    second = merger.fold(first, random_adapter(1), nothing, continues=True)
+    for name, x in second.factors.items():
+        expected = 0.75 * first.factors[name].A + 0.25 * random_adapter(1).factors[name].A
+        torch.testing.assert_close(x.A, expected)
+
+
+@pytest.mark.parametrize("weight", ["half", "count"])
+def test_pam_averages_the_factors(weight: str) -> None:
+    came, left, used = folded("pam", 3, continues=True, weight=weight)
+    shares = [1, 0.5, 0.5] if weight == "half" else [1, 1 / 2, 1 / 3]
+    assert used == pytest.approx(shares)
+    for name in came[0].factors:
+        expected = came[0].factors[name].A
+        for x, share in zip(came[1:], shares[1:], strict=True):
+            expected = expected + share * (x.factors[name].A - expected)
+        torch.testing.assert_close(left[-1].factors[name].A, expected)
+    assert left[-1].rank == came[0].rank
+
+
+def test_max_takes_the_largest_of_the_elected_sign() -> None:
+    came, left, _ = folded("max", 3, continues=False)
+    for name in came[0].factors:
+        stack = torch.stack([dense(x, name) for x in came])
+        found = dense(left[-1], name)
+        for place in range(stack[0].numel()):
+            values = [float(x.flatten()[place]) for x in stack]
+            expected = max(values) if sum(values) > 0 else min(values)
+            assert float(found.flatten()[place]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_frank_wolfe_moves_to_what_the_loss_asks_for() -> None:
+    """On a quadratic whose minimum is one of the adapters, and without steps the plain mean."""
+    target = random_adapter(1)
+
+    def slopes(at, towards) -> list[float]:
+        return [sum(float(((at[n].dense() - dense(target, n)) * one[n].dense()).sum()) for n in at) for one in towards]
+
+    def distance(adapter: Adapter) -> float:
+        return sum(float((dense(adapter, n) - dense(target, n)).norm() ** 2) for n in adapter.factors)
+
+    found = {}
+    for steps in (0, 40):
+        merger, running = Merger("frank_wolfe", steps=steps), None
+        for t in range(3):
+            running = merger.fold(running, random_adapter(t), continues=True, slopes=slopes)
+        found[steps] = running
+        assert sum(merger.rule.weights_of) == pytest.approx(1)
+        assert merger.report.coefficient == pytest.approx(merger.rule.weights_of[-1])
+    for name in found[0].factors:
+        mean = sum(dense(random_adapter(t), name) for t in range(3)) / 3
+        torch.testing.assert_close(dense(found[0], name), mean)
+    assert distance(found[40]) < 0.02 * distance(found[0])
+    with pytest.raises(PmLlmError, match="slopes"):
+        Merger("frank_wolfe").fold(found[0], random_adapter(3), continues=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slopes_are_the_derivatives_of_the_loss(family: str) -> None:
+    model = make_peft(family, random_b=True).eval()
+    batches = [batch_of(family, features(family, 4))]
+    here = Adapter.from_model(model, "default")
+    towards = [
+        here.replace_factors({n: LowRank(torch.randn_like(x.B), x.A) for n, x in here.factors.items()}).factors
+        for _ in range(2)
+    ]
+    found = sum_slopes(model, batches, towards)
+    for one, slope in zip(towards, found, strict=True):
+        losses = []
+        for size in (1e-3, -1e-3):
+            moved = {n: lowrank.add(x, one[n].scale(size)) for n, x in here.factors.items()}
+            here.replace_factors(moved).attach(model, "moved")
+            set_active(model, ["moved"], trainable="moved")
+            losses.append(sum_loss(model, batches)[0])
+        set_active(model, ["default"], trainable="default")
+        assert float(slope) == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=0.02, abs=0.02)
+
+
+def test_transfer_adds_the_difference_of_two_models(tmp_path) -> None:
+    vector = random_adapter(7)
+    vector.save(tmp_path / "vector")
+    came, left, _ = folded("transfer", 3, continues=False, adapter=str(tmp_path / "vector"), scale=0.5)
+    for name in came[0].factors:
+        expected = sum(dense(x, name) for x in came) + 0.5 * dense(vector, name)
+        torch.testing.assert_close(dense(left[-1], name), expected)
+    with pytest.raises(PmLlmError, match="name the adapter"):
+        load_config(None, {"method": "inclora", "merge": "transfer"}).check()
+
+
+def test_a_task_vector_of_two_models() -> None:
+    base, tuned = make_model("llama", 0), make_model("llama", 1)
+    names = [n for n, m in base.named_modules() if n.endswith(("q_proj", "v_proj"))]
+    whole, error = task_vector(base, tuned, names, 64)
+    cut, lost = task_vector(base, tuned, names, 4)
+    assert error == pytest.approx(0, abs=1e-7)
+    total = missing = 0.0
+    for name in names:
+        change = tuned.get_submodule(name).weight - base.get_submodule(name).weight
+        torch.testing.assert_close(whole[name].dense(), change)
+        s = torch.linalg.svdvals(change.detach()) ** 2
+        total, missing = total + float(s.sum()), missing + float(s[4:].sum())
+        assert cut[name].rank == 4
+    assert lost == pytest.approx((missing / total) ** 0.5, rel=1e-4)
+    with pytest.raises(PmLlmError, match="same weights"):
+        task_vector(base, base, names, 4)

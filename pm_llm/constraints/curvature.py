@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pm_llm.constraints import Constraint
-from pm_llm.errors import PmLlmError
+from pm_llm.constraints import Constraint, Context
+from pm_llm.errors import PmLlmError, check_number
 from pm_llm.fisher import Penalty
 from pm_llm.lowrank import LowRank
 from pm_llm.merges import Merge
 from pm_llm.merges.optimal import Optimal
+from pm_llm.starts import Start, check_fresh
 
 
 @dataclass
@@ -37,13 +38,19 @@ class Curvature(Constraint):
     _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, (int, float)) or not 0 <= self.weight < float("inf"):
-            raise PmLlmError(f"curvature: weight is {self.weight!r}; it must be a number from 0.")
+        check_number("curvature: weight", self.weight, 0)
 
-    def prepare(self, running: Mapping[str, LowRank], merge: Merge) -> None:
+    def check(self, start: Start, merge: Merge) -> None:
         if not isinstance(merge, Optimal):
             raise PmLlmError("constrain curvature needs merge optimal, which keeps the past tasks' quadratics.")
-        self._penalties = {name: past.penalty(running[name]) for name, past in merge.past.items()} if running else {}
+        if not merge.in_factors:
+            check_fresh("constrain curvature in the space of the weights", start)
+
+    def prepare(self, context: Context) -> None:
+        if not isinstance(context.merge, Optimal):
+            raise PmLlmError("constrain curvature needs merge optimal, which keeps the past tasks' quadratics.")
+        past = context.merge.past if context.running else {}
+        self._penalties = {name: one.penalty(context.running[name]) for name, one in past.items()}
 
     def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
         if not self._penalties or self.weight == 0:

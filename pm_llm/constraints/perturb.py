@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Step
-from pm_llm.errors import PmLlmError
+from pm_llm.constraints import Constraint, Context, Step
+from pm_llm.errors import PmLlmError, check_number
+from pm_llm.merges import Merge
+from pm_llm.starts import Start, check_fresh
 
 
 @dataclass
@@ -38,6 +40,9 @@ class Perturb(Constraint):
         decay: Of the running means of the loss, 0 <= decay < 1.
         space: `weights` (the paper): Delta is the update B A. `factors`, for an adapter that continues: Delta is the
             way theta = (A, B) has gone since the task began, `theta + s eps (theta - theta_hat)`.
+        scales: `symmetric` (the paper), or `cover`: 1, and with probability 2p the coefficient to be expected, 1/t
+            in task t (what equal Fishers give), which 1 - eps may be far above. Then no curvature
+            is logged.
 
     Raises:
         PmLlmError: If an argument is out of range.
@@ -49,18 +54,27 @@ class Perturb(Constraint):
     per_rank: bool = False
     decay: float = 0.98
     space: str = "weights"
+    scales: str = "symmetric"
+    _expected: float = field(default=1.0, init=False, repr=False)
     _sums: dict[int, list[Tensor]] = field(  # sign -> [decayed sum of losses, decayed count]
         default_factory=lambda: {s: [torch.zeros(()), torch.zeros(())] for s in (-1, 0, 1)}, init=False, repr=False
     )
 
     def __post_init__(self) -> None:
         for name, low, high in (("epsilon", 0.0, 1.0), ("probability", 0.0, 0.5), ("decay", 0.0, 0.999999)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise PmLlmError(f"perturb: {name} is {value!r}; it must be a number from {low} to {high}.")
+            check_number(f"perturb: {name}", getattr(self, name), low, high)
+        for name, allowed in (("space", ("weights", "factors")), ("scales", ("symmetric", "cover"))):
+            if getattr(self, name) not in allowed:
+                raise PmLlmError(f"perturb: {name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
 
-        if self.space not in ("weights", "factors"):
-            raise PmLlmError(f"perturb: space is {self.space!r}; it must be weights or factors.")
+    def check(self, start: Start, merge: Merge) -> None:
+        if (self.space == "factors") != merge.in_factors:
+            raise PmLlmError("space factors needs merge optimal and constrain perturb in factors, both or neither.")
+        if self.space == "weights":
+            check_fresh("constrain perturb", start, "one adapter holds all, so it would perturb the past tasks too")
+
+    def prepare(self, context: Context) -> None:
+        self._expected = 1.0 / context.task
 
     def sign(self, step: Step) -> int:
         """-1, 0 or +1 for this pass."""
@@ -74,7 +88,10 @@ class Perturb(Constraint):
         return -1 if u < self.probability else 1 if u < 2 * self.probability else 0
 
     def scale(self, step: Step) -> float:
-        return 1.0 + self.sign(step) * self.epsilon
+        sign = self.sign(step)
+        if self.scales == "cover":
+            return 1.0 if sign == 0 else self._expected
+        return 1.0 + sign * self.epsilon
 
     def observe(self, step: Step, loss: Tensor) -> None:
         sums = self._sums[self.sign(step)]
@@ -89,7 +106,7 @@ class Perturb(Constraint):
 
     def logs(self, state: dict[str, list[float]]) -> dict[str, float]:
         sums = [state[f"perturb{s:+d}"] for s in (-1, 0, 1)]
-        if self.epsilon == 0 or any(weight == 0 for _, weight in sums):
+        if self.epsilon == 0 or self.scales == "cover" or any(weight == 0 for _, weight in sums):
             return {}
         minus, zero, plus = (total / weight for total, weight in sums)
         return {"curvature": (plus + minus - 2 * zero) / self.epsilon**2}

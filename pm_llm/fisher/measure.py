@@ -104,7 +104,7 @@ def sum_fisher(
             slope.append(slopes)
 
     slope: list[Tensor] = []
-    with _quiet(model):
+    with quiet(model):
         for batch in batches:
             with tapped(model, take):
                 loss = answer_loss(model, batch)
@@ -122,7 +122,7 @@ def sum_fisher(
 def sum_loss(model: Any, batches: Iterable[Batch]) -> tuple[float, int]:
     """The summed loss over all examples, and their number: the forward half of :func:`sum_fisher`."""
     total, count = 0.0, 0
-    with _quiet(model), torch.no_grad():
+    with quiet(model), torch.no_grad():
         for batch in batches:
             total += answer_loss(model, batch).item()
             count += len(batch["labels"])
@@ -217,7 +217,7 @@ def tapped(model: Any, take: Take) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(model: Any) -> Iterator[None]:
+def quiet(model: Any) -> Iterator[None]:
     """Within the block: evaluation mode, but for what checkpoints, and no parameter that wants a gradient.
 
     A layer checkpoints in training mode only; the dropout of its own that some have (OPT, BART) is set to 0.

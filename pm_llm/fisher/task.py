@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
-from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 
 from pm_llm.accumulators import Zeros
 from pm_llm.config import FisherSection
 from pm_llm.fisher import Fisher
 from pm_llm.fisher.measure import Batch, sum_fisher, sum_loss
+from pm_llm.fisher.slopes import sum_slopes
 from pm_llm.lowrank import LowRank
-from pm_llm.processes import process_state
+from pm_llm.processes import process_state, total
 from pm_llm.progress import bar
 
 
@@ -51,19 +50,25 @@ class ChosenRows:
         with bar(len(self.mine), f"Fisher {self.task}", "row") as progress:
             sums = sum_fisher(model, self._batches(model), form, direction, progress.update, zeros)
         for tensor in sums.tensors() if self.state.num_processes > 1 else ():
-            tensor.copy_(self._over_processes(tensor))
+            tensor.copy_(total(tensor).cpu())
         return sums.mean(self.count, loss_before)
 
     def loss(self, model: Any) -> float:
         """The mean loss over the rows, in nats an example."""
-        total, _ = sum_loss(model, self._batches(model))
-        whole = torch.tensor(total, dtype=torch.float64)
-        return float(self._over_processes(whole) if self.state.num_processes > 1 else whole) / self.count
+        found, _ = sum_loss(model, self._batches(model))
+        return float(total(torch.tensor(found, dtype=torch.float64))) / self.count
+
+    def slopes(self, model: Any, towards: Sequence[Mapping[str, LowRank]]) -> list[float]:
+        """The derivatives of the mean loss towards given adapters, see :mod:`pm_llm.fisher.slopes`."""
+        return (total(sum_slopes(model, self._batches(model), towards)) / self.count).tolist()
+
+    def one_by_one(self, model: Any) -> Iterator[Batch]:
+        """This process's rows, each a batch of its own, without padding."""
+        collate = DataCollatorForSeq2Seq(self.tokenizer, model)
+        for row in self.mine:
+            yield collate([row]).to(self.state.device)
 
     def _batches(self, model: Any) -> Iterator[Batch]:
         collate = DataCollatorForSeq2Seq(self.tokenizer, model)
         for at in range(0, len(self.mine), self.size):
             yield collate(self.mine[at : at + self.size]).to(self.state.device)
-
-    def _over_processes(self, tensor: Tensor) -> Tensor:
-        return reduce(tensor.to(self.state.device), "sum").cpu()

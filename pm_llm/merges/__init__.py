@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -19,15 +19,18 @@ from pm_llm.fisher import Fisher
 from pm_llm.lowrank import LowRank
 from pm_llm.methods import Choice
 from pm_llm.parallel import each
+from pm_llm.starts import Start, check_continues
 
 Factors = Mapping[str, LowRank]
+Slopes = Callable[[Factors, Sequence[Factors]], list[float]]
 
 
 @dataclass(frozen=True)
 class Fold:
     """What a merge rule sees: `task` (1, 2, ...), the running `M_{t-1}` (empty before the first task) and the adapter
     just trained, per module; `continues` is whether that one began as the running adapter, so that it holds it.
-    `start` is the first task's adapter as it began (empty: not known)."""
+    `start` is the first task's adapter as it began (empty: not known). `slopes` gives, for an adapter and several
+    others, the derivatives of the loss on the current task's rows at the first, towards each of the others."""
 
     task: int
     running: Factors
@@ -35,6 +38,7 @@ class Fold:
     continues: bool = False
     fisher: Fisher | None = None
     start: Factors = field(default_factory=dict)
+    slopes: Slopes | None = None
 
     def delta(self, name: str) -> LowRank:
         """The task vector `Delta_t = theta*_t - M_{t-1}` of a module."""
@@ -68,8 +72,16 @@ class Merge:
     needs_fisher = False
     needs_direction = False  # whether that Fisher must hold the exact curvature along the task vector
     needs_losses = False  # whether it must hold the loss before and after training
+    needs_slopes = False  # whether `fold.slopes` must be there
     needs_history = False  # whether a running adapter means nothing without the folds that made it
+    in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
+    stores = ""  # what is kept from task to task, besides the running adapter
     zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made
+
+    def check(self, start: Start) -> None:
+        """Raise PmLlmError if the rule means nothing with this start."""
+        if self.in_factors:
+            check_continues(f"merge {type(self).__name__.lower()}", start)
 
     def coefficients(self, fold: Fold) -> Coefficients:
         """alpha_t for each module. Called once a fold, before :meth:`merge`; may look at every module."""
@@ -185,6 +197,7 @@ class Merger:
         continues: bool = False,
         start: Adapter | None = None,
         zeros: Zeros | None = None,
+        slopes: Slopes | None = None,
     ) -> Adapter:
         """The new running adapter; :attr:`report` says what was done. Modules are worked on one by one, in parallel.
 
@@ -194,6 +207,7 @@ class Merger:
             fisher: The task's Fisher, for rules that need it; tensors are dense Fishers, (d_out, d_in).
             continues: Whether `new` itself began as the running adapter, so that it already holds it.
             start: The first task's adapter as it began, for rules in the space of the factors.
+            slopes: For rules that look at the loss, see :class:`Fold`.
             zeros: Where to put the result, see :mod:`pm_llm.accumulators`; by default in memory.
 
         Raises:
@@ -208,6 +222,8 @@ class Merger:
             check_same_place(running, new)
         if self.rule.needs_fisher and fisher is None:
             raise PmLlmError(f"merge rule {type(self.rule).__name__} needs the task's Fisher; give fisher=...")
+        if self.rule.needs_slopes and running is not None and slopes is None:
+            raise PmLlmError(f"merge rule {type(self.rule).__name__} needs the loss's derivatives; give slopes=...")
         if running is not None and self.rule.needs_history and self.tasks == 0:
             raise PmLlmError(
                 f"merge rule {type(self.rule).__name__} has folded no task yet but got a running adapter. "
@@ -220,6 +236,7 @@ class Merger:
             continues,
             None if fisher is None else Fisher.of(fisher),
             start.factors if start is not None else {},
+            slopes,
         )
         alpha = self.rule.coefficients(fold)
 

@@ -72,6 +72,7 @@ class Optimal(Merge):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be a whole number from 1.")
 
+        self.in_factors = self.space == "factors"
         self.needs_direction, self.needs_losses = self.current == "exact", self.fisher_scale == "measured"
 
     def coefficients(self, fold: Fold) -> Coefficients:

@@ -20,6 +20,7 @@ class Slao(Merge):
     """
 
     needs_history = True
+    in_factors = True
 
     def coefficients(self, fold: Fold) -> Coefficients:
         check_coordinates("slao", fold)

@@ -6,6 +6,8 @@ from peft import PeftModel
 
 from pm_llm.adapters import Adapter, lora_layers, remove, set_active
 from pm_llm.config import LoraSection
+from pm_llm.errors import PmLlmError
+from pm_llm.methods import STARTS
 from pm_llm.models import add_task_adapter
 
 RUNNING, TASK = "running", "task"  # the names of the two adapters in a live model
@@ -22,11 +24,31 @@ class Start:
     continues = False
     needs_last = False
 
+    def name(self) -> str:
+        """What the configuration calls it."""
+        place = f"{type(self).__module__}:{type(self).__name__}"
+        return next((name for name, where in STARTS.items() if where == place), type(self).__name__)
+
     def prepare(
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
     ) -> PeftModel:
         """`model` (a base model before the first task) with its adapters in place, active and trainable."""
         raise NotImplementedError
+
+
+def check_fresh(what: str, start: Start, why: str = "it is about an adapter that begins anew") -> None:
+    """Raise PmLlmError unless the task's adapter comes on top of the running one; `why` it must."""
+    if start.continues:
+        raise PmLlmError(f"{what} needs a start that is fresh: {why}. The start is {start.name()!r}.")
+
+
+def check_continues(what: str, start: Start) -> None:
+    """Raise PmLlmError unless one adapter is trained on and on."""
+    if not start.continues:
+        raise PmLlmError(
+            f"{what} needs a start that continues: it compares A and B with what they were. The start is "
+            f"{start.name()!r}."
+        )
 
 
 def train_further(model: PeftModel, adapter: Adapter | None, lora: LoraSection, seq2seq: bool) -> PeftModel:
@@ -36,9 +58,9 @@ def train_further(model: PeftModel, adapter: Adapter | None, lora: LoraSection, 
     its scaling folded in. Without unfolding it, every task but the first would train at another rate.
     """
     model = add_task_adapter(model, lora, seq2seq, TASK)
+    remove(model, RUNNING)
     if adapter is not None:
         scaling = {name: layer.scaling[TASK] for name, layer in lora_layers(model).items()}
         adapter.attach(model, TASK, lora.lora_dropout, scaling)
-        remove(model, RUNNING)
     set_active(model, [TASK], trainable=TASK)
     return model

@@ -1,0 +1,81 @@
+"""Gradient subspace: A stays orthogonal to the directions that past tasks were learned in (CoSO, arXiv 2505.11816)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pm_llm.constraints import Constraint, Context, Live, Step
+from pm_llm.errors import check_number
+from pm_llm.merges import Merge
+from pm_llm.starts import Start, check_fresh
+from pm_llm.subspace import Sketch, extended, without
+
+
+@dataclass
+class GradientSubspace(Constraint):
+    """Before and after each optimizer step A is projected off the past tasks' span, so that `B A v = 0` for v in it.
+
+    In the manner of CoSO: the rows of the gradients of A, which lie in the row space of the weights' gradient, go into
+    a Frequent Directions sketch while a task is trained; its leading directions then join the span. CoSO itself trains
+    the weights in a sequence of subspaces, where here the adapter's rank is the subspace.
+
+    Args:
+        share: Of the sketch's squared norm that the span is to hold after a task.
+        size: Rows of the sketch.
+        most: Of the input space's dimensions that the span may fill.
+    """
+
+    share: float = 0.95
+    size: int = 16
+    most: float = 0.8
+    bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _sketches: dict[str, Sketch] = field(default_factory=dict, init=False, repr=False)
+    stores = "a basis of past gradients a module"
+
+    def __post_init__(self) -> None:
+        check_number("gradient_subspace: share", self.share, 0, 1)
+        check_number("gradient_subspace: most", self.most, 0, 1)
+        check_number("gradient_subspace: size", self.size, 1, whole=True)
+
+    def check(self, start: Start, merge: Merge) -> None:
+        check_fresh("constrain gradient_subspace", start)
+
+    def prepare(self, context: Context) -> None:
+        assert context.live is not None
+        self._sketches = {name: Sketch(self.size) for name in context.live.layers}
+        self._project(context.live)
+
+    def before_update(self, step: Step, live: Live) -> None:
+        for name, sketch in self._sketches.items():
+            gradient = live.weights(name)[0].grad
+            if gradient is not None:
+                sketch.add(gradient.detach().float().cpu())
+
+    def after_update(self, step: Step, live: Live) -> None:
+        self._project(live)
+
+    def _project(self, live: Live) -> None:
+        for name, basis in self.bases.items():
+            a, _ = live.weights(name)
+            a.data = without(a.data, basis)
+
+    def remember(self, context: Context) -> None:
+        for name, sketch in self._sketches.items():
+            if sketch.rows is not None and bool(sketch.rows.any()):
+                d_in = sketch.rows.shape[1]
+                self.bases[name] = extended(self.bases.get(name), sketch.rows, self.share, int(self.most * d_in))
+
+    def memory(self) -> dict[str, Tensor]:
+        return dict(self.bases)
+
+    def load_memory(self, memory: dict[str, Tensor]) -> None:
+        self.bases = dict(memory)
+
+    def state(self) -> dict[str, list[Tensor]]:
+        return {f"sketch.{name}": [s.rows] for name, s in self._sketches.items() if s.rows is not None}
+
+    def load_state(self, state: dict[str, list[Tensor]]) -> None:
+        for key, (rows,) in state.items():
+            self._sketches[key.removeprefix("sketch.")] = Sketch(self.size, rows)

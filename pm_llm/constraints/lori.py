@@ -1,0 +1,70 @@
+"""LoRI: A stays as it was drawn, and few entries of B are trained (arXiv 2504.07448)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pm_llm.constraints import Constraint, Context, Live, Step
+from pm_llm.errors import check_number
+from pm_llm.merges import Merge
+from pm_llm.starts import Start, check_fresh
+
+
+@dataclass
+class Lori(Constraint):
+    """A is frozen. After `calibration` of the steps the largest entries of B, over all modules, are chosen; B begins
+    again at 0 and only they are trained.
+
+    The paper trains twice, for the mask and with it; here both are parts of one training of a task (a choice, for one
+    budget). The optimizer's averages stay.
+
+    Args:
+        keep: Share of B's entries that are trained in the end (the paper: 0.1).
+        calibration: Share of a task's steps for the choice; 0 with `keep` 1: B is trained whole throughout (LoRI-D).
+    """
+
+    keep: float = 0.1
+    calibration: float = 0.25
+    _masks: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    _frozen: list[Tensor] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_number("lori: keep", self.keep, 1e-6, 1)
+        check_number("lori: calibration", self.calibration, 0, 0.99)
+
+    def check(self, start: Start, merge: Merge) -> None:
+        check_fresh("constrain lori", start)
+
+    def prepare(self, context: Context) -> None:
+        self._masks = []
+
+    def before_update(self, step: Step, live: Live) -> None:
+        self._frozen = []
+        for i, name in enumerate(live.layers):
+            a, b = live.weights(name)
+            self._frozen.append(a.data.clone())
+            a.grad = None
+            if self._masks and b.grad is not None:
+                b.grad *= self._masks[i].to(b.grad)
+
+    def after_update(self, step: Step, live: Live) -> None:
+        matrices = [live.weights(name)[1] for name in live.layers]
+        for name, before in zip(live.layers, self._frozen, strict=True):
+            live.weights(name)[0].data = before
+        if not self._masks and self.keep < 1 and step.step + 1 >= self.calibration * step.steps:
+            sizes = torch.cat([b.data.abs().flatten() for b in matrices])
+            least = sizes.topk(max(1, round(self.keep * sizes.numel()))).values[-1]
+            self._masks = [(b.data.abs() >= least).float() for b in matrices]
+            for b in matrices:
+                b.data.zero_()
+        for b, mask in zip(matrices, self._masks, strict=False):
+            b.data *= mask.to(b)
+
+    def state(self) -> dict[str, list[Tensor]]:
+        return {"masks": self._masks}
+
+    def load_state(self, state: dict[str, list[Tensor]]) -> None:
+        self._masks = state.get("masks", [])

@@ -1,0 +1,35 @@
+"""Refresh: before each step, a small step the other way, which unlearns a little (arXiv 2403.13249)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pm_llm.constraints import Constraint, Live, Step
+from pm_llm.errors import check_number
+
+
+@dataclass
+class Refresh(Constraint):
+    """`theta += rate * (1 + curvature F)^-1 g` on the batch, then the normal step from there.
+
+    g is the gradient of the pass's loss, F its square (uncertain in the paper: which Fisher). It doubles the cost of a
+    step. With accumulation each pass is preceded by its own, so the run depends on how a batch is split.
+
+    Args:
+        rate: Size of the step the other way, at least 0.
+        curvature: Weight of the Fisher in its preconditioner, at least 0.
+    """
+
+    rate: float = 1e-5
+    curvature: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_number("refresh: rate", self.rate, 0)
+        check_number("refresh: curvature", self.curvature, 0)
+
+    def before_pass(self, step: Step, live: Live, gradient: Callable[[], list[Tensor]]) -> None:
+        for p, g in zip(live.parameters(), gradient(), strict=True):
+            p.data += self.rate * g / (1 + self.curvature * g.square())

@@ -1,0 +1,73 @@
+"""Replay: rows of past tasks are kept and trained on again. For comparison with methods that keep none."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pm_llm.constraints import Constraint, Context, Row
+from pm_llm.errors import PmLlmError, check_number
+
+
+@dataclass
+class Replay(Constraint):
+    """The rows of a task are trained on together with those kept of the tasks before.
+
+    Args:
+        share: Of each task's training rows that is kept (buffer `task`), at least one row.
+        buffer: `task`: that share of each, which grows with the tasks. `reservoir`: as many rows as the share of the
+            first task's, drawn evenly from all rows seen so far (Vitter's algorithm R), which does not grow.
+        longer: Train on for as many steps more as there are rows more, where steps are given and not epochs.
+    """
+
+    share: float = 0.02
+    buffer: str = "task"
+    longer: bool = False
+    kept: list[Row] = field(default_factory=list, init=False, repr=False)
+    _seen: int = field(default=0, init=False, repr=False)
+    _room: int = field(default=0, init=False, repr=False)
+    old_data = True
+    stores = "rows of past tasks"
+
+    def __post_init__(self) -> None:
+        check_number("replay: share", self.share, 1e-6, 1)
+        if self.buffer not in ("task", "reservoir"):
+            raise PmLlmError(f"replay: buffer is {self.buffer!r}; it must be task or reservoir.")
+
+    def rows(self, rows: list[Row], context: Context) -> list[Row]:
+        return rows + self.kept
+
+    def steps(self, steps: int, context: Context) -> int:
+        own = len(context.rows)
+        return round(steps * (own + len(self.kept)) / own) if self.longer else steps
+
+    def remember(self, context: Context) -> None:
+        rows, rng = context.rows, random.Random(f"replay {context.seed}")
+        count = max(1, round(self.share * len(rows)))
+        if self.buffer == "task":
+            self.kept = self.kept + rng.sample(rows, count)
+            return
+        self._room = self._room or count
+        for row in rows:
+            self._seen += 1
+            if len(self.kept) < self._room:
+                self.kept = [*self.kept, row]
+            elif (place := rng.randrange(self._seen)) < self._room:
+                self.kept[place] = row
+
+    def memory(self) -> dict[str, Tensor]:
+        found = {"counts": torch.tensor([self._seen, self._room])}
+        for key in self.kept[0] if self.kept else ():
+            found[f"{key}.lengths"] = torch.tensor([len(row[key]) for row in self.kept])
+            found[f"{key}.values"] = torch.tensor([x for row in self.kept for x in row[key]])
+        return found
+
+    def load_memory(self, memory: dict[str, Tensor]) -> None:
+        self._seen, self._room = memory["counts"].tolist()
+        keys = [key.removesuffix(".lengths") for key in memory if key.endswith(".lengths")]
+        columns = {k: memory[f"{k}.values"].split(memory[f"{k}.lengths"].tolist()) for k in keys}
+        count = len(next(iter(columns.values()), ()))
+        self.kept = [{key: columns[key][i].tolist() for key in keys} for i in range(count)]

@@ -1,0 +1,35 @@
+"""Sparse: few entries of the update are not zero, so that tasks collide in few (N-LoRA, arXiv 2410.10179)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pm_llm.constraints import Constraint
+from pm_llm.errors import check_number
+from pm_llm.lowrank import LowRank
+
+
+@dataclass
+class Sparse(Constraint):
+    """Add `weight * ||Delta||_1`, the sum over all entries of all modules of |s B A|, from the first task on.
+
+    The product is formed in each step, module by module, and kept for the backward pass: as much memory as the adapted
+    weights themselves have.
+
+    Args:
+        weight: The paper's lambda, at least 0.
+    """
+
+    weight: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_number("sparse: weight", self.weight, 0)
+
+    def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
+        if self.weight == 0:
+            return None
+        parts = [x.dense().abs().sum() for x in live.values()]
+        return self.weight * sum(parts[1:], start=parts[0])

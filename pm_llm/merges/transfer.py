@@ -1,0 +1,81 @@
+"""Transfer: the tasks are added up, and with them the difference of an instruction-tuned model and its base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pm_llm import lowrank
+from pm_llm.adapters import Adapter
+from pm_llm.errors import PmLlmError, check_number
+from pm_llm.lowrank import LowRank, from_dense
+from pm_llm.merges import Coefficients, Fold, Merge
+
+
+@dataclass
+class Transfer(Merge):
+    """`M_t = M_{t-1} + Delta_t`, and `M_1 = Delta_1 + scale * V`: a domain learned on a base model, with the
+    instruction vector V added (chat vector, arXiv 2310.04799; task arithmetic, arXiv 2212.04089).
+
+    V is an adapter on disk, of the same modules: :func:`task_vector` and `pm-llm vector` make one of two models.
+
+    Args:
+        adapter: Its folder.
+        scale: Of V.
+    """
+
+    adapter: str = ""
+    scale: float = 1.0
+    _vector: Adapter | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise PmLlmError("transfer: name the adapter to add; `pm-llm vector` makes one of two models.")
+        check_number("transfer: scale", self.scale)
+
+    def coefficients(self, fold: Fold) -> Coefficients:
+        if not fold.running:
+            self._vector = Adapter.load(self.adapter)
+            if set(self._vector.factors) != set(fold.new):
+                raise PmLlmError(
+                    f"transfer: {self.adapter} is of {len(self._vector.factors)} modules, the task's adapter of "
+                    f"{len(fold.new)}, and they are not the same. Make it with the same target_modules."
+                )
+        return Coefficients.same(1.0, fold.new)
+
+    def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
+        found = super().merge(fold, name, alpha)
+        if fold.running or self._vector is None:
+            return found
+        return lowrank.add(found, self._vector.factors[name].scale(self.scale))
+
+
+def task_vector(base: Any, tuned: nn.Module, modules: Iterable[str], rank: int) -> tuple[dict[str, LowRank], float]:
+    """The difference of two models' weights in some linear modules, cut to a rank.
+
+    Args:
+        base: The model that the vector is relative to.
+        tuned: The other, of the same shapes.
+        modules: Names of the linear modules.
+        rank: What each difference is cut to (Eckart-Young).
+
+    Returns:
+        The low-rank differences, and the relative Frobenius error over all of them.
+
+    Raises:
+        PmLlmError: If a module is missing or has another shape, or the models are the same there.
+    """
+    found, lost, total = {}, 0.0, 0.0
+    ours, theirs = dict(base.named_modules()), dict(tuned.named_modules())
+    for name in modules:
+        one, other = ours[name].weight, getattr(theirs.get(name), "weight", None)
+        if other is None or one.shape != other.shape:
+            raise PmLlmError(f"module {name} is not of one shape in both models.")
+        found[name], cut, whole = lowrank.truncate(from_dense((other - one).detach().float().cpu()), rank)
+        lost, total = lost + cut, total + whole
+    if not total > 0:
+        raise PmLlmError("the two models have the same weights in these modules; there is no difference to take.")
+    return found, (lost / total) ** 0.5

@@ -1,0 +1,23 @@
+"""Alone: a new adapter on the base model, without what was learned before. For the bounds `joint` and `per_task`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftModel
+
+from pm_llm.adapters import Adapter
+from pm_llm.config import LoraSection
+from pm_llm.starts import Start, train_further
+
+
+@dataclass
+class Alone(Start):
+    """Train `W0 + Delta` from `Delta = 0`."""
+
+    continues = True  # the trained adapter is the whole model
+
+    def prepare(
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+    ) -> PeftModel:
+        return train_further(model, None, lora, seq2seq)

@@ -1,0 +1,47 @@
+"""Orthonormal bases of what past tasks used, and sketches of what a task uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def without(x: Tensor, basis: Tensor | None) -> Tensor:
+    """The rows of `x` (n, d) less their part in the span of the orthonormal rows of `basis` (k, d)."""
+    if basis is None:
+        return x
+    basis = basis.to(x)
+    return x - (x @ basis.T) @ basis
+
+
+def extended(basis: Tensor | None, rows: Tensor, share: float, most: int) -> Tensor:
+    """The basis (k, d) with the leading directions of `rows` (n, d) that it lacks, so that it holds `share` of their
+    squared norm, in at most `most` rows. That is the memory of gradient projection (GPM, arXiv 2103.09762)."""
+    rows = rows.double()
+    _, s, vh = torch.linalg.svd(without(rows, basis), full_matrices=False)
+    energy, total = s.square(), float(rows.square().sum())
+    held = total - float(energy.sum())
+    count = 0
+    while count < len(s) and held < share * total and s[count] > 1e-7 * s[0]:
+        held += float(energy[count])
+        count += 1
+    new = vh[: max(0, min(count, most - (0 if basis is None else len(basis))))]
+    whole = new if basis is None else torch.cat([basis.double(), new])
+    return torch.linalg.qr(whole.T)[0].T.float().contiguous()
+
+
+class Sketch:
+    """A matrix `size` x d that stands for a long one whose rows come one after another (Frequent Directions,
+    arXiv 1501.01711): `||X'X - S'S||_2 <= ||X - X_k||_F^2 / (size - k)` for all k < size, X_k the best of rank k."""
+
+    def __init__(self, size: int, rows: Tensor | None = None) -> None:
+        self.size, self.rows = size, rows
+
+    def add(self, x: Tensor) -> None:
+        """Take in the rows of `x` (n, d)."""
+        stacked = x if self.rows is None else torch.cat([self.rows, x])
+        if len(stacked) > 2 * self.size:
+            _, s, vh = torch.linalg.svd(stacked, full_matrices=False)
+            kept = (s[: self.size].square() - s[self.size].square()).clamp(min=0).sqrt()
+            stacked = kept[:, None] * vh[: self.size]
+        self.rows = stacked
