@@ -1,0 +1,113 @@
+"""Methods against each other on real tasks: presets x orders x seeds, one record a run, and a table with intervals.
+
+    python benchmarks/methods.py --out FOLDER [--model DIR --data-dir CL_BENCHMARK] [--methods pm seqlora | all]
+                                 [--orders order1] [--seeds 0] [KEYS]
+
+Without a model and a folder: the embedded ones. Runs that are in the folder are not repeated, and one that was stopped goes
+on. Any key of the configuration may follow, e.g. `--train.max_steps 200`; all runs of a folder must have the same. The table
+is written beside the records (`records.json`, `table.md`); differences are to the first method of the list, paired by rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import keys_of
+
+# short enough for a core: LoRA on the last six of SmolLM2's layers
+REAL: dict[str, Any] = {
+    "benchmark": "standard_cl",
+    "dtype": "bfloat16",
+    "max_train_samples": 240,
+    "max_test_samples": 100,
+    "max_length": 80,
+    "train.max_steps": 30,
+    "lora.layers_to_transform": [24, 25, 26, 27, 28, 29],
+}
+EMBEDDED: dict[str, Any] = {"benchmark": "embedded", "max_test_samples": 50, "max_length": 96, "train.max_steps": 15}
+BOTH: dict[str, Any] = {
+    "evaluate": "diagonal+final",
+    "evaluation.mode": "labels",
+    "fisher.samples": 32,
+    "train.per_device_train_batch_size": 8,
+    "train.learning_rate": 2e-3,
+}
+
+
+def main() -> None:
+    """Run what is missing, write records and table."""
+    from pm_llm import ContinualSequence
+    from pm_llm.config import load_config
+    from pm_llm.methods import PRESETS
+    from pm_llm.report.data import open_run
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="embedded:llama")
+    parser.add_argument("--data-dir", help="with it the real tasks, without it the embedded ones")
+    parser.add_argument("--methods", nargs="+", default=["seqlora", "pm"], help="presets, or all")
+    parser.add_argument("--orders", nargs="+", default=None, help="orders of the benchmark")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, records.json and table.md")
+    given, more = parser.parse_known_args()
+
+    settings = {**BOTH, **(REAL if given.data_dir else EMBEDDED), "model": given.model, **keys_of(more)}
+    if given.data_dir:
+        settings["data_dir"] = given.data_dir
+    methods = list(PRESETS) if given.methods == ["all"] else given.methods
+    runs: dict[tuple[str, str, int], Any] = {}
+    for order in given.orders or ["order1" if given.data_dir else None]:
+        for seed in given.seeds:
+            for method in methods:
+                name = f"{method}-{order or 'given'}-{seed}"
+                keys = {**settings, "method": method, "seed": seed, "output_dir": str(given.out / name)}
+                config = load_config(None, {**keys, **({"order": order} if order else {})})
+                if not (given.out / name / "results.json").exists():
+                    ContinualSequence(config).run()
+                runs[method, str(order), seed] = open_run(given.out / name)
+                write(given.out, runs, [m for m in methods if any(key[0] == m for key in runs)])
+    print((given.out / "table.md").read_text())
+
+
+def write(folder: Path, runs: dict[tuple[str, str, int], Any], methods: list[str]) -> None:
+    """`records.json`, a record a run, and `table.md`, a line a method."""
+    records = [
+        {"method": m, "order": o, "seed": s, "words": run.results["method"], **run.results}
+        for (m, o, s), run in runs.items()
+    ]
+    (folder / "records.json").write_text(json.dumps(records, indent=1) + "\n")
+    header = ["method", "final average", f"less {methods[0]}", "backward transfer", "plasticity", "coefficients"]
+    lines = ["| " + " | ".join([*header, "minutes"]) + " |", "|---|" + "---|" * len(header)]
+    for method in methods:
+        found = {key[1:]: run for key, run in runs.items() if key[0] == method}
+        lines.append("| " + " | ".join([method, *cells(found, runs, methods[0])]) + " |")
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def cells(found: dict[tuple[str, int], Any], runs: dict[tuple[str, str, int], Any], first: str) -> list[str]:
+    """A method's numbers over its orders and seeds; the intervals are of the test rows drawn."""
+    from pm_llm.evaluation.bootstrap import mean_interval, paired_difference
+
+    run, difference = next(iter(found.values())), "-"
+    average = mean_interval([task for one in found.values() for task in one.final])
+    against = {key: runs[first, *key] for key in found if (first, *key) in runs}
+    if run is not next(iter(against.values()), run) and len(against) == len(found):
+        both = ([task for key in found for task in which[key].final] for which in (found, against))
+        x = paired_difference(*both)
+        difference = f"{x.value:+.1f} ({x.low:+.1f} to {x.high:+.1f})"
+    seconds = [sum(sum(stage.values()) for stage in one.results["seconds"]) for one in found.values()]
+    return [
+        f"{average.value:.1f} ({average.low:.1f} to {average.high:.1f})",
+        difference,
+        f"{fmean(one.results['backward_transfer'] for one in found.values()):+.1f}",
+        f"{fmean(one.results['plasticity'] for one in found.values()):.1f}",
+        ", ".join(f"{c:.2f}" for c in run.results["coefficients"]),
+        f"{fmean(seconds) / 60:.1f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
