@@ -3,9 +3,10 @@
     python benchmarks/methods.py --out FOLDER [--model DIR --data-dir CL_BENCHMARK] [--methods pm seqlora | all]
                                  [--orders order1] [--seeds 0] [KEYS]
 
-Without a model and a folder: the embedded ones. Runs that are in the folder are not repeated, and one that was stopped goes
-on. Any key of the configuration may follow, e.g. `--train.max_steps 200`; all runs of a folder must have the same. The table
-is written beside the records (`records.json`, `table.md`); differences are to the first method of the list, paired by rows.
+Without a model and a folder: the embedded ones. Runs that are in the folder are not repeated, one that was stopped
+goes on. Any key of the configuration may follow, e.g. `--train.max_steps 200`; all runs of a folder must agree.
+The table is written beside the records (`records.json`, `table.md`); differences are to the first method of the list,
+paired by rows.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def cells(found: dict[tuple[str, int], Any], runs: dict[tuple[str, str, int], An
 
     run, difference = next(iter(found.values())), "-"
     average = mean_interval([task for one in found.values() for task in one.final])
-    against = {key: runs[first, *key] for key in found if (first, *key) in runs}
+    against = {key: runs[(first, *key)] for key in found if (first, *key) in runs}
     if run is not next(iter(against.values()), run) and len(against) == len(found):
         both = ([task for key in found for task in which[key].final] for which in (found, against))
         x = paired_difference(*both)

@@ -93,6 +93,20 @@ def make_parser() -> argparse.ArgumentParser:
     score.add_argument("predictions", metavar="RUN_DIR_OR_FILE")
     score.add_argument("--scorer", help="another scorer than the tasks' own")
 
+    vector = commands.add_parser(
+        "vector",
+        help="write the difference of two models as a LoRA adapter",
+        description="Write the difference of two models, such as an instruction-tuned one and its base, as a LoRA "
+        "adapter of the base: to fold in with merge, or for `merge: {name: transfer, adapter: DIR}`.",
+    )
+    vector.add_argument("--base", required=True, metavar="DIR_OR_ID", help="the model that the vector is relative to")
+    vector.add_argument("--tuned", required=True, metavar="DIR_OR_ID", help="the other model, of the same shapes")
+    vector.add_argument("--rank", type=int, default=64, help="rank of the adapter (default: 64)")
+    vector.add_argument("--target-modules", nargs="+", help="as lora.target_modules (default: q and v projections)")
+    vector.add_argument("--out", required=True, metavar="DIR", help="folder for the adapter; must not exist")
+
+    commands.add_parser("methods", help="list every preset, start, constraint and merge")
+
     report = commands.add_parser("report", help="print finished runs' tables and write them as one HTML page")
     report.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="one run, or several to compare")
     report.add_argument("--out", metavar="DIR", help="folder for report.html and figures (default: the first run's)")
@@ -120,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return configured[given.command](given, config)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        simple = {"merge": merge, "score": score, "report": report, "push": push, "status": status}
+        simple = {"merge": merge, "vector": vector, "score": score, "report": report, "push": push}
+        simple |= {"status": status, "methods": methods}
         return simple[given.command](given)
     except PmLlmError as error:
         print(f"pm-llm: error: {error}", file=sys.stderr)
@@ -291,6 +306,25 @@ def merge(given: argparse.Namespace) -> int:
         RunDir.check_within(folder)
     report = merge_folders(given.running, given.new, given.coefficient, given.max_rank, given.out)
     print(f"{given.out}: rank {report.rank}, relative truncation error {report.truncation_error:.3e}")
+    return 0
+
+
+def vector(given: argparse.Namespace) -> int:
+    """`pm-llm vector`: the difference, and how much of it the rank leaves out."""
+    from pm_llm.merges.files import write_task_vector
+    from pm_llm.run_dir import RunDir
+
+    RunDir.check_within(given.out)
+    error = write_task_vector(given.base, given.tuned, given.rank, given.target_modules, given.out)
+    print(f"{given.out}: rank {given.rank}, relative truncation error {error:.3e}")
+    return 0
+
+
+def methods(given: argparse.Namespace) -> int:
+    """`pm-llm methods`: the table of presets, then what they are made of."""
+    from pm_llm.catalogue import choices, table
+
+    print(f"{table()}\n{choices()}")
     return 0
 
 

@@ -180,7 +180,13 @@ class RunConfig:
                 raise PmLlmError("space factors needs merge optimal, or another merge of the factors themselves.")
         merge.check(start)
         for choice in method.constrain:
-            choice.build("constrain").check(start, merge)
+            constraint = choice.build("constrain")
+            constraint.check(start, merge)
+            if start.offset and constraint.fills("scale", "penalty", "around", "after_update"):
+                raise PmLlmError(
+                    f"constrain {choice.name} is about an adapter that begins at zero; with start {start.name()} it "
+                    "does not. Use another start, or init eva or orthogonal."
+                )
         rank = max([self.lora.r, *self.lora.rank_pattern.values()])
         if merge.in_factors and self.max_rank is not None and self.max_rank < rank:
             raise PmLlmError(

@@ -17,6 +17,7 @@ STARTS = {
     "continue": "pm_llm.starts.continuing:Continue",
     "last": "pm_llm.starts.last:Last",
     "orthogonal": "pm_llm.starts.orthogonal:Orthogonal",
+    "subspace": "pm_llm.starts.subspace:Subspace",
     "alone": "pm_llm.starts.alone:Alone",
 }
 CONSTRAINTS = {
@@ -106,6 +107,7 @@ class Method:
     constrain: tuple[Choice, ...] = ()
     merge: Choice = Choice("replace")
     source: str = field(default="", compare=False)
+    task_id: bool = field(default=False, compare=False)  # whether its result is used with the task known
 
     @classmethod
     def parse(cls, preset: str, start: Any = None, constrain: Any = None, merge: Any = None) -> Method:
@@ -141,9 +143,11 @@ class Method:
         }
 
 
-def _preset(start: str, constrain: str | Choice | None, merge: str | Choice, source: str) -> Method:
+def _preset(
+    start: str | Choice, constrain: str | Choice | None, merge: str | Choice, source: str, task_id: bool = False
+) -> Method:
     constraints = (Choice.parse(constrain, "constrain"),) if constrain is not None else ()
-    return Method(Choice(start), constraints, Choice.parse(merge, "merge"), source)
+    return Method(Choice.parse(start, "start"), constraints, Choice.parse(merge, "merge"), source, task_id)
 
 
 PRESETS: dict[str, Method] = {
@@ -151,6 +155,7 @@ PRESETS: dict[str, Method] = {
     "pm_gaussian": _preset("fresh", "gaussian", "optimal", "P&M's ablation, arXiv 2505.22389"),
     "seqlora": _preset("continue", None, "replace", "plain sequential fine-tuning"),
     "inclora": _preset("fresh", None, "sum", "IncLoRA, in arXiv 2310.14152"),
+    "pissa": _preset(Choice("subspace", {"init": "pissa"}), None, "sum", "PiSSA, arXiv 2404.02948, added up"),
     "average": _preset("fresh", None, "average", "M_t = M_{t-1} + Delta_t / t"),
     "ema": _preset("continue", None, "exponential", "exponential average of the models"),
     "ewc": _preset("continue", "ewc", "replace", "EWC, arXiv 1612.00796"),
@@ -177,5 +182,12 @@ PRESETS: dict[str, Method] = {
     "frank_wolfe": _preset("alone", None, "frank_wolfe", "FW-Merging, arXiv 2503.12649"),
     "replay": _preset("continue", "replay", "replace", "experience replay, for reference"),
     "joint": _preset("alone", Choice("replay", {"share": 1.0, "longer": True}), "replace", "bound: all rows so far"),
-    "per_task": _preset("alone", None, "replace", "bound: a model of its own for each task"),
+    "per_task": _preset("alone", None, "replace", "bound: a model of its own for each task", task_id=True),
+}
+# on what the tests run each preset; they take their parameters from here, and the table of methods its last columns
+TESTED: dict[str, tuple[str, ...]] = {
+    "LLaMA": tuple(PRESETS),
+    "T5": tuple(PRESETS),
+    "4-bit": ("pm", "seqlora", "ewc", "olora", "migu", "inflora", "coso", "cofima", "frank_wolfe", "ties"),
+    "DDP": ("pm", "ewc", "olora", "migu", "inflora", "coso", "refresh", "lori", "cofima", "frank_wolfe", "joint"),
 }

@@ -126,6 +126,7 @@ class ContinualSequence:
         chosen = self._chosen(number, task, rows)
         constraints = self._constraints()
         with self._folded():
+            self.start.look(self.model, chosen)
             context = self._context(number, merger, running, chosen, rows)
             for constraint in constraints:
                 constraint.prepare(context)
@@ -134,7 +135,7 @@ class ContinualSequence:
             clock.stop("fisher")
             logs, seconds = self._train(number, task, context, constraints)
             clock.stop("train")
-            new = Adapter.from_model(self.model, TASK)
+            new = self.start.as_update(Adapter.from_model(self.model, TASK))
             if is_sharded(self.model):  # what follows runs on whole models, each process with its share of the rows
                 self._load()
                 self._prepare(running)
@@ -276,7 +277,7 @@ class ContinualSequence:
     def _as_trained(self, new: Adapter) -> None:
         """The model, prepared for a task, as it was right after that was trained."""
         active = list(self.model.active_adapters)
-        new.attach(self.model, TASK)
+        self.start.as_live(new).attach(self.model, TASK)
         set_active(self.model, active, trainable=TASK)
 
     def _folded(self) -> AbstractContextManager:

@@ -80,7 +80,8 @@ class ConstraintMixin:
         if not isinstance(model, PeftModel):
             raise PmLlmError(f"the model is a {type(model).__name__}; give a PeftModel with a LoRA adapter.")
         self.adapter_name = trainable_adapter(model)
-        self.live = Live(dict(lora_layers(model)), self.adapter_name, self._total)
+        seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+        self.live = Live(dict(lora_layers(model)), self.adapter_name, self._total, seq2seq)
         self._layers = list(self.live.layers.values())
         if any(self.adapter_name in layer.lora_variant for layer in self._layers):
             raise PmLlmError(
@@ -110,7 +111,7 @@ class ConstraintMixin:
             stack.enter_context(scaled(layers, name, factor))
             stack.enter_context(stretched(layers, name, self._origin, stretch))
             for constraint in self.constraints:
-                stack.enter_context(constraint.around(step, self.live))
+                stack.enter_context(constraint.around(step, self.live, inputs))
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         # the Trainer's loss is this pass's share of the step's mean
         whole = (loss.detach() - self._penalty) * step.micro_steps

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.utils import merge_utils
 
 from pm_llm import Merger, lowrank
 from pm_llm.adapters import Adapter, set_active
+from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher
@@ -17,7 +19,7 @@ from pm_llm.fisher.slopes import sum_slopes
 from pm_llm.lowrank import LowRank, from_dense
 from pm_llm.merges.opcm import project
 from pm_llm.merges.transfer import task_vector
-from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
+from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft, targets, tokenizer
 from tests.invariants.test_closed_form import random_adapter
 
 
@@ -347,3 +349,28 @@ def test_a_task_vector_of_two_models() -> None:
     assert lost == pytest.approx((missing / total) ** 0.5, rel=1e-4)
     with pytest.raises(PmLlmError, match="same weights"):
         task_vector(base, base, names, 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vector_command_writes_an_adapter_that_makes_one_model_of_the_other(
+    family, pico_folders, tmp_path, capsys
+):
+    tuned = make_model(family, 1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    tokenizer(family).save_pretrained(tmp_path / "tuned")
+    arguments = ["vector", "--base", pico_folders[family], "--tuned", str(tmp_path / "tuned"), "--rank", "64"]
+    assert main([*arguments, "--out", str(tmp_path / "v")]) == 0
+    assert "relative truncation error" in capsys.readouterr().out
+    base = make_model(family, 0)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "v")).merge_and_unload()
+    for name, p in model.named_parameters():
+        if name.rpartition(".weight")[0].endswith(tuple(targets(family))):
+            torch.testing.assert_close(p, tuned.get_parameter(name), atol=1e-5, rtol=1e-4)
+    assert main([*arguments, "--out", str(tmp_path / "v")]) == 2  # it exists
+    assert "exists" in capsys.readouterr().err
+    assert (
+        main(["vector", "--base", pico_folders[family], "--tuned", pico_folders[family], "--out", str(tmp_path / "w")])
+        == 2
+    )
+    assert "same weights" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned", "v"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pm_llm import ContinualSequence
 from pm_llm.config import load_config
-from pm_llm.methods import PRESETS
+from pm_llm.methods import TESTED
 from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer
-from tests.conftest import FAMILIES, batch_of, features, small_tasks
+from tests.conftest import ROOT, batch_of, features, small_tasks
+from tests.test_launchers import launcher, same_as_one_process
 
 KEYS = {
     "lora.r": 4,
@@ -28,13 +31,15 @@ KEYS = {
 }
 
 
-def sequence(preset: str, model: str, folder: Path) -> ContinualSequence:
-    config = load_config(None, {**KEYS, "model": model, "method": preset, "output_dir": str(folder)})
+def sequence(preset: str, model: str, folder: Path, **keys) -> ContinualSequence:
+    config = load_config(None, {**KEYS, "model": model, "method": preset, "output_dir": str(folder), **keys})
     return ContinualSequence(config, small_tasks("sentiment", "topic", train=12, test=2))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("family", FAMILIES)
+BOTH = [(family, preset) for family, kind in (("llama", "LLaMA"), ("t5", "T5")) for preset in TESTED[kind]]
+
+
+@pytest.mark.parametrize(("family", "preset"), BOTH)
 def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, pico_folders, tmp_path) -> None:
     model = pico_folders[family]
     whole = sequence(preset, model, tmp_path / "whole").run()
@@ -63,3 +68,26 @@ def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, 
     alone = PeftModel.from_pretrained(auto.from_pretrained(model), str(tmp_path / "whole/adapter"))
     with torch.no_grad():
         assert torch.isfinite(alone(**batch_of(family, features(family, 2))).logits).all()
+
+
+@pytest.mark.parametrize("preset", TESTED["4-bit"])
+def test_trains_on_a_base_in_4_bits(preset: str, pico_folders, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = sequence(preset, pico_folders["llama"], tmp_path / "run", load_in_4bit=True)
+    results = run.run()
+    assert all(0 <= score <= 100 for score in results["matrix"][-1])
+    found = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert all(torch.isfinite(x).all() for x in found.values())
+    assert any(bool(x.any()) for name, x in found.items() if "lora_B" in name)
+    assert all("lora_" in name or not p.requires_grad for name, p in run.model.named_parameters())
+
+
+@pytest.mark.slow
+def test_two_processes_do_as_one(pico_folders, tmp_path) -> None:
+    presets = TESTED["DDP"]
+    command = [*launcher("ddp_cpu", tmp_path)[:-1], str(ROOT / "tests/presets_script.py"), pico_folders["llama"]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, str(tmp_path / "two"), *presets], env=environment, check=True, timeout=400)
+    for preset in presets:
+        sequence(preset, pico_folders["llama"], tmp_path / "one" / preset).run()
+        same_as_one_process(tmp_path / "two" / preset, tmp_path / "one" / preset)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pm_llm.adapters import Adapter, lora_layers, remove, trainable_adapter
-from pm_llm.config import LoraSection
+from pm_llm.config import LoraSection, load_config
+from pm_llm.errors import PmLlmError
 from pm_llm.lowrank import LowRank
 from pm_llm.starts import RUNNING, TASK
 from pm_llm.starts.continuing import Continue
 from pm_llm.starts.fresh import Fresh
 from pm_llm.starts.last import Last
 from pm_llm.starts.orthogonal import Orthogonal
+from pm_llm.starts.subspace import Subspace
 from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft, targets
 
 
@@ -82,3 +86,47 @@ def test_again_and_again(start) -> None:
         running.attach(model, RUNNING)  # as the sequence does after a merge
         remove(model, TASK)
         assert set(model.peft_config) == {RUNNING}
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "eva"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_subspace_begins_at_the_running_model_and_leaves_the_base(family: str, init: str) -> None:
+    """In PEFT's subspace, at the running model's function, with a task vector of zero; and the base is untouched."""
+    running, expected, batch = running_adapter(family)
+    base = make_model(family)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    start, lora = Subspace(init), LoraSection(r=4, lora_alpha=8, target_modules=targets(family))
+    model = start.prepare(base, running, lora, family == "t5").eval()
+    start.look(model, SimpleNamespace(one_by_one=lambda _: [batch_of(family, [row]) for row in features(family, 4)]))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-4)
+    assert trainable_adapter(model) == TASK
+    assert model.active_adapters == [RUNNING, TASK]
+    raw = Adapter.from_model(model, TASK)
+    update = start.as_update(raw)
+    live = start.as_live(update)
+    for name, x in raw.factors.items():
+        torch.testing.assert_close(live.factors[name].dense(), x.dense(), atol=1e-5, rtol=1e-4)
+        assert update.factors[name].dense().abs().max() < 1e-5
+        w = before[f"{name}.weight"]
+        if init == "pissa":  # the best approximation of the base weight
+            u, s, vh = torch.linalg.svd(w)
+            best = u[:, :4] * s[:4] @ vh[:4]
+            torch.testing.assert_close(x.dense(), best, atol=1e-4, rtol=1e-3)
+        if init == "olora":
+            b = x.B / x.B.norm(dim=0)
+            torch.testing.assert_close(b.T @ b, torch.eye(4), atol=1e-4, rtol=0)
+        if init == "eva":
+            torch.testing.assert_close(x.A @ x.A.T, torch.eye(4), atol=1e-4, rtol=0)
+    after = {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): p for name, p in model.named_parameters()
+    }
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+
+
+def test_subspace_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(PmLlmError, match="pissa, olora"):
+        Subspace("corda")
+    with pytest.raises(PmLlmError, match="begins at zero"):
+        load_config(None, {"method": "pm", "start": "subspace"}).check()
+    assert load_config(None, {"method": "pm", "start": {"name": "subspace", "init": "eva"}}).check()

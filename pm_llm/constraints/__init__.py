@@ -41,12 +41,14 @@ class Step:
 class Live:
     """The adapter that is being trained, in a live model.
 
-    `layers` are its layers by module name, `adapter` its name in them; `total` adds a tensor up over all processes.
+    `layers` are its layers by module name, `adapter` its name in them; `total` adds a tensor up over all processes;
+    `seq2seq` is whether the model is an encoder-decoder.
     """
 
     layers: Mapping[str, Any]
     adapter: str
     total: Callable[[Tensor], Tensor] = lambda x: x
+    seq2seq: bool = False
 
     def sides(self, name: str) -> tuple[nn.Module, nn.Module]:
         """A module's `lora_A` and `lora_B`."""
@@ -138,8 +140,8 @@ class Constraint:
     def before_pass(self, step: Step, live: Live, gradient: Callable[[], list[Tensor]]) -> None:
         """Before the pass; `gradient()` is that of its loss, for each of `live.parameters()`, the processes' mean."""
 
-    def around(self, step: Step, live: Live) -> AbstractContextManager:
-        """A context in which the pass is made."""
+    def around(self, step: Step, live: Live, batch: Mapping[str, Any]) -> AbstractContextManager:
+        """A context in which the pass over `batch` (the model's inputs) is made."""
         return nullcontext()
 
     def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class Gaussian(Constraint):
         check_number("gaussian: epsilon", self.epsilon, 0)
 
     @contextmanager
-    def around(self, step: Step, live: Live) -> Iterator[None]:
+    def around(self, step: Step, live: Live, batch: Mapping[str, Any]) -> Iterator[None]:
         generator = torch.Generator().manual_seed(random.Random(f"gaussian {step.seed} {step.step}").getrandbits(63))
         parameters = live.parameters() if self.epsilon else []
         before = [p.data for p in parameters]

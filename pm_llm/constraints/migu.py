@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +18,9 @@ from pm_llm.errors import check_number
 class Migu(Constraint):
     """From the second task on, an output row of A or B gets its gradient if `n = sum |output|` is large.
 
-    n is summed over the tokens of all passes of the optimizer step, and all processes. Padding counts, as in the
-    authors' code, so where batches are padded differently the mask depends on how a step is split. Rows at or above
-    the quantile `threshold` of their matrix keep their gradient; that of the others becomes zero. What Adam still
-    moves by its averages is left.
+    n is summed over the tokens of all passes of the optimizer step, and all processes. Padding does not count (in the
+    authors' code it does: the mask then depends on how a step is split). Rows at or above the quantile `threshold` of
+    their matrix keep their gradient; that of the others becomes zero. What Adam still moves by its averages is left.
 
     Args:
         threshold: Quantile below which rows are not updated, from 0 (all are) to 1 (only the largest).
@@ -38,21 +37,24 @@ class Migu(Constraint):
         self._task = context.task
 
     @contextmanager
-    def around(self, step: Step, live: Live) -> Iterator[None]:
+    def around(self, step: Step, live: Live, batch: Mapping[str, Any]) -> Iterator[None]:
         if self._task == 1:
             yield
             return
         if step.micro_step == 0:
             self._sums.clear()
 
-        def take(module: nn.Module, _: Any, output: Tensor) -> None:
-            found = output.detach().float().abs().flatten(0, -2).sum(0)
-            self._sums[module] = self._sums[module] + found if module in self._sums else found
+        def hook(mask: Tensor) -> Any:
+            def take(module: nn.Module, _: Any, output: Tensor) -> None:
+                found = (output.detach().float().abs() * mask[..., None]).flatten(0, -2).sum(0)
+                self._sums[module] = self._sums[module] + found if module in self._sums else found
+
+            return take
 
         with ExitStack() as stack:
             for name in live.layers:
                 for module in live.sides(name):
-                    stack.callback(module.register_forward_hook(take).remove)
+                    stack.callback(module.register_forward_hook(hook(tokens(name, batch, live.seq2seq))).remove)
             yield
 
     def before_update(self, step: Step, live: Live) -> None:
@@ -61,3 +63,15 @@ class Migu(Constraint):
             kept = sums >= torch.quantile(sums, self.threshold)
             gradient: Any = module.weight.grad
             gradient *= kept[:, None].to(gradient)
+
+
+def tokens(name: str, batch: Mapping[str, Any], seq2seq: bool) -> Tensor:
+    """Which positions (batch, tokens) of a module's input are no padding.
+
+    In an encoder-decoder the decoder's are those of the labels, but for cross-attention's keys and values, which are
+    made from the encoder's output.
+    """
+    parts = name.split(".")
+    crossing = any("EncDec" in part or "encoder_attn" in part for part in parts)
+    of_encoder = "decoder" not in parts or (crossing and parts[-1] in ("k", "v", "k_proj", "v_proj"))
+    return batch["attention_mask"].bool() if of_encoder or not seq2seq else batch["labels"] != -100

@@ -77,7 +77,7 @@ def second_moments(context: Context) -> dict[str, Tensor]:
     """For each module a matrix (d_in, d_in) whose rows have the second moments of its inputs, over all processes."""
     assert context.live is not None
     assert context.chosen is not None
-    sums: dict[str, Tensor] = {}
+    sums = {n: torch.zeros(x.in_features, x.in_features) for n, x in context.live.layers.items()}
     model, was_training = context.model, context.model.training
     model.eval()
     with torch.no_grad(), _taking(context.live, sums):
@@ -96,7 +96,7 @@ def _taking(live: Live, sums: dict[str, Tensor]) -> Iterator[None]:
     def hook(name: str) -> Any:
         def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().float().flatten(0, -2)
-            sums[name] = sums.get(name, 0) + x.T @ x
+            sums[name] = sums[name].to(x.device) + x.T @ x
 
         return take
 

@@ -48,19 +48,19 @@ class ChosenRows:
     ) -> Fisher:
         """The Fisher, see :func:`pm_llm.fisher.measure.sum_fisher`; `loss_before` is what :meth:`loss` was."""
         with bar(len(self.mine), f"Fisher {self.task}", "row") as progress:
-            sums = sum_fisher(model, self._batches(model), form, direction, progress.update, zeros)
+            sums = sum_fisher(model, self.batches(model), form, direction, progress.update, zeros)
         for tensor in sums.tensors() if self.state.num_processes > 1 else ():
             tensor.copy_(total(tensor).cpu())
         return sums.mean(self.count, loss_before)
 
     def loss(self, model: Any) -> float:
         """The mean loss over the rows, in nats an example."""
-        found, _ = sum_loss(model, self._batches(model))
+        found, _ = sum_loss(model, self.batches(model))
         return float(total(torch.tensor(found, dtype=torch.float64))) / self.count
 
     def slopes(self, model: Any, towards: Sequence[Mapping[str, LowRank]]) -> list[float]:
         """The derivatives of the mean loss towards given adapters, see :mod:`pm_llm.fisher.slopes`."""
-        return (total(sum_slopes(model, self._batches(model), towards)) / self.count).tolist()
+        return (total(sum_slopes(model, self.batches(model), towards)) / self.count).tolist()
 
     def one_by_one(self, model: Any) -> Iterator[Batch]:
         """This process's rows, each a batch of its own, without padding."""
@@ -68,7 +68,8 @@ class ChosenRows:
         for row in self.mine:
             yield collate([row]).to(self.state.device)
 
-    def _batches(self, model: Any) -> Iterator[Batch]:
+    def batches(self, model: Any) -> Iterator[Batch]:
+        """This process's rows, `fisher.batch_size` at a time."""
         collate = DataCollatorForSeq2Seq(self.tokenizer, model)
         for at in range(0, len(self.mine), self.size):
             yield collate(self.mine[at : at + self.size]).to(self.state.device)

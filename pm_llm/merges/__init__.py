@@ -74,6 +74,7 @@ class Merge:
     needs_losses = False  # whether it must hold the loss before and after training
     needs_slopes = False  # whether `fold.slopes` must be there
     needs_history = False  # whether a running adapter means nothing without the folds that made it
+    old_adapters = False  # whether all tasks' adapters are kept
     in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
     stores = ""  # what is kept from task to task, besides the running adapter
     zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made

@@ -36,6 +36,7 @@ class Opcm(Merge):
     norms: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # mean over the task vectors
     scales: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # lambda
     needs_history = True
+    stores = "two norms a module"
 
     def __post_init__(self) -> None:
         if self.variant not in ("paper", "reference"):

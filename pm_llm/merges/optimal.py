@@ -63,6 +63,7 @@ class Optimal(Merge):
     past: dict[str, Past] = field(default_factory=dict, init=False, repr=False)
     needs_fisher = True
     needs_history = True
+    stores = "the Fishers' sum and m, of bounded size"
 
     def __post_init__(self) -> None:
         for name, allowed in OPTIONS.items():

@@ -22,7 +22,8 @@ class Stored(Merge):
 
     vectors: list[dict[str, LowRank]] = field(default_factory=list, init=False, repr=False)
     needs_history = True
-    stores = "all task adapters"
+    old_adapters = True
+    stores = "every task's adapter"
 
     def combine(self, name: str, vectors: list[Tensor]) -> Tensor:
         """The merged (d_out, d_in) matrix of a module."""

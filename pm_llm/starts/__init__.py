@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from peft import PeftModel
 
 from pm_llm.adapters import Adapter, lora_layers, remove, set_active
@@ -9,6 +11,9 @@ from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.methods import STARTS
 from pm_llm.models import add_task_adapter
+
+if TYPE_CHECKING:
+    from pm_llm.fisher.task import ChosenRows
 
 RUNNING, TASK = "running", "task"  # the names of the two adapters in a live model
 
@@ -23,6 +28,7 @@ class Start:
 
     continues = False
     needs_last = False
+    offset = False  # whether the trained adapter begins at an update that is not zero, taken back elsewhere
 
     def name(self) -> str:
         """What the configuration calls it."""
@@ -34,6 +40,17 @@ class Start:
     ) -> PeftModel:
         """`model` (a base model before the first task) with its adapters in place, active and trainable."""
         raise NotImplementedError
+
+    def look(self, model: PeftModel, chosen: ChosenRows) -> None:
+        """After :meth:`prepare`, with some of the task's rows at hand."""
+
+    def as_update(self, new: Adapter) -> Adapter:
+        """The trained adapter as what it changes in the model it began at."""
+        return new
+
+    def as_live(self, update: Adapter) -> Adapter:
+        """The inverse: what must be live in a prepared model for that change."""
+        return update
 
 
 def check_fresh(what: str, start: Start, why: str = "it is about an adapter that begins anew") -> None:

@@ -1,0 +1,138 @@
+"""Subspace: a new adapter in a subspace of the weights or of the task's inputs, by PEFT's own initialisations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import EvaConfig, PeftModel
+from peft.tuners.lora.eva import get_eva_state_dict
+
+from pm_llm import lowrank
+from pm_llm.adapters import Adapter, lora_layers, set_active
+from pm_llm.config import LoraSection
+from pm_llm.errors import PmLlmError
+from pm_llm.fisher.task import ChosenRows
+from pm_llm.lowrank import LowRank
+from pm_llm.models import add_task_adapter
+from pm_llm.starts import RUNNING, TASK, Start
+
+# PEFT's names; the first two begin with an update that is not zero
+INITS = {"pissa": "arXiv 2404.02948", "olora": "arXiv 2406.01775", "orthogonal": "", "eva": "arXiv 2410.07170"}
+
+
+@dataclass
+class Subspace(Start):
+    """Train `W0 + M_{t-1} - s B0 A0 + s B A` from `(B, A) = (B0, A0)`.
+
+    `pissa` takes (B0, A0) from the leading singular directions of W0, `olora` from its QR factors; `orthogonal` draws
+    them orthogonal, with product zero; `eva` takes A0 from the principal directions of the task's inputs, with B0 = 0
+    (without moving ranks between modules). PEFT puts `- s B0 A0` into the base weights for the first two. Here these
+    stay as they are: it goes into the frozen running adapter while the task trains, and the task vector is
+    `s B A - s B0 A0`, of twice the rank. CorDA, which PEFT prepares on a bare base model only, is left out.
+
+    Args:
+        init: `pissa`, `pissa_niter_N` (a fast SVD in N steps), `olora`, `orthogonal` or `eva`.
+
+    Raises:
+        PmLlmError: If there is no such initialisation, or PEFT cannot make it of these base weights.
+    """
+
+    init: str = "pissa"
+    _origin: dict[str, LowRank] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        name, _, steps = self.init.partition("_niter_")
+        if name not in INITS or (steps and not (name == "pissa" and steps.isdigit())):
+            raise PmLlmError(f"subspace: init is {self.init!r}; it must be {', '.join(INITS)} or pissa_niter_N.")
+        self.offset = name in ("pissa", "olora")
+
+    def prepare(
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+    ) -> PeftModel:
+        model = add_task_adapter(model, lora, seq2seq, TASK)
+        if self.init != "eva":
+            self._initialise(model)
+        frozen = running
+        if self.offset:
+            minus = {name: x.scale(-1.0) for name, x in self._origin.items()}
+            base = Adapter.from_model(model, TASK) if running is None else running
+            past = {} if running is None else running.factors
+            frozen = base.replace_factors({n: lowrank.add(past[n], x) if past else x for n, x in minus.items()})
+        if frozen is not None:
+            frozen.attach(model, RUNNING)
+        set_active(model, [TASK] if frozen is None else [RUNNING, TASK], trainable=TASK)
+        return model
+
+    def look(self, model: PeftModel, chosen: ChosenRows) -> None:
+        if self.init != "eva":
+            return
+        config: Any = copy(model.peft_config[TASK])
+        config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
+        active, was_training = list(model.active_adapters), model.training
+        found = get_eva_state_dict(
+            model,
+            list(chosen.one_by_one(model)),  # without padding, so that every position counts
+            config,
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
+            adapter_name=TASK,
+            show_progress_bar=False,
+        )
+        model.train(was_training)
+        set_active(model, active, trainable=TASK)
+        for name, layer in lora_layers(model).items():
+            weight: Any = layer.lora_A[TASK].weight
+            with torch.no_grad():
+                weight.copy_(next(x for key, x in found.items() if key.endswith(name)).to(weight))
+
+    def as_update(self, new: Adapter) -> Adapter:
+        if not self.offset:
+            return new
+        change = {n: lowrank.add(x, self._origin[n].scale(-1.0)) for n, x in new.factors.items()}
+        return new.replace_factors(change)
+
+    def as_live(self, update: Adapter) -> Adapter:
+        if not self.offset:
+            return update
+        return update.replace_factors({n: lowrank.add(x, self._origin[n]) for n, x in update.factors.items()})
+
+    def _initialise(self, model: PeftModel) -> None:
+        """A and B as PEFT makes them; the base weights stay, and what PEFT takes from them is remembered."""
+        for name, layer in lora_layers(model).items():
+            try:
+                with _kept(layer):
+                    if self.init.startswith("pissa"):
+                        layer.pissa_init(TASK, self.init)
+                    elif self.init == "olora":
+                        layer.olora_init(TASK)
+                    else:
+                        layer.orthogonal_init(TASK)
+            except (TypeError, ValueError) as error:
+                raise PmLlmError(f"start subspace: PEFT cannot make {self.init!r} of {name}: {error}") from error
+            for side in (layer.lora_A, layer.lora_B):
+                side[TASK].weight.data = side[TASK].weight.data.float()
+            weights: Any = (layer.lora_A[TASK].weight, layer.lora_B[TASK].weight)
+            a, b = (w.detach().clone() for w in weights)
+            self._origin[name] = LowRank((b * layer.scaling[TASK]).cpu(), a.cpu())
+
+
+@contextmanager
+def _kept(layer: Any) -> Iterator[None]:
+    """The base weight of a layer is afterwards what it was."""
+    base = layer.get_base_layer()
+    weight: Any = base.weight
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"its weights are {weight.dtype}, and they would have to change; use a base that is not in 4 bits"
+        )
+    before = weight.data.clone()
+    try:
+        yield
+    finally:
+        base.weight = weight
+        weight.data = before

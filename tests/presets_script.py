@@ -1,0 +1,16 @@
+"""Run presets one after another, in every process of a launcher: FAMILY MODEL FOLDER PRESET..."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pm_llm.processes import process_state, shut_down
+from tests.test_presets import sequence
+
+if __name__ == "__main__":
+    model, folder, *presets = sys.argv[1:]
+    share = {"train.per_device_train_batch_size": 4 // process_state().num_processes}
+    for preset in presets:
+        sequence(preset, model, Path(folder) / preset, **share).run()
+    shut_down()
