@@ -1,12 +1,12 @@
 """Methods against each other on real tasks: presets x orders x seeds, one record a run, and a table with intervals.
 
     python benchmarks/methods.py --out FOLDER [--model DIR --data-dir CL_BENCHMARK] [--methods pm seqlora | all]
-                                 [--orders order1] [--seeds 0] [KEYS]
+                                 [--orders order4] [--seeds 0] [KEYS]
 
 Without a model and a folder: the embedded ones. Runs that are in the folder are not repeated, one that was stopped
-goes on. Any key of the configuration may follow, e.g. `--train.max_steps 200`; all runs of a folder must agree.
-The table is written beside the records (`records.json`, `table.md`); differences are to the first method of the list,
-paired by rows.
+goes on. Any key of the configuration may follow, e.g. `--train.max_steps 200`; all runs of a folder must agree. Hidden
+states below the first adapted layer are computed once a row (`trunk.py`). The table is written beside the records
+(`records.json`, `table.md`); differences are to the first method of the list, paired by rows.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import trunk
 from common import keys_of
 
 # short enough for a core: LoRA on the last six of SmolLM2's layers
 REAL: dict[str, Any] = {
-    "benchmark": "standard_cl",
+    "benchmark": "long_sequence",
     "dtype": "bfloat16",
-    "max_train_samples": 240,
-    "max_test_samples": 100,
-    "max_length": 80,
-    "train.max_steps": 30,
+    "max_train_samples": 400,
+    "max_test_samples": 50,
+    "max_length": 128,
+    "train.max_steps": 50,
     "lora.layers_to_transform": [24, 25, 26, 27, 28, 29],
 }
 EMBEDDED: dict[str, Any] = {"benchmark": "embedded", "max_test_samples": 50, "max_length": 96, "train.max_steps": 15}
+ORDER = "agnews,SST-2,QQP,dbpedia"
 BOTH: dict[str, Any] = {
     "evaluate": "diagonal+final",
-    "evaluation.mode": "labels",
     "fisher.samples": 32,
     "train.per_device_train_batch_size": 8,
-    "train.learning_rate": 2e-3,
+    "train.learning_rate": 4e-3,
 }
 
 
@@ -46,11 +47,16 @@ def main() -> None:
     from pm_llm.methods import PRESETS
     from pm_llm.report.data import open_run
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="embedded:llama")
     parser.add_argument("--data-dir", help="with it the real tasks, without it the embedded ones")
     parser.add_argument("--methods", nargs="+", default=["seqlora", "pm"], help="presets, or all")
-    parser.add_argument("--orders", nargs="+", default=None, help="orders of the benchmark")
+    parser.add_argument(
+        "--orders",
+        nargs="+",
+        default=None,
+        help=f"orders of the benchmark, or tasks with commas between (default: {ORDER})",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, records.json and table.md")
     given, more = parser.parse_known_args()
@@ -58,16 +64,24 @@ def main() -> None:
     settings = {**BOTH, **(REAL if given.data_dir else EMBEDDED), "model": given.model, **keys_of(more)}
     if given.data_dir:
         settings["data_dir"] = given.data_dir
+
+    class Sequence(ContinualSequence):
+        def _load(self) -> None:
+            super()._load()
+            layers = self.config.lora.layers_to_transform or [0]
+            if min(layers) > 0 and not self.config.load_in_4bit:
+                trunk.install(self.base.model, min(layers), self.config.model)
+
     methods = list(PRESETS) if given.methods == ["all"] else given.methods
     runs: dict[tuple[str, str, int], Any] = {}
-    for order in given.orders or ["order1" if given.data_dir else None]:
+    for order in given.orders or [ORDER if given.data_dir else None]:
         for seed in given.seeds:
             for method in methods:
                 name = f"{method}-{order or 'given'}-{seed}"
                 keys = {**settings, "method": method, "seed": seed, "output_dir": str(given.out / name)}
                 config = load_config(None, {**keys, **({"order": order} if order else {})})
                 if not (given.out / name / "results.json").exists():
-                    ContinualSequence(config).run()
+                    Sequence(config).run()
                 runs[method, str(order), seed] = open_run(given.out / name)
                 write(given.out, runs, [m for m in methods if any(key[0] == m for key in runs)])
     print((given.out / "table.md").read_text())

@@ -105,6 +105,25 @@ def make_parser() -> argparse.ArgumentParser:
     vector.add_argument("--target-modules", nargs="+", help="as lora.target_modules (default: q and v projections)")
     vector.add_argument("--out", required=True, metavar="DIR", help="folder for the adapter; must not exist")
 
+    compress = commands.add_parser(
+        "compress",
+        help="make a stored adapter small, or an ordinary one again",
+        description="Write an adapter with fewer ranks and bits, module by module within a budget, and say what that "
+        "costs; with --expand make an ordinary PEFT adapter of a compressed one.",
+    )
+    compress.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the compressed one")
+    compress.add_argument("--budget", type=float, default=0.25, help="share of its bytes (default: 0.25)")
+    compress.add_argument("--expand", action="store_true", help="make an ordinary adapter again")
+    compress.add_argument("--out", required=True, metavar="DIR", help="folder for the result; must not exist")
+
+    route = commands.add_parser(
+        "route",
+        help="score a run's task adapters with each prompt sent to the nearest one, instead of merging",
+        description="Score the task adapters of a finished run (start alone, as the preset per_task): each prompt "
+        "is answered with the adapter whose training prompts are nearest in the base model's hidden states.",
+    )
+    route.add_argument("run_dir", metavar="RUN_DIR")
+
     commands.add_parser("methods", help="list every preset, start, constraint and merge")
 
     report = commands.add_parser("report", help="print finished runs' tables and write them as one HTML page")
@@ -135,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         simple = {"merge": merge, "vector": vector, "score": score, "report": report, "push": push}
-        simple |= {"status": status, "methods": methods}
+        simple |= {"status": status, "methods": methods, "compress": compress, "route": route}
         return simple[given.command](given)
     except PmLlmError as error:
         print(f"pm-llm: error: {error}", file=sys.stderr)
@@ -317,6 +336,40 @@ def vector(given: argparse.Namespace) -> int:
     RunDir.check_within(given.out)
     error = write_task_vector(given.base, given.tuned, given.rank, given.target_modules, given.out)
     print(f"{given.out}: rank {given.rank}, relative truncation error {error:.3e}")
+    return 0
+
+
+def compress(given: argparse.Namespace) -> int:
+    """`pm-llm compress`: what each module was cut to, and what was lost."""
+    from pm_llm.compress import compress, expand
+    from pm_llm.durable import size_of
+    from pm_llm.run_dir import RunDir
+
+    RunDir.check_within(given.adapter)
+    if given.expand:
+        expand(given.adapter, given.out)
+        print(given.out)
+        return 0
+    damage = compress(given.adapter, given.out, given.budget)
+    for name, error in damage.errors.items():
+        print(f"{name}\trank {damage.ranks[name]}\t{damage.bits[name]} bits\trelative error {error:.3f}")
+    print(f"{given.out}: {size_of(damage.before)} -> {size_of(damage.after)}, relative error {damage.error:.3f}")
+    return 0
+
+
+def route(given: argparse.Namespace) -> int:
+    """`pm-llm route`: one line a task with the share that went to its own adapter, the mean, and the memory."""
+    from pm_llm.progress import quiet_libraries
+
+    quiet_libraries()
+    from pm_llm.durable import size_of
+    from pm_llm.evaluation.routing import route
+
+    found = route(given.run_dir)
+    lines = _score_lines(found.predictions)
+    shares = [f"\trouted right {share:.0%}" for share in found.right] + [""]
+    print("\n".join(line + share for line, share in zip(lines, shares, strict=False)))
+    print(f"kept: {size_of(found.kept_bytes)} of adapters and prototypes")
     return 0
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -129,6 +130,30 @@ def writing(where: str | Path, leftover: Path | None = None) -> Iterator[None]:
             f"cannot write to {where}: {reason}. What was there before is untouched. Make room, give permission or "
             "choose another output_dir; then run the same command again."
         ) from error
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder that is renamed to `out` when the block is done, and is gone if it fails.
+
+    Raises:
+        PmLlmError: If `out` exists or cannot be written.
+    """
+    out = Path(out)
+    if out.exists():
+        raise PmLlmError(f"{out} exists. Choose another --out.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            yield scratch
+            scratch.chmod(0o755)
+            scratch.rename(out)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise PmLlmError(f"cannot write {out}: {error.strerror}. Choose another --out.") from error
 
 
 class Lock:

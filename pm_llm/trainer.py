@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, TrainerCallback
 from trl import SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from pm_llm.adapters import factors_of, lora_layers, scaled, set_active, stretched, trainable_adapter
 from pm_llm.checkpoints import Checkpoints
@@ -286,7 +287,32 @@ class ConstraintMixin:
             )
 
 
-class ContinualSFTTrainer(ConstraintMixin, SFTTrainer):
+@contextmanager
+def answers_only() -> Iterator[None]:
+    """Within the block, TRL's fused head scores the answer's positions only, on CPU too.
+
+    On GPUs it does so by itself. Elsewhere it scores every position and drops the prompt's, which takes longer than
+    the rest of a small model's step: 2.5 s against 0.8 s (SmolLM2, 8 rows of 80 tokens).
+    """
+    before = getattr(trl_utils, "_use_triton", None)
+    if before is not None:
+        trl_utils._use_triton = lambda device: device.type == "cpu" or before(device)
+    try:
+        yield
+    finally:
+        if before is not None:
+            trl_utils._use_triton = before
+
+
+class _AnswersOnlyTrainer(SFTTrainer):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        with answers_only():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class ContinualSFTTrainer(ConstraintMixin, _AnswersOnlyTrainer):
     """TRL's SFTTrainer with constraints, for LLaMA and any other decoder.
 
     Args:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pm_llm.accumulators import mapped_files
 from pm_llm.adapters import Adapter, lora_layers
 from pm_llm.config import LoraSection
+from pm_llm.durable import new_folder
 from pm_llm.errors import PmLlmError
 from pm_llm.merges import FoldReport, Merger
 from pm_llm.merges.transfer import task_vector
@@ -28,7 +25,7 @@ def merge_folders(
             written. Then `out` is not there.
     """
     merger = Merger("constant", max_rank=max_rank, coefficient=coefficient)
-    with _new_folder(out) as scratch:
+    with new_folder(out) as scratch:
         # module by module, from mapped files into mapped files: memory holds a few modules
         merger.fold(running, new, zeros=mapped_files(scratch)).save(scratch)
     return merger.report
@@ -49,30 +46,10 @@ def write_task_vector(base: str, tuned: str, rank: int, targets: list[str] | Non
     """
     if rank < 1:
         raise PmLlmError(f"--rank is {rank}; it must be at least 1.")
-    with _new_folder(out) as scratch:
+    with new_folder(out) as scratch:
         one, other = load_base(base), load_base(tuned)
         model = add_task_adapter(one.model, LoraSection(r=1, target_modules=targets), one.seq2seq, TASK)
         place = Adapter.from_model(model, TASK)
         found, error = task_vector(model.get_base_model(), other.model, lora_layers(model), rank)
         place.replace_factors(found).save(scratch)
     return error
-
-
-@contextmanager
-def _new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder that is renamed to `out` when the block is done, and is gone if it fails."""
-    out = Path(out)
-    if out.exists():
-        raise PmLlmError(f"{out} exists. Choose another --out.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            yield scratch
-            scratch.chmod(0o755)
-            scratch.rename(out)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise PmLlmError(f"cannot write {out}: {error.strerror}. Choose another --out.") from error

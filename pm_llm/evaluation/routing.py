@@ -1,0 +1,117 @@
+"""Routing in place of merging: all task adapters are kept, and each prompt goes to the one it looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from pm_llm.config import RunConfig, build
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.predictions import Predictions
+from pm_llm.evaluation.run import answer_task
+from pm_llm.models import Base, load_base
+from pm_llm.progress import bar
+from pm_llm.run_dir import TASK_ADAPTER, RunDir
+from pm_llm.tasks import Example, distinct, load_tasks
+from pm_llm.tasks.encode import Encoder, encoders_for
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The predictions of each task, which adapter each of its rows was `sent` to (0: the first task's), the share of
+    them that was `right`, and what is kept, in bytes."""
+
+    predictions: list[Predictions]
+    sent: list[list[int]]
+    right: list[float]
+    kept_bytes: int
+
+
+def route(path: str, prototypes: int = 64) -> Routed:
+    """Score a run's task adapters, each prompt answered with the adapter of the nearest prototype.
+
+    A task's prototype is the mean of the base model's last hidden states, averaged over the tokens of each of its
+    training prompts; nearest is by Euclidean distance. No task id is used.
+
+    Args:
+        path: The folder of a finished run whose adapters each stand on the base model alone (`start: alone`).
+        prototypes: How many training prompts a prototype is the mean of, at most.
+
+    Raises:
+        PmLlmError: If the run is not finished, or its adapters build on each other.
+    """
+    run_dir = RunDir.open(path)
+    results = run_dir.results()
+    config: RunConfig = build(RunConfig, {**results["config"], "output_dir": path}, "").check()
+    if config.parsed_method().start.name != "alone":
+        raise PmLlmError(f"{path}: its adapters build on each other. Route a run with start alone, such as per_task.")
+    tasks = distinct(load_tasks(config))
+    encoders, base = encoders_for(config, tasks.values()), load_base(config.model, config.dtype, config.load_in_4bit)
+    folders = {name: run_dir.stage_adapter(i, TASK_ADAPTER) for i, name in enumerate(results["stages"])}
+    run_dir.check([f"{folder.relative_to(run_dir.path).as_posix()}/" for folder in folders.values()])
+
+    centres = torch.stack(
+        [_states(base, encoders[name], task.train[:prototypes]).mean(0) for name, task in tasks.items()]
+    )
+    chosen = {name: _nearest(_states(base, encoders[name], task.test), centres) for name, task in tasks.items()}
+    answers: dict[str, dict[int, Any]] = {name: {} for name in tasks}
+    found: dict[str, Predictions] = {}
+    model: Any = None
+    for number, adapter in enumerate(tasks):
+        folder = str(folders[adapter])
+        if model is None:
+            model = PeftModel.from_pretrained(base.model, folder, adapter_name=str(number))
+        else:
+            model.load_adapter(folder, adapter_name=str(number))
+        model.set_adapter(str(number))
+        for name, task in tasks.items():
+            rows = [i for i, place in enumerate(chosen[name]) if place == number]
+            if rows:
+                part = replace(task, test=[task.test[i] for i in rows])
+                said = answer_task(model, encoders[name], part, config.evaluation)
+                answers[name] |= dict(zip(rows, _rows(said), strict=True))
+                found[name] = said
+    joined = [_joined(found[name], [answers[name][i] for i in range(len(task.test))]) for name, task in tasks.items()]
+    right = [sum(p == k for p in chosen[name]) / len(chosen[name]) for k, name in enumerate(tasks)]
+    kept = sum(file.stat().st_size for folder in folders.values() for file in folder.rglob("*"))
+    return Routed(joined, list(chosen.values()), right, kept + centres.numel() * centres.element_size())
+
+
+def _states(base: Base, encoder: Encoder, examples: Sequence[Example], size: int = 16) -> Tensor:
+    """The mean last hidden state of each prompt, (prompts, width), of unit length."""
+    model: Any = base.model
+    backbone = model.get_encoder() if base.seq2seq else model.base_model
+    prompts = [encoder.prompt(example) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: list[Any] = [None] * len(prompts)
+    with torch.no_grad(), bar(len(prompts), "prototypes", "row") as progress:
+        for at in range(0, len(order), size):
+            places = order[at : at + size]
+            batch = base.tokenizer.pad({"input_ids": [prompts[i] for i in places]}, return_tensors="pt").to(
+                model.device
+            )
+            states = backbone(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"][..., None]
+            means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu()
+            for i, mean in zip(places, means, strict=True):
+                found[i] = mean
+            progress.update(len(places))
+    return torch.stack(found)
+
+
+def _nearest(states: Tensor, centres: Tensor) -> list[int]:
+    return torch.cdist(states, centres).argmin(dim=1).tolist()
+
+
+def _rows(said: Predictions) -> list[tuple[Any, ...]]:
+    return list(zip(said.predictions, said.references, said.sources, said.keys, strict=True))
+
+
+def _joined(like: Predictions, rows: Sequence[tuple[Any, ...]]) -> Predictions:
+    predictions, references, sources, keys = (list(column) for column in zip(*rows, strict=True))
+    return Predictions(like.task, like.scorer, predictions, references, sources, keys)

@@ -1,0 +1,68 @@
+"""Compressed adapters: small, ordinary again when expanded, and as near as the budget allows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+
+from pm_llm.adapters import Adapter
+from pm_llm.cli import main
+from pm_llm.compress import BITS, FILE, compress, dequantised, expand, packed, quantised, unpacked
+from pm_llm.errors import PmLlmError
+from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_come_back_and_round_to_the_nearest(bits: int) -> None:
+    x = torch.randn(13, 3, generator=torch.Generator().manual_seed(bits))
+    codes, scales = quantised(x, bits)
+    assert torch.equal(unpacked(packed(codes, bits), (13, 3), bits), codes)
+    assert len(packed(codes, bits)) == -(-39 * bits // 8)
+    assert ((dequantised(codes, scales) - x).abs() <= scales / 2 + 1e-6).all()
+    assert int(codes.abs().max()) == 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_and_expanded(family: str, tmp_path) -> None:
+    model = make_peft(family, random_b=True).eval()
+    Adapter.from_model(model, "default").save(tmp_path / "whole")
+    before = Adapter.load(tmp_path / "whole").factors
+    errors = []
+    for budget in (0.1, 0.2, 0.6):
+        damage = compress(tmp_path / "whole", tmp_path / f"small{budget}", budget)
+        expand(tmp_path / f"small{budget}", tmp_path / f"again{budget}")
+        after = Adapter.load(tmp_path / f"again{budget}").factors
+        lost = sum(float((before[n].dense() - after[n].dense()).norm() ** 2) for n in before)
+        size = sum(float(before[n].dense().norm() ** 2) for n in before)
+        assert damage.error == pytest.approx((lost / size) ** 0.5, rel=1e-3)
+        for name, x in before.items():
+            error = float((x.dense() - after[name].dense()).norm() / x.dense().norm())
+            assert damage.errors[name] == pytest.approx(error, rel=1e-3)
+            assert damage.ranks[name] == after[name].rank
+        assert damage.after <= budget * damage.before
+        errors.append(damage.error)
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.03
+    batch = batch_of(family, features(family, 2))
+    loaded = PeftModel.from_pretrained(make_model(family), str(tmp_path / "again0.6")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, atol=0.05, rtol=0.05)
+
+
+def test_the_command_and_what_it_refuses(tmp_path, capsys) -> None:
+    Adapter.from_model(make_peft("llama", random_b=True), "default").save(tmp_path / "whole")
+    arguments = ["compress", "--adapter", str(tmp_path / "whole"), "--out", str(tmp_path / "small")]
+    assert main([*arguments, "--budget", "0.2"]) == 0
+    assert "relative error" in capsys.readouterr().out
+    assert (tmp_path / "small" / FILE).stat().st_size < (tmp_path / "whole/adapter_model.safetensors").stat().st_size
+    assert main(["compress", "--expand", "--adapter", str(tmp_path / "small"), "--out", str(tmp_path / "again")]) == 0
+    assert Adapter.load(tmp_path / "again").rank <= 4
+    for extra, expected in ((["--budget", "0.2"], "exists"), (["--budget", "0"], "above 0")):
+        assert main([*arguments, *extra]) == 2
+        assert expected in capsys.readouterr().err
+    with pytest.raises(PmLlmError, match="one rank in two bits"):
+        compress(tmp_path / "whole", tmp_path / "tiny", 0.001)
+    with pytest.raises(PmLlmError, match="no compressed"):
+        expand(tmp_path / "whole", tmp_path / "other")
+    assert not (tmp_path / "tiny").exists()
