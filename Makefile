@@ -25,6 +25,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/coefficient.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/curvature_memory.py
+	$(BIN)/python benchmarks/methods.py --out runs/methods
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -89,10 +89,7 @@ def main() -> None:
 
 def write(folder: Path, runs: dict[tuple[str, str, int], Any], methods: list[str]) -> None:
     """`records.json`, a record a run, and `table.md`, a line a method."""
-    records = [
-        {"method": m, "order": o, "seed": s, "words": run.results["method"], **run.results}
-        for (m, o, s), run in runs.items()
-    ]
+    records = [{"preset": m, "order": o, "seed": s, **run.results} for (m, o, s), run in runs.items()]
     (folder / "records.json").write_text(json.dumps(records, indent=1) + "\n")
     header = ["method", "final average", f"less {methods[0]}", "backward transfer", "plasticity", "coefficients"]
     lines = ["| " + " | ".join([*header, "minutes"]) + " |", "|---|" + "---|" * len(header)]

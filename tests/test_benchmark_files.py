@@ -9,8 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import set_seed
 
-from tests.conftest import FAMILIES, ROOT
+from tests.conftest import FAMILIES, ROOT, batch_of, features, make_model, make_peft, targets
 
 
 @pytest.mark.slow
@@ -55,6 +58,60 @@ def test_claims_of_the_core(file: str, words: str, expected: str, tmp_path, monk
     runpy.run_path(str(ROOT / f"benchmarks/{file}.py"), run_name="__main__")
     assert expected in capsys.readouterr().out
     assert json.loads((tmp_path / "found.json").read_text())
+
+
+@pytest.mark.slow
+def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> None:
+    """With the trunk below the first adapted layer looked up; a second call runs nothing again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    words = "--methods seqlora pm --orders sentiment,topic --train.max_steps 2 --max_test_samples 8 --out runs"
+    times = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["methods", *words.split(), "--lora.layers_to_transform", "[1]"])
+        runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+        assert [line.split(" | ")[0] for line in lines] == ["| method", "| seqlora", "| pm"]
+        times.append([path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/results.json"))])
+    assert times[0] == times[1]
+    records = json.loads((tmp_path / "runs/records.json").read_text())
+    assert [(r["preset"], r["order"], r["seed"], r["method"]["merge"]) for r in records] == [
+        ("seqlora", "sentiment,topic", 0, "replace"),
+        ("pm", "sentiment,topic", 0, "optimal"),
+    ]
+    assert all(len(r["matrix"]) == 2 and r["versions"] and r["peak_memory_bytes"] for r in records)
+
+
+def test_the_trunk_gives_what_the_layers_give(monkeypatch) -> None:
+    """The same loss and gradient, computed the first time and looked up the second; decoding looks nothing up."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import trunk
+
+    trunk.CACHE.clear()
+    batch = batch_of("llama", features("llama", 5))
+    whole = make_peft("llama", random_b=True, layers_to_transform=[1])
+    base = make_model("llama")
+    trunk.install(base, 1, "pico")
+    set_seed(1)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets("llama"), init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    config.layers_to_transform = [1]
+    cached = get_peft_model(base, config)
+    found = []
+    for model in (whole, cached, cached):
+        model.zero_grad()
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    assert len(trunk.CACHE) == 5
+    for one in found[1:]:
+        for x, y in zip(found[0], one, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+    prompt = batch["input_ids"][:1, :6]
+    said = [model.generate(input_ids=prompt, max_new_tokens=5, do_sample=False) for model in (whole, cached)]
+    assert torch.equal(*said)
+    assert len(trunk.CACHE) == 5
 
 
 @pytest.mark.slow

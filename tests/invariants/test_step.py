@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from trl.trainer import utils as trl_utils
 
 from pm_llm import Perturb
 from pm_llm.adapters import lora_layers, set_active
@@ -211,3 +212,24 @@ def test_mean_over_signs_is_the_gradient_of_the_mean_loss(family: str, tmp_path)
     expected = {name: q.grad for name, q in model.named_parameters() if q.requires_grad}
     assert set(names) == set(expected)
     assert_same(mean, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_head_scores_answers_only_and_nothing_else_changes(tmp_path, monkeypatch) -> None:
+    """On CPU TRL's head scores every position; here those with a label, with the same loss and gradient."""
+    scored: list[int] = []
+    function = trl_utils._ChunkedLogProbFunction
+
+    class Counting:
+        @staticmethod
+        def apply(hidden, *rest):
+            scored.append(len(hidden))
+            return function.apply(hidden, *rest)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counting)
+    ours = one_step(make_trainer("llama", str(tmp_path), 16, 1))
+    plain = one_step(make_trainer("llama", str(tmp_path), 16, 1, plain=True))
+    assert ours[0] == pytest.approx(plain[0], rel=1e-6)
+    assert_same(ours[1], plain[1], atol=1e-6, rtol=1e-4)
+    rows = make_trainer("llama", str(tmp_path), 16, 1).train_dataset
+    answers = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
+    assert scored == [answers, 16 * (max(len(row["labels"]) for row in rows) - 1)]
