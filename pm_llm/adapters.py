@@ -172,8 +172,7 @@ class Adapter:
                     "which are not of one matrix. The file is damaged."
                 )
             pairs[module] = (pair["B"], pair["A"], _scaling(config, module, rank=pair["A"].shape[0]))
-        place = {name: _sorted(getattr(config, name)) for name in _PLACE}
-        return cls(_Scaled(pairs), place, config.base_model_name_or_path, _task_type(config))
+        return cls(_Scaled(pairs), place_of(config), config.base_model_name_or_path, task_type_of(config))
 
     # ---- a live model ----
     @classmethod
@@ -339,11 +338,14 @@ def _scaling(config: LoraConfig, module: str, rank: int) -> float:
     return alpha / rank**0.5 if config.use_rslora else alpha / rank
 
 
-def _sorted(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else value
+def place_of(config: PeftConfig) -> dict[str, Any]:
+    """The fields that say where an adapter sits, as :class:`Adapter` keeps them."""
+    values = {name: getattr(config, name) for name in _PLACE}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
-def _task_type(config: PeftConfig) -> str | None:
+def task_type_of(config: PeftConfig) -> str | None:
+    """PEFT's task type as a plain word."""
     return getattr(config.task_type, "value", config.task_type)
 
 

@@ -7,18 +7,21 @@ is a folder with `compressed.safetensors` and PEFT's configuration; :func:`expan
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters import Adapter, place_of, task_type_of
 from pm_llm.durable import new_folder
 from pm_llm.errors import PmLlmError
+from pm_llm.foreign import WEIGHTS_FILE
 from pm_llm.lowrank import LowRank
 
 FILE = "compressed.safetensors"
@@ -27,7 +30,8 @@ BITS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Damage:
-    """What compression did: `ranks` and `bits` of each module, relative Frobenius `errors`, and bytes."""
+    """What compression did: `ranks` and `bits` of each module, relative Frobenius `errors`, and the bytes of
+    the files of weights."""
 
     ranks: dict[str, int]
     bits: dict[str, int]
@@ -38,7 +42,7 @@ class Damage:
 
 
 def compress(adapter: str | Path, out: str | Path, budget: float) -> Damage:
-    """Write the adapter folder `adapter` in at most `budget` times the bytes of its weights.
+    """Write the adapter folder `adapter` in at most `budget` times the bytes of its file of weights.
 
     Each module is cut by its SVD, `B A = U S V'`, to a rank, and `U sqrt(S)`, `V sqrt(S)` are quantised column by
     column to 2, 4 or 8 bits (symmetric, round to nearest, one float32 scale a column). Which rank and bits is chosen
@@ -55,18 +59,19 @@ def compress(adapter: str | Path, out: str | Path, budget: float) -> Damage:
     if not 0 < budget <= 1:
         raise PmLlmError(f"--budget is {budget}; it must be a share above 0, at most 1.")
     whole = Adapter.load(adapter)
-    before = sum(4 * (x.B.numel() + x.A.numel()) for x in whole.factors.values())
+    whole.check_finite("given")
+    before = (Path(adapter) / WEIGHTS_FILE).stat().st_size
     kept = _spend(whole.factors, int(budget * before))
     tensors: dict[str, Tensor] = {}
     for name, (u, v, bits) in kept.items():
-        for side, x in (("U", u), ("V", v)):
-            codes, scales = quantised(x, bits)
-            tensors |= {f"{name}.{side}.codes": packed(codes, bits), f"{name}.{side}.scales": scales}
-            tensors[f"{name}.{side}.form"] = torch.tensor([*x.shape, bits])
+        rounded = [quantised(side, bits) for side in (u, v)]
+        tensors[f"{name}.codes"] = torch.cat([packed(codes, bits) for codes, _ in rounded])
+        tensors[f"{name}.scales"] = torch.cat([scales for _, scales in rounded])
+    forms = {name: [len(u), len(v), u.shape[1], bits] for name, (u, v, bits) in kept.items()}
     with new_folder(out) as folder:
         whole.peft_config().save_pretrained(str(folder))
-        save_file(tensors, folder / FILE)
-        factors = _read(folder / FILE)
+        save_file(tensors, folder / FILE, metadata={"forms": json.dumps(forms)})
+        factors, after = _read(folder / FILE), (folder / FILE).stat().st_size
     lost = {name: _distance(x, factors[name]) for name, x in whole.factors.items()}
     sizes = {name: _distance(x, LowRank(x.B[:, :0], x.A[:0])) for name, x in whole.factors.items()}
     return Damage(
@@ -75,7 +80,7 @@ def compress(adapter: str | Path, out: str | Path, budget: float) -> Damage:
         {name: (lost[name] / sizes[name]) ** 0.5 if sizes[name] > 0 else 0.0 for name in lost},
         (sum(lost.values()) / max(sum(sizes.values()), 1e-300)) ** 0.5,
         before,
-        sum(x.numel() * x.element_size() for x in tensors.values()),
+        after,
     )
 
 
@@ -89,16 +94,16 @@ def expand(compressed: str | Path, out: str | Path) -> None:
     if not (folder / FILE).is_file():
         raise PmLlmError(f"{folder} holds no {FILE}: it is no compressed adapter.")
     config = LoraConfig.from_pretrained(str(folder))
-    place = {name: getattr(config, name) for name in ("target_modules", "layers_to_transform", "layers_pattern")}
-    place["target_modules"] = sorted(place["target_modules"])
-    adapter = Adapter(_read(folder / FILE), place, config.base_model_name_or_path, str(config.task_type))
+    adapter = Adapter(_read(folder / FILE), place_of(config), config.base_model_name_or_path, task_type_of(config))
     with new_folder(out) as scratch:
         adapter.save(scratch)
 
 
 def _spend(factors: Mapping[str, LowRank], budget: int) -> dict[str, tuple[Tensor, Tensor, int]]:
     """For each module its factors (d, rank), and the bits they are to be quantised to."""
-    options = {name: _options(x) for name, x in factors.items()}
+    # a file's header has 190 bytes for a module, three times its name, and its own
+    options = {name: _options(x, 190 + 3 * len(name)) for name, x in factors.items()}
+    budget -= 256
     at = dict.fromkeys(options, 0)
     spent = sum(steps[0][0] for steps in options.values())
     if spent > budget:
@@ -124,7 +129,7 @@ def _spend(factors: Mapping[str, LowRank], budget: int) -> dict[str, tuple[Tenso
     return {name: options[name][i][2:] for name, i in at.items()}
 
 
-def _options(x: LowRank) -> list[tuple[int, float, Tensor, Tensor, int]]:
+def _options(x: LowRank, header: int) -> list[tuple[int, float, Tensor, Tensor, int]]:
     """(bytes, squared error, U, V, bits) of every rank and number of bits that nothing smaller is better than."""
     q_b, r_b = torch.linalg.qr(x.B.double())
     q_a, r_a = torch.linalg.qr(x.A.double().T)
@@ -134,7 +139,7 @@ def _options(x: LowRank) -> list[tuple[int, float, Tensor, Tensor, int]]:
     for bits in BITS:
         rounded = [dequantised(*quantised(side.float(), bits)).double() for side in (left, right)]
         for rank in range(1, len(s) + 1):
-            size = sum((rank * len(side) * bits + 7) // 8 + 4 * rank + 24 for side in (left, right))
+            size = header + sum((rank * len(side) * bits + 7) // 8 + 4 * rank for side in (left, right))
             a, b = (side[:, :rank] for side in rounded)
             error = float(s.square().sum() - 2 * ((left.T @ a) * (right.T @ b)).sum() + ((a.T @ a) * (b.T @ b)).sum())
             found.append((size, error, left[:, :rank].float(), right[:, :rank].float(), bits))
@@ -173,14 +178,18 @@ def unpacked(data: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
 
 
 def _read(file: Path) -> dict[str, LowRank]:
-    tensors = load_file(file)
-    sides: dict[str, dict[str, Tensor]] = {}
-    for key in [key for key in tensors if key.endswith(".form")]:
-        name, side, _ = key.rsplit(".", 2)
-        d, rank, bits = tensors[key].tolist()
-        codes = unpacked(tensors[f"{name}.{side}.codes"], (d, rank), bits)
-        sides.setdefault(name, {})[side] = dequantised(codes, tensors[f"{name}.{side}.scales"])
-    return {name: LowRank(pair["U"], pair["V"].T.contiguous()) for name, pair in sides.items()}
+    tensors, found = load_file(file), {}
+    with safe_open(file, framework="pt") as opened:
+        forms = json.loads(opened.metadata()["forms"])
+    for name, (d_out, d_in, rank, bits) in forms.items():
+        codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"].split(rank)
+        sides = codes.split([-(-d_out * rank * bits // 8), -(-d_in * rank * bits // 8)])
+        u, v = (
+            dequantised(unpacked(side, (d, rank), bits), scale)
+            for side, d, scale in zip(sides, (d_out, d_in), scales, strict=True)
+        )
+        found[name] = LowRank(u, v.T.contiguous())
+    return found
 
 
 def _distance(x: LowRank, y: LowRank) -> float:

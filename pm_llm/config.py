@@ -6,10 +6,8 @@ Imports neither torch nor transformers, so that `pm-llm --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import yaml
 
 from pm_llm.errors import PmLlmError, unknown_name
 from pm_llm.methods import PRESETS, Choice, Method
+from pm_llm.values import convert
 
 
 def option(default: Any, help: str) -> Any:
@@ -179,20 +178,31 @@ class RunConfig:
             if not merge.in_factors:
                 raise PmLlmError("space factors needs merge optimal, or another merge of the factors themselves.")
         merge.check(start)
-        for choice in method.constrain:
-            constraint = choice.build("constrain")
+        constraints = {choice.name: choice.build("constrain") for choice in method.constrain}
+        for name, constraint in constraints.items():
             constraint.check(start, merge)
-            if start.offset and constraint.fills("scale", "penalty", "around", "after_update"):
+            if start.offset and constraint.from_zero:
                 raise PmLlmError(
-                    f"constrain {choice.name} is about an adapter that begins at zero; with start {start.name()} it "
-                    "does not. Use another start, or init eva or orthogonal."
+                    f"constrain {name} is about an adapter that begins at zero; with start {start.name()} it does "
+                    "not. Use another start, or init eva."
+                )
+            if constraint.in_coordinates and not (
+                start.keeps_coordinates and (merge.in_factors or method.merge.name == "replace")
+            ):
+                raise PmLlmError(
+                    f"constrain {name} compares A and B with what they were: it needs a start that continues "
+                    f"(continue or last) and a merge of the factors, or replace; not {method.start.name} and "
+                    f"{method.merge.name}."
                 )
         rank = max([self.lora.r, *self.lora.rank_pattern.values()])
-        if merge.in_factors and self.max_rank is not None and self.max_rank < rank:
+        compared = merge.in_factors or any(one.in_coordinates for one in constraints.values())
+        if compared and self.max_rank is not None and self.max_rank < rank:
             raise PmLlmError(
                 f"max_rank is {self.max_rank}, below the adapter's rank {rank}: truncation would change the factors "
-                "that are merged. Set max_rank to none."
+                "that are merged or compared. Set max_rank to none."
             )
+        if start.offset and self.load_in_4bit:
+            raise PmLlmError("start subspace with pissa or olora needs base weights that are not in 4 bits. Use eva.")
         if self.truncation == "fisher" and (method.merge.name != "optimal" or merge.in_factors):
             raise PmLlmError("truncation fisher needs merge optimal in the space of the weights. Set it to plain.")
 
@@ -257,34 +267,8 @@ def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
                 raise PmLlmError(f"{prefix}{key} is {value!r}; it must be a mapping.")
             built[key] = build(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
         else:
-            built[key] = _convert(value, hints[key], prefix + key)
+            built[key] = convert(value, hints[key], prefix + key)
     return cls(**built)
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the annotated type; an int is a float too, and YAML's `1e-3` (a string to YAML 1.1) is a number."""
-    if hint is Any:
-        return value
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    options = typing.get_args(hint) if is_union else (hint,)
-    if type(None) in options and (value is None or value == "none"):
-        return None
-    for one in options:
-        plain = typing.get_origin(one) or one
-        if plain is float and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                continue
-            if not isfinite(number):
-                continue
-            return number
-        if plain is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
-            return value
-    names = " or ".join("none" if o is type(None) else str(getattr(o, "__name__", o)) for o in options)
-    raise PmLlmError(f"{key} is {value!r}; it must be {names}.")
 
 
 def _get(config: Any, dotted: str) -> Any:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.values import convert
 
 STARTS = {
     "fresh": "pm_llm.starts.fresh:Fresh",
@@ -89,10 +91,12 @@ class Choice:
         module, _, attribute = REGISTRIES[kind][self.name].partition(":")
         factory = getattr(importlib.import_module(module), attribute)
         allowed = {f.name for f in dataclasses.fields(factory) if f.init}
-        for key in self.options:
+        hints, options = typing.get_type_hints(factory), {}
+        for key, value in self.options.items():
             if key not in allowed:
                 raise unknown_name(f"option of {kind} {self.name!r}:", key, allowed or {"(none)"})
-        return factory(**self.options)
+            options[key] = convert(value, hints[key], f"{self.name}: {key}")
+        return factory(**options)
 
     def plain(self) -> Any:
         """As YAML would hold it."""
@@ -157,7 +161,7 @@ PRESETS: dict[str, Method] = {
     "inclora": _preset("fresh", None, "sum", "IncLoRA, in arXiv 2310.14152"),
     "pissa": _preset(Choice("subspace", {"init": "pissa"}), None, "sum", "PiSSA, arXiv 2404.02948, added up"),
     "average": _preset("fresh", None, "average", "M_t = M_{t-1} + Delta_t / t"),
-    "ema": _preset("continue", None, "exponential", "exponential average of the models"),
+    "ema": _preset("continue", None, Choice("exponential", {"space": "factors"}), "exponential average of the models"),
     "ewc": _preset("continue", "ewc", "replace", "EWC, arXiv 1612.00796"),
     "online_ewc": _preset("continue", Choice("ewc", {"online": True}), "replace", "online EWC, arXiv 1805.06370"),
     "l2": _preset("continue", "l2", "replace", "in arXiv 1612.00796"),
@@ -171,7 +175,7 @@ PRESETS: dict[str, Method] = {
     "slca": _preset("continue", "slow", "replace", "SLCA, arXiv 2303.05118"),
     "lori": _preset("fresh", "lori", "sum", "LoRI, arXiv 2504.07448"),
     "slao": _preset("orthogonal", None, "slao", "SLAO"),
-    "coma": _preset("continue", None, "constant", "CoMA, arXiv 2312.08977"),
+    "coma": _preset("continue", None, Choice("constant", {"space": "factors"}), "CoMA, arXiv 2312.08977"),
     "cofima": _preset("continue", None, "cofima", "CoFiMA, arXiv 2312.08977"),
     "task_arithmetic": _preset("fresh", None, Choice("task_arithmetic", {"scale": 0.5}), "arXiv 2212.04089"),
     "ties": _preset("fresh", None, "ties", "TIES, arXiv 2306.01708"),

@@ -142,14 +142,17 @@ class ContinualSequence:
                 self._as_trained(new)
             fisher = self._fisher(merger, chosen, running, new, loss_before, began)
             context = replace(self._context(number, merger, running, chosen, rows), new=new.factors)
+            measured = {
+                form: chosen.fisher(self.model, form, zeros=self.zeros)
+                for form in {c.needs_fisher for c in constraints if c.needs_fisher}
+            }
             for constraint in constraints:
-                form = constraint.needs_fisher
-                measured = chosen.fisher(self.model, form, zeros=self.zeros) if form else None
-                constraint.remember(replace(context, fisher=measured))
+                constraint.remember(replace(context, fisher=measured.get(constraint.needs_fisher or "")))
             self.memories = [constraint.memory() for constraint in constraints]
             clock.stop("fisher")
         clock.stop("prepare")
-        merged = merger.fold(running, new, fisher, self.start.continues, start=began, slopes=self._slopes(chosen, new))
+        slopes, on_base = self._slopes(chosen, new), self.start.on_base
+        merged = merger.fold(running, new, fisher, self.start.continues, start=began, slopes=slopes, on_base=on_base)
         self._activate(merged)
         self.last = new if self.start.needs_last else None
         clock.stop("merge")
@@ -211,7 +214,7 @@ class ContinualSequence:
             number,
             running.factors if running is not None else {},
             merger.rule,
-            Live(lora_layers(self.model), TASK, total),
+            Live(lora_layers(self.model), TASK, total, self.base.seq2seq),
             self.model,
             chosen,
             rows,
@@ -347,7 +350,8 @@ class ContinualSequence:
                 self._as_trained(new)
                 fisher = self._fisher(merger, chosen, running, new, loss_before, began)
             slopes = self._slopes(chosen, new)
-            merger.fold(running, new, fisher, self.start.continues, start=began, slopes=slopes)
+            on_base = self.start.on_base
+            merger.fold(running, new, fisher, self.start.continues, start=began, slopes=slopes, on_base=on_base)
             before = entry["raw_coefficient"]
             if abs(merger.report.raw_coefficient - before) > 1e-2 * max(abs(before), 0.1):
                 raise PmLlmError(

@@ -19,14 +19,33 @@ def extended(basis: Tensor | None, rows: Tensor, share: float, most: int) -> Ten
     squared norm, in at most `most` rows. That is the memory of gradient projection (GPM, arXiv 2103.09762)."""
     rows = rows.double()
     _, s, vh = torch.linalg.svd(without(rows, basis), full_matrices=False)
-    energy, total = s.square(), float(rows.square().sum())
-    held = total - float(energy.sum())
+    return _joined(basis, s.square(), vh, float(rows.square().sum()), share, most)
+
+
+def extended_by_moments(basis: Tensor | None, moments: Tensor, share: float, most: int) -> Tensor:
+    """The same for rows that are given by their second moments X'X (d, d)."""
+    energies, directions = leading(moments, basis)
+    return _joined(basis, energies, directions, float(moments.double().trace()), share, most)
+
+
+def leading(moments: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of second moments (d, d), off a basis: the squared norms along their principal directions, the largest first,
+    and these directions, as orthonormal rows (d, d)."""
+    projected = without(without(moments.double(), basis).T, basis)
+    energies, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+    return energies.flip(0).clamp(min=0), vectors.T.flip(0)
+
+
+def _joined(
+    basis: Tensor | None, energies: Tensor, directions: Tensor, total: float, share: float, most: int
+) -> Tensor:
+    held = total - float(energies.sum())
     count = 0
-    while count < len(s) and held < share * total and s[count] > 1e-7 * s[0]:
-        held += float(energy[count])
+    while count < len(energies) and held < share * total and energies[count] > 1e-14 * energies[0]:
+        held += float(energies[count])
         count += 1
-    new = vh[: max(0, min(count, most - (0 if basis is None else len(basis))))]
-    whole = new if basis is None else torch.cat([basis.double(), new])
+    new = directions[: max(0, min(count, most - (0 if basis is None else len(basis))))]
+    whole = new if basis is None else torch.cat([basis.to(new), new])
     return torch.linalg.qr(whole.T)[0].T.float().contiguous()
 
 
@@ -42,6 +61,7 @@ class Sketch:
         stacked = x if self.rows is None else torch.cat([self.rows, x])
         if len(stacked) > 2 * self.size:
             _, s, vh = torch.linalg.svd(stacked, full_matrices=False)
-            kept = (s[: self.size].square() - s[self.size].square()).clamp(min=0).sqrt()
+            least = s[self.size].square() if len(s) > self.size else torch.zeros_like(s[0])
+            kept = (s[: self.size].square() - least).clamp(min=0).sqrt()
             stacked = kept[:, None] * vh[: self.size]
         self.rows = stacked

@@ -9,6 +9,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class _AfterUpdate(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        for constraint in self.trainer.constraints:
+        for constraint in sorted(self.trainer.constraints, key=lambda c: not c.scales_update):
             constraint.after_update(self.trainer.step, self.trainer.live)
 
 
@@ -126,10 +127,16 @@ class ConstraintMixin:
         return loss
 
     def _gradient(self, inputs: dict[str, Any], num_items_in_batch: Any) -> list[Tensor]:
-        """The gradient of a pass's loss, for A and B of every module; the mean over the processes."""
+        """The gradient of a pass's loss with its penalties, for A and B of every module; the processes' mean."""
         model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model.train()
+        counts = {
+            key: deepcopy(getattr(self, key)) for key in ("_metrics", "_total_train_tokens") if hasattr(self, key)
+        }
         with self.compute_loss_context_manager():  # type: ignore[attr-defined]
             loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)  # type: ignore[attr-defined]
+        for key, value in counts.items():  # TRL's, of the step itself
+            setattr(self, key, value)
         found = torch.autograd.grad(loss, self.live.parameters())
         return [self._total(g) / self.accelerator.num_processes for g in found]  # type: ignore[attr-defined]
 
@@ -168,7 +175,7 @@ class ConstraintMixin:
             )
 
     def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
-        """What the constraints add to a step's loss, of the update as it is without a scale."""
+        """What the constraints add to a step's loss, of the update without the perturbation's scale."""
         live = {}
         for name in self.live.layers:
             a, b = self.live.weights(name)

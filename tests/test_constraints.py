@@ -19,7 +19,7 @@ from pm_llm.constraints.gradient_subspace import GradientSubspace
 from pm_llm.constraints.l2 import L2
 from pm_llm.constraints.lori import Lori
 from pm_llm.constraints.migu import Migu
-from pm_llm.constraints.null_space import NullSpace, second_moments
+from pm_llm.constraints.null_space import NullSpace
 from pm_llm.constraints.orthogonal import Orthogonal
 from pm_llm.constraints.refresh import Refresh
 from pm_llm.constraints.replay import Replay
@@ -28,8 +28,9 @@ from pm_llm.constraints.sparse import Sparse
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher
 from pm_llm.fisher.factors import Factors
+from pm_llm.inputs import second_moments
 from pm_llm.lowrank import LowRank
-from pm_llm.subspace import Sketch, extended, without
+from pm_llm.subspace import Sketch, extended, extended_by_moments, without
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
 from tests.invariants.test_step import assert_same
@@ -275,6 +276,17 @@ def test_a_basis_holds_its_share_and_no_more() -> None:
     torch.testing.assert_close(without(basis, more), torch.zeros_like(basis), atol=1e-5, rtol=0)
     assert float(without(rows, basis).norm() ** 2) <= 0.01 * float(rows.norm() ** 2)
     assert torch.equal(extended(basis, rows, 0.99, 12), extended(basis, rows, 0.5, 12))  # it is held already
+    for start in (None, basis):  # the same span from the second moments
+        other = extended_by_moments(start, rows.T @ rows, 0.999, 12)
+        same = extended(start, rows, 0.999, 12)
+        torch.testing.assert_close(other.T @ other, same.T @ same, atol=1e-4, rtol=0)
+
+
+def test_a_sketch_wider_than_its_rows_keeps_them_all() -> None:
+    sketch, x = Sketch(20), torch.randn(90, 8)
+    for part in x.split(3):
+        sketch.add(part)
+    torch.testing.assert_close(sketch.rows.T @ sketch.rows, x.T @ x, atol=1e-3, rtol=1e-3)
 
 
 def test_frequent_directions_keeps_its_bound() -> None:
@@ -290,7 +302,7 @@ def test_frequent_directions_keeps_its_bound() -> None:
         assert error <= tails[k:].sum() / (5 - k) + 1e-2
 
 
-def context_for(family: str, task: int, memory=None) -> tuple[Context, list[dict[str, torch.Tensor]]]:
+def context_for(family: str, task: int) -> tuple[Context, list[dict[str, torch.Tensor]]]:
     model = make_peft(family)
     rows = [batch_of(family, [row]) for row in features(family, 4, ("sentiment", "question")[task - 1])]
     chosen = SimpleNamespace(one_by_one=lambda _: iter(rows))
@@ -319,9 +331,9 @@ def test_null_space_gives_past_inputs_nothing(family: str, tmp_path) -> None:
     with torch.no_grad():
         for row in rows:
             first.model(**row)
-    for name, roots in second_moments(first).items():
-        x = torch.cat(inputs[name]).double()
-        torch.testing.assert_close(roots.T @ roots, x[: len(x) // 2].T @ x[: len(x) // 2], atol=1e-3, rtol=1e-3)
+    for name, moments in second_moments(first.model, first.live.layers, first.chosen).items():
+        x = torch.cat(inputs[name])[: len(torch.cat(inputs[name])) // 2]
+        torch.testing.assert_close(moments, x.T @ x, atol=1e-3, rtol=1e-3)
 
 
 def test_null_space_trains_b_alone(tmp_path) -> None:
@@ -372,6 +384,7 @@ def test_replay_keeps_a_share_of_each_task() -> None:
         mixed = again.rows(context.rows, context)
         assert Counter(row["labels"][0] for row in mixed) == {task: 40, **dict.fromkeys(range(1, task), 4)}
         assert again.steps(100, context) == 100 + 10 * (task - 1)
+        assert again.steps(-1, context) == -1  # by epochs, which grow by themselves
         assert Replay().steps(100, context) == 100
         again.remember(context)
         replay = again
@@ -398,19 +411,19 @@ def test_a_reservoir_draws_evenly_from_all_it_has_seen() -> None:
     [
         ({"name": "ewc", "weight": -1}, "from 0"),
         ({"name": "ewc", "gamma": 2}, "from 0 to 1"),
-        ({"name": "l2", "weight": "much"}, "finite number"),
+        ({"name": "l2", "weight": "much"}, "must be float"),
         ({"name": "gaussian", "epsilon": -0.1}, "from 0"),
         ({"name": "migu", "threshold": 1.5}, "from 0 to 1"),
         ({"name": "align", "every": 0}, "whole number from 1"),
         ({"name": "align", "reset": "mine"}, "running or zero"),
         ({"name": "slow", "rates": {"(": 0.1}}, "not a regular expression"),
-        ({"name": "slow", "rates": []}, "a mapping"),
+        ({"name": "slow", "rates": []}, "must be dict"),
         ({"name": "lori", "keep": 0}, "from 1e-06"),
         ({"name": "replay", "share": 2}, "to 1"),
         ({"name": "replay", "buffer": "all"}, "task or reservoir"),
         ({"name": "perturb", "scales": "wide"}, "symmetric or cover"),
         ({"name": "null_space", "share": 3}, "from 0 to 1"),
-        ({"name": "gradient_subspace", "size": 1.5}, "whole number"),
+        ({"name": "gradient_subspace", "size": 1.5}, "must be int"),
     ],
 )
 def test_options_out_of_range(constrain: dict, expected: str) -> None:
@@ -424,7 +437,8 @@ def test_options_out_of_range(constrain: dict, expected: str) -> None:
     ("start", "constrain", "expected"),
     [
         ("fresh", "ewc", "needs a start that continues"),
-        ("fresh", "l2", "needs a start that continues"),
+        ("alone", "ewc", "needs a start that continues"),
+        ("orthogonal", "l2", "needs a start that continues"),
         ("fresh", "align", "needs a start that continues"),
         ("continue", "orthogonal", "needs a start that is fresh"),
         ("continue", "null_space", "needs a start that is fresh"),
@@ -451,3 +465,63 @@ def test_constraints_compose(tmp_path) -> None:
             assert not change.any()
         else:
             assert 0 < float((change.abs().sum(1) == 0).float().mean()) < 1
+
+
+def test_what_compares_factors_refuses_what_changes_them() -> None:
+    for keys in (
+        {"method": "ewc", "max_rank": 4},
+        {"method": "l2", "merge": "average"},
+        {"method": "ema", "max_rank": 4},
+    ):
+        with pytest.raises(PmLlmError, match=r"max_rank is 4|a merge of the factors"):
+            load_config(None, keys).check()
+    assert load_config(None, {"method": "seqlora", "start": "last", "constrain": "ewc"}).check()
+    assert load_config(None, {"method": "cofima", "constrain": ["ewc", "align"]}).check()
+
+
+def test_options_are_read_as_yaml_writes_them() -> None:
+    (choice,) = (
+        load_config(None, {"method": "nlora", "constrain": {"name": "sparse", "weight": "1e-5"}})
+        .parsed_method()
+        .constrain
+    )
+    assert choice.build("constrain").weight == 1e-5
+    with pytest.raises(PmLlmError, match="online is 'false'; it must be bool"):
+        load_config(None, {"method": "ewc", "constrain": {"name": "ewc", "online": "false"}}).check()
+
+
+def test_refresh_leaves_the_log_as_it_is(tmp_path) -> None:
+    logs = []
+    for constraint in ((), Refresh(rate=0.0)):
+        trainer = make_trainer("llama", str(tmp_path), 16, 1, constraint)
+        trainer.train()
+        logs.append(next(log for log in trainer.state.log_history if "num_tokens" in log))
+    assert logs[0]["num_tokens"] == logs[1]["num_tokens"]
+    assert logs[0]["mean_token_accuracy"] == logs[1]["mean_token_accuracy"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_two_that_touch_the_update_compose(family: str, tmp_path) -> None:
+    """In both orders, two steps of a second task: no one falls over what another did."""
+    makers = [Migu, NullSpace, GradientSubspace, Lori, lambda: Slow({"lora_B": 0.5}), lambda: Refresh(rate=1e-3)]
+    for i, one in enumerate(makers):
+        for other in makers[i + 1 :]:
+            for pair_of in ([one(), other()], [other(), one()]):
+                trainer = make_trainer(family, str(tmp_path), 16, 1, pair_of, max_steps=2, model=make_peft(family))
+                context, _ = context_for(family, 1)
+                for constraint in pair_of:
+                    constraint.prepare(Context(2, live=trainer.live, model=trainer.model, chosen=context.chosen))
+                trainer.train()
+                assert all(torch.isfinite(x).all() for x in weights(trainer.model).values())
+
+
+def test_a_mask_holds_at_a_slow_rate_too(tmp_path) -> None:
+    """LoRI sets entries to zero after the rate was applied, in whichever order they are named."""
+    for names in ((0, 1), (1, 0)):
+        lori = Lori(keep=0.1, calibration=0.3)
+        both = [lori, Slow({"lora_B": 0.5})]
+        trainer = make_trainer("llama", str(tmp_path), 16, 1, [both[i] for i in names], max_steps=4)
+        lori.prepare(Context(1))
+        trainer.train()
+        b = torch.cat([x.flatten() for name, x in weights(trainer.model).items() if "lora_B" in name])
+        assert int((b != 0).sum()) <= round(0.1 * b.numel())

@@ -203,12 +203,34 @@ def test_state_goes_on_where_it_was(rule: str) -> None:
         ({"name": "dare", "density": 1.5}, "at most 1"),
         ({"name": "opcm", "variant": "mine"}, "paper or reference"),
         ({"name": "opcm", "threshold": 0}, "above 0"),
-        ({"name": "task_arithmetic", "scale": "half"}, "finite number"),
+        ({"name": "task_arithmetic", "scale": "half"}, "must be float"),
     ],
 )
 def test_options_out_of_range(merge: dict, expected: str) -> None:
     with pytest.raises(PmLlmError, match=expected):
         load_config(None, {"merge": merge}).check()
+
+
+@pytest.mark.parametrize("rule", ["ties", "dare", "max", "sum", "task_arithmetic"])
+def test_vectors_of_adapters_that_began_at_the_base_are_they_themselves(rule: str) -> None:
+    """`start: alone`: the same as of fresh adapters, whose task vectors they are."""
+    _, fresh, _ = folded(rule, 3, continues=False)
+    merger, running = Merger(rule), None
+    for t in range(3):
+        running = merger.fold(running, random_adapter(t), continues=True, on_base=True)
+    for name in running.factors:
+        torch.testing.assert_close(dense(running, name), dense(fresh[-1], name))
+
+
+@pytest.mark.parametrize(("rule", "option"), [("constant", {"coefficient": 0.3}), ("exponential", {"decay": 0.4})])
+def test_averages_of_the_factors_keep_the_rank(rule: str, option: dict) -> None:
+    came, left, used = folded(rule, 4, continues=True, space="factors", **option)
+    for name in came[0].factors:
+        expected = came[0].factors[name].B
+        for x, share in zip(came[1:], used[1:], strict=True):
+            expected = (1 - share) * expected + share * x.factors[name].B
+        torch.testing.assert_close(left[-1].factors[name].B, expected)
+    assert left[-1].rank == came[0].rank
 
 
 # ---- merges of the factors, and of what is stored ----
@@ -329,6 +351,8 @@ def test_transfer_adds_the_difference_of_two_models(tmp_path) -> None:
     for name in came[0].factors:
         expected = sum(dense(x, name) for x in came) + 0.5 * dense(vector, name)
         torch.testing.assert_close(dense(left[-1], name), expected)
+    with pytest.raises(PmLlmError, match="no_such"):
+        load_config(None, {"method": "inclora", "merge": {"name": "transfer", "adapter": "no_such"}}).check()
     with pytest.raises(PmLlmError, match="name the adapter"):
         load_config(None, {"method": "inclora", "merge": "transfer"}).check()
 

@@ -31,8 +31,14 @@ KEYS = {
 }
 
 
+# constraints that would sleep through three steps
+AWAKE = {"pam": {"constrain": {"name": "align", "every": 1}}}
+
+
 def sequence(preset: str, model: str, folder: Path, **keys) -> ContinualSequence:
-    config = load_config(None, {**KEYS, "model": model, "method": preset, "output_dir": str(folder), **keys})
+    config = load_config(
+        None, {**KEYS, "model": model, "method": preset, "output_dir": str(folder), **AWAKE.get(preset, {}), **keys}
+    )
     return ContinualSequence(config, small_tasks("sentiment", "topic", train=12, test=2))
 
 

@@ -98,11 +98,17 @@ class Constraint:
     """The hooks a constraint can fill. The defaults constrain nothing.
 
     `space` is what :meth:`scale` scales: in `weights` the task adapter's update B A, in `factors` the way that A and
-    that B have gone since training began. `needs_fisher` names the form of Fisher that :meth:`remember` is given.
-    `old_data` says whether rows of past tasks are kept, `stores` what is kept from task to task.
+    that B have gone since training began. `from_zero` says whether it is about an update that begins at zero,
+    `in_coordinates` whether it compares A and B with what they were after past tasks, `scales_update` whether
+    :meth:`after_update` scales what the optimizer did, so that it comes before those that set values. `needs_fisher`
+    names the form of Fisher that :meth:`remember` is given. `old_data` says whether rows of past tasks are kept,
+    `stores` what is kept from task to task.
     """
 
     space = "weights"
+    from_zero: ClassVar[bool] = False
+    in_coordinates: ClassVar[bool] = False
+    scales_update: ClassVar[bool] = False
     needs_fisher: ClassVar[str | None] = None
     old_data: ClassVar[bool] = False
     stores: ClassVar[str] = ""

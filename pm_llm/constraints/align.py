@@ -11,8 +11,6 @@ from torch import Tensor
 from pm_llm.constraints import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
 from pm_llm.lowrank import LowRank
-from pm_llm.merges import Merge
-from pm_llm.starts import Start, check_continues
 
 
 @dataclass
@@ -25,22 +23,20 @@ class Align(Constraint):
     Args:
         every: Optimizer steps between two looks, at least 1.
         share: Of a matrix's entries that count as important, from 0 (none) to 1.
-        reset: `running`: the running adapter's value, where training began; `zero`.
+        reset: `running`: the running adapter's value, where `start: continue` begins; `zero`.
     """
 
-    every: int = 50
+    every: int = 10
     share: float = 0.5
     reset: str = "running"
     _running: Mapping[str, LowRank] = field(default_factory=dict, init=False, repr=False)
+    in_coordinates = True
 
     def __post_init__(self) -> None:
         check_number("align: every", self.every, 1, whole=True)
         check_number("align: share", self.share, 0, 1)
         if self.reset not in ("running", "zero"):
             raise PmLlmError(f"align: reset is {self.reset!r}; it must be running or zero.")
-
-    def check(self, start: Start, merge: Merge) -> None:
-        check_continues("constrain align", start)
 
     def prepare(self, context: Context) -> None:
         self._running = dict(context.running)

@@ -36,6 +36,7 @@ class Curvature(Constraint):
 
     weight: float = 1.0
     _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
+    from_zero = True
 
     def __post_init__(self) -> None:
         check_number("curvature: weight", self.weight, 0)

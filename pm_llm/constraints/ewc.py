@@ -12,8 +12,6 @@ from pm_llm.errors import check_number
 from pm_llm.fisher import Penalty, Room
 from pm_llm.fisher.factors import Factors, FactorsPast
 from pm_llm.lowrank import LowRank
-from pm_llm.merges import Merge
-from pm_llm.starts import Start, check_continues
 
 
 @dataclass
@@ -40,13 +38,11 @@ class Ewc(Constraint):
     _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
     needs_fisher = "factors"
     stores = "a Fisher and a sum of the adapter's shape"
+    in_coordinates = True
 
     def __post_init__(self) -> None:
         check_number("ewc: weight", self.weight, 0)
         check_number("ewc: gamma", self.gamma, 0, 1)
-
-    def check(self, start: Start, merge: Merge) -> None:
-        check_continues("constrain ewc", start)
 
     def prepare(self, context: Context) -> None:
         self._penalties = {name: past.penalty(context.running[name]) for name, past in self.past.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pm_llm.constraints import Constraint, Context, Live, Step
@@ -15,7 +16,8 @@ from pm_llm.subspace import Sketch, extended, without
 
 @dataclass
 class GradientSubspace(Constraint):
-    """Before and after each optimizer step A is projected off the past tasks' span, so that `B A v = 0` for v in it.
+    """Before training and after each optimizer step A is projected off the past tasks' span, so that `B A v = 0` for v
+    in it.
 
     In the manner of CoSO: the rows of the gradients of A, which lie in the row space of the weights' gradient, go into
     a Frequent Directions sketch while a task is trained; its leading directions then join the span. CoSO itself trains
@@ -23,7 +25,7 @@ class GradientSubspace(Constraint):
 
     Args:
         share: Of the sketch's squared norm that the span is to hold after a task.
-        size: Rows of the sketch.
+        size: Rows of the sketch (it holds up to twice as many).
         most: Of the input space's dimensions that the span may fill.
     """
 
@@ -33,6 +35,7 @@ class GradientSubspace(Constraint):
     bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _sketches: dict[str, Sketch] = field(default_factory=dict, init=False, repr=False)
     stores = "a basis of past gradients a module"
+    from_zero = True
 
     def __post_init__(self) -> None:
         check_number("gradient_subspace: share", self.share, 0, 1)
@@ -44,14 +47,15 @@ class GradientSubspace(Constraint):
 
     def prepare(self, context: Context) -> None:
         assert context.live is not None
+        self.bases = {name: basis.to(context.live.device()) for name, basis in self.bases.items()}
         self._sketches = {name: Sketch(self.size) for name in context.live.layers}
         self._project(context.live)
 
     def before_update(self, step: Step, live: Live) -> None:
         for name, sketch in self._sketches.items():
             gradient = live.weights(name)[0].grad
-            if gradient is not None:
-                sketch.add(gradient.detach().float().cpu())
+            if gradient is not None and bool(torch.isfinite(gradient).all()):  # a diverged loss is told elsewhere
+                sketch.add(gradient.detach().float().cpu().clone())
 
     def after_update(self, step: Step, live: Live) -> None:
         self._project(live)
@@ -65,10 +69,12 @@ class GradientSubspace(Constraint):
         for name, sketch in self._sketches.items():
             if sketch.rows is not None and bool(sketch.rows.any()):
                 d_in = sketch.rows.shape[1]
-                self.bases[name] = extended(self.bases.get(name), sketch.rows, self.share, int(self.most * d_in))
+                past = self.bases.get(name)
+                past = None if past is None else past.cpu()
+                self.bases[name] = extended(past, sketch.rows, self.share, int(self.most * d_in))
 
     def memory(self) -> dict[str, Tensor]:
-        return dict(self.bases)
+        return {name: basis.cpu() for name, basis in self.bases.items()}
 
     def load_memory(self, memory: dict[str, Tensor]) -> None:
         self.bases = dict(memory)

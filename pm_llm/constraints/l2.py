@@ -10,8 +10,6 @@ from torch import Tensor
 from pm_llm.constraints import Constraint, Context
 from pm_llm.errors import check_number
 from pm_llm.lowrank import LowRank
-from pm_llm.merges import Merge
-from pm_llm.starts import Start, check_continues
 
 
 @dataclass
@@ -24,15 +22,14 @@ class L2(Constraint):
 
     weight: float = 0.1
     _before: Mapping[str, LowRank] = field(default_factory=dict, init=False, repr=False)
+    in_coordinates = True
 
     def __post_init__(self) -> None:
         check_number("l2: weight", self.weight, 0)
 
-    def check(self, start: Start, merge: Merge) -> None:
-        check_continues("constrain l2", start)
-
     def prepare(self, context: Context) -> None:
-        self._before = dict(context.running)
+        device = None if context.live is None else context.live.device()
+        self._before = {name: LowRank(x.B.to(device), x.A.to(device)) for name, x in context.running.items()}
 
     def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
         if not self._before or self.weight == 0:
@@ -41,5 +38,5 @@ class L2(Constraint):
         for name, x in live.items():
             before = self._before[name]
             for now, then in ((x.B, before.B), (x.A, before.A)):
-                parts.append((now - then.to(now.device)).square().sum())
+                parts.append((now - then).square().sum())
         return self.weight / 2 * sum(parts[1:], start=parts[0])

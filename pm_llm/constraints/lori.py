@@ -29,7 +29,7 @@ class Lori(Constraint):
     keep: float = 0.1
     calibration: float = 0.25
     _masks: list[Tensor] = field(default_factory=list, init=False, repr=False)
-    _frozen: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    from_zero = True
 
     def __post_init__(self) -> None:
         check_number("lori: keep", self.keep, 1e-6, 1)
@@ -42,26 +42,23 @@ class Lori(Constraint):
         self._masks = []
 
     def before_update(self, step: Step, live: Live) -> None:
-        self._frozen = []
         for i, name in enumerate(live.layers):
             a, b = live.weights(name)
-            self._frozen.append(a.data.clone())
-            a.grad = None
+            a.grad = None  # optimizers pass over it
             if self._masks and b.grad is not None:
                 b.grad *= self._masks[i].to(b.grad)
 
     def after_update(self, step: Step, live: Live) -> None:
         matrices = [live.weights(name)[1] for name in live.layers]
-        for name, before in zip(live.layers, self._frozen, strict=True):
-            live.weights(name)[0].data = before
         if not self._masks and self.keep < 1 and step.step + 1 >= self.calibration * step.steps:
             sizes = torch.cat([b.data.abs().flatten() for b in matrices])
             least = sizes.topk(max(1, round(self.keep * sizes.numel()))).values[-1]
             self._masks = [(b.data.abs() >= least).float() for b in matrices]
             for b in matrices:
                 b.data.zero_()
+        self._masks = [mask.to(b) for b, mask in zip(matrices, self._masks, strict=False)]
         for b, mask in zip(matrices, self._masks, strict=False):
-            b.data *= mask.to(b)
+            b.data *= mask
 
     def state(self) -> dict[str, list[Tensor]]:
         return {"masks": self._masks}

@@ -44,9 +44,10 @@ class Migu(Constraint):
         if step.micro_step == 0:
             self._sums.clear()
 
-        def hook(mask: Tensor) -> Any:
+        def hook(mask: Tensor | None) -> Any:
             def take(module: nn.Module, _: Any, output: Tensor) -> None:
-                found = (output.detach().float().abs() * mask[..., None]).flatten(0, -2).sum(0)
+                sizes = output.detach().float().abs()
+                found = (sizes if mask is None else sizes * mask[..., None]).flatten(0, -2).sum(0)
                 self._sums[module] = self._sums[module] + found if module in self._sums else found
 
             return take
@@ -62,11 +63,12 @@ class Migu(Constraint):
             sums = live.total(sums)
             kept = sums >= torch.quantile(sums, self.threshold)
             gradient: Any = module.weight.grad
-            gradient *= kept[:, None].to(gradient)
+            if gradient is not None:
+                gradient *= kept[:, None].to(gradient)
 
 
-def tokens(name: str, batch: Mapping[str, Any], seq2seq: bool) -> Tensor:
-    """Which positions (batch, tokens) of a module's input are no padding.
+def tokens(name: str, batch: Mapping[str, Any], seq2seq: bool) -> Tensor | None:
+    """Which positions (batch, tokens) of a module's input are no padding; None: all.
 
     In an encoder-decoder the decoder's are those of the labels, but for cross-attention's keys and values, which are
     made from the encoder's output.
@@ -74,4 +76,6 @@ def tokens(name: str, batch: Mapping[str, Any], seq2seq: bool) -> Tensor:
     parts = name.split(".")
     crossing = any("EncDec" in part or "encoder_attn" in part for part in parts)
     of_encoder = "decoder" not in parts or (crossing and parts[-1] in ("k", "v", "k_proj", "v_proj"))
-    return batch["attention_mask"].bool() if of_encoder or not seq2seq else batch["labels"] != -100
+    if not of_encoder and seq2seq:
+        return batch["labels"] != -100
+    return batch["attention_mask"].bool() if "attention_mask" in batch else None

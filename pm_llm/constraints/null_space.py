@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pm_llm.constraints import Constraint, Context, Live, Step
 from pm_llm.errors import check_number
+from pm_llm.inputs import second_moments
 from pm_llm.merges import Merge
 from pm_llm.starts import Start, check_fresh
-from pm_llm.subspace import extended, without
+from pm_llm.subspace import extended_by_moments, leading, without
 
 
 @dataclass
@@ -22,9 +20,10 @@ class NullSpace(Constraint):
     """A is set to the leading principal directions of the task's inputs, less the span of past tasks' inputs; only B
     is trained. So `B A x = 0` for every x in that span, which is kept as an orthonormal basis for each module.
 
-    Inputs are those of each adapted module on the rows that a Fisher would be measured on, by their (d_in x d_in)
-    second moments: one matrix of that size a module while a task begins and ends. The authors keep a second basis once
-    the span is large (DualGPM); here it stops growing at `most` instead (a choice).
+    Inputs are those of each adapted module on the rows that a Fisher would be measured on, by their second moments
+    (:mod:`pm_llm.inputs` says what these cost); an eigendecomposition of each, (d_in, d_in), is made before and
+    after a task. The authors keep a second basis once the span is large (DualGPM); here it stops growing at `most` instead (a
+    choice).
 
     Args:
         share: Of the inputs' squared norm that the basis is to hold after a task.
@@ -34,8 +33,8 @@ class NullSpace(Constraint):
     share: float = 0.95
     most: float = 0.8
     bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _fixed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     stores = "a basis of past inputs a module"
+    from_zero = True
 
     def __post_init__(self) -> None:
         check_number("null_space: share", self.share, 0, 1)
@@ -46,61 +45,27 @@ class NullSpace(Constraint):
 
     def prepare(self, context: Context) -> None:
         assert context.live is not None
-        self._fixed = {}
-        for name, roots in second_moments(context).items():
+        assert context.chosen is not None
+        for name, moments in second_moments(context.model, context.live.layers, context.chosen).items():
             a, _ = context.live.weights(name)
-            _, _, vh = torch.linalg.svd(without(roots, self.bases.get(name)), full_matrices=False)
-            self._fixed[name] = vh[: len(a)].to(a)
-            with torch.no_grad():
-                a.copy_(self._fixed[name])
+            basis = self.bases.get(name)
+            _, directions = leading(moments, basis)
+            with torch.no_grad():  # once more off the basis: directions without energy may lie in it
+                a.copy_(without(directions[: len(a)], basis).to(a))
 
     def before_update(self, step: Step, live: Live) -> None:
         for name in live.layers:
-            live.weights(name)[0].grad = None
-
-    def after_update(self, step: Step, live: Live) -> None:
-        for name, fixed in self._fixed.items():
-            live.weights(name)[0].data = fixed.clone()
+            live.weights(name)[0].grad = None  # optimizers pass over it
 
     def remember(self, context: Context) -> None:
-        for name, roots in second_moments(context).items():
-            self.bases[name] = extended(self.bases.get(name), roots, self.share, int(self.most * roots.shape[1]))
+        assert context.live is not None
+        assert context.chosen is not None
+        for name, moments in second_moments(context.model, context.live.layers, context.chosen).items():
+            most = int(self.most * moments.shape[1])
+            self.bases[name] = extended_by_moments(self.bases.get(name), moments, self.share, most)
 
     def memory(self) -> dict[str, Tensor]:
         return dict(self.bases)
 
     def load_memory(self, memory: dict[str, Tensor]) -> None:
         self.bases = dict(memory)
-
-
-def second_moments(context: Context) -> dict[str, Tensor]:
-    """For each module a matrix (d_in, d_in) whose rows have the second moments of its inputs, over all processes."""
-    assert context.live is not None
-    assert context.chosen is not None
-    sums = {n: torch.zeros(x.in_features, x.in_features) for n, x in context.live.layers.items()}
-    model, was_training = context.model, context.model.training
-    model.eval()
-    with torch.no_grad(), _taking(context.live, sums):
-        for row in context.chosen.one_by_one(model):  # without padding, so that every position counts
-            model(**row)
-    model.train(was_training)
-    found = {}
-    for name, moments in sums.items():
-        values, vectors = torch.linalg.eigh(context.live.total(moments).double().cpu())
-        found[name] = (values.clamp(min=0).sqrt()[:, None] * vectors.T).flip(0)
-    return found
-
-
-@contextmanager
-def _taking(live: Live, sums: dict[str, Tensor]) -> Iterator[None]:
-    def hook(name: str) -> Any:
-        def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().float().flatten(0, -2)
-            sums[name] = sums[name].to(x.device) + x.T @ x
-
-        return take
-
-    with ExitStack() as stack:
-        for name, layer in live.layers.items():
-            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
-        yield

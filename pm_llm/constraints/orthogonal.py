@@ -27,6 +27,7 @@ class Orthogonal(Constraint):
 
     weight: float = 0.5
     _past: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    from_zero = True
 
     def __post_init__(self) -> None:
         check_number("orthogonal: weight", self.weight, 0)

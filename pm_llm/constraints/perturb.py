@@ -59,6 +59,7 @@ class Perturb(Constraint):
     _sums: dict[int, list[Tensor]] = field(  # sign -> [decayed sum of losses, decayed count]
         default_factory=lambda: {s: [torch.zeros(()), torch.zeros(())] for s in (-1, 0, 1)}, init=False, repr=False
     )
+    from_zero = True
 
     def __post_init__(self) -> None:
         for name, low, high in (("epsilon", 0.0, 1.0), ("probability", 0.0, 0.5), ("decay", 0.0, 0.999999)):

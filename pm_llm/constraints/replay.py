@@ -42,7 +42,7 @@ class Replay(Constraint):
 
     def steps(self, steps: int, context: Context) -> int:
         own = len(context.rows)
-        return round(steps * (own + len(self.kept)) / own) if self.longer else steps
+        return round(steps * (own + len(self.kept)) / own) if self.longer and steps > 0 else steps
 
     def remember(self, context: Context) -> None:
         rows, rng = context.rows, random.Random(f"replay {context.seed}")

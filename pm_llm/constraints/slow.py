@@ -30,6 +30,7 @@ class Slow(Constraint):
 
     rates: dict[str, float] = field(default_factory=lambda: {"lora_A": 0.1})
     _before: list[tuple[nn.Parameter, Tensor, float]] = field(default_factory=list, init=False, repr=False)
+    scales_update = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.rates, dict) or not self.rates:

@@ -24,6 +24,7 @@ class Sparse(Constraint):
     """
 
     weight: float = 1e-4
+    from_zero = True
 
     def __post_init__(self) -> None:
         check_number("sparse: weight", self.weight, 0)

@@ -28,7 +28,8 @@ Slopes = Callable[[Factors, Sequence[Factors]], list[float]]
 @dataclass(frozen=True)
 class Fold:
     """What a merge rule sees: `task` (1, 2, ...), the running `M_{t-1}` (empty before the first task) and the adapter
-    just trained, per module; `continues` is whether that one began as the running adapter, so that it holds it.
+    just trained, per module; `continues` is whether that one stands on the base model, so that it is the whole model
+    right after training, and not a change of the running one; `on_base` whether it began there, too.
     `start` is the first task's adapter as it began (empty: not known). `slopes` gives, for an adapter and several
     others, the derivatives of the loss on the current task's rows at the first, towards each of the others."""
 
@@ -39,6 +40,11 @@ class Fold:
     fisher: Fisher | None = None
     start: Factors = field(default_factory=dict)
     slopes: Slopes | None = None
+    on_base: bool = False
+
+    def vector(self, name: str) -> LowRank:
+        """What training changed: the task vector, or all of an adapter that began at the base model."""
+        return self.new[name] if self.on_base else self.delta(name)
 
     def delta(self, name: str) -> LowRank:
         """The task vector `Delta_t = theta*_t - M_{t-1}` of a module."""
@@ -111,6 +117,22 @@ class Merge:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`state`."""
+
+
+def check_space(rule: str, space: str) -> bool:
+    """Whether `space` is factors. Raises PmLlmError if it is neither that nor weights."""
+    if space not in ("weights", "factors"):
+        raise PmLlmError(f"{rule}: space is {space!r}; it must be weights or factors.")
+    return space == "factors"
+
+
+def entrywise(fold: Fold, name: str, alpha: float) -> LowRank:
+    """`A_M + alpha (A_t - A_M)`, `B_M + alpha (B_t - B_M)`: the factors themselves, whose rank stays."""
+    new = fold.new[name]
+    if not fold.running:
+        return new
+    before = fold.running[name]
+    return LowRank(before.B + alpha * (new.B - before.B), before.A + alpha * (new.A - before.A))
 
 
 def check_coordinates(rule: str, fold: Fold) -> None:
@@ -199,6 +221,7 @@ class Merger:
         start: Adapter | None = None,
         zeros: Zeros | None = None,
         slopes: Slopes | None = None,
+        on_base: bool = False,
     ) -> Adapter:
         """The new running adapter; :attr:`report` says what was done. Modules are worked on one by one, in parallel.
 
@@ -206,7 +229,8 @@ class Merger:
             running: The merged adapter of the tasks so far (or its folder); None before the first task.
             new: The adapter just trained (or its folder), on top of the frozen running one.
             fisher: The task's Fisher, for rules that need it; tensors are dense Fishers, (d_out, d_in).
-            continues: Whether `new` itself began as the running adapter, so that it already holds it.
+            continues: Whether `new` stands on the base model, not on the running adapter.
+            on_base: Whether it began there too (start alone), and not at what was learned before.
             start: The first task's adapter as it began, for rules in the space of the factors.
             slopes: For rules that look at the loss, see :class:`Fold`.
             zeros: Where to put the result, see :mod:`pm_llm.accumulators`; by default in memory.
@@ -238,6 +262,7 @@ class Merger:
             None if fisher is None else Fisher.of(fisher),
             start.factors if start is not None else {},
             slopes,
+            on_base,
         )
         alpha = self.rule.coefficients(fold)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 
+from pm_llm import lowrank
 from pm_llm.errors import PmLlmError
+from pm_llm.lowrank import LowRank
 from pm_llm.merges import Coefficients, Fold, Merge
 
 
@@ -21,3 +23,7 @@ class Arithmetic(Merge):
 
     def coefficients(self, fold: Fold) -> Coefficients:
         return Coefficients.same(float(self.scale), fold.new)
+
+    def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
+        update = fold.vector(name).scale(alpha)
+        return lowrank.add(fold.running[name], update) if fold.running else update

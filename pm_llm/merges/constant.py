@@ -6,18 +6,29 @@ from dataclasses import dataclass
 from math import isfinite
 
 from pm_llm.errors import PmLlmError
-from pm_llm.merges import Coefficients, Fold, Merge
+from pm_llm.lowrank import LowRank
+from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates, check_space, entrywise
 
 
 @dataclass
 class Constant(Merge):
-    """`M_t = M_{t-1} + coefficient * Delta_t`; the first task, which has nothing to join, is taken whole."""
+    """`M_t = M_{t-1} + coefficient * Delta_t`; the first task, which has nothing to join, is taken whole.
+
+    `space: factors` averages A and B themselves, of an adapter that continues: the rank stays what it is.
+    """
 
     coefficient: float = 0.5
+    space: str = "weights"
 
     def __post_init__(self) -> None:
+        self.in_factors = check_space("constant", self.space)
         if not isinstance(self.coefficient, (int, float)) or not isfinite(self.coefficient):
             raise PmLlmError(f"the coefficient is {self.coefficient!r}; it must be a finite number.")
 
     def coefficients(self, fold: Fold) -> Coefficients:
+        if self.in_factors:
+            check_coordinates("constant", fold)
         return Coefficients.same(float(self.coefficient) if fold.running else 1.0, fold.new)
+
+    def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
+        return entrywise(fold, name, alpha) if self.in_factors else super().merge(fold, name, alpha)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pm_llm.errors import PmLlmError
-from pm_llm.merges import Coefficients, Fold, Merge
+from pm_llm.lowrank import LowRank
+from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates, check_space, entrywise
 
 
 @dataclass
@@ -14,14 +15,22 @@ class Exponential(Merge):
 
     That is the mean of `theta*_1 ... theta*_t` with weights `decay^(t - i)`, which sum to 1 (the correction of Adam's
     averages, arXiv 1412.6980). decay 0: replace; towards 1: average.
+    `space: factors` averages A and B themselves, of an adapter that continues: the rank stays what it is.
     """
 
     decay: float = 0.5
+    space: str = "weights"
     needs_history = True
 
     def __post_init__(self) -> None:
+        self.in_factors = check_space("exponential", self.space)
         if not isinstance(self.decay, (int, float)) or not 0 <= self.decay < 1:
             raise PmLlmError(f"exponential: decay is {self.decay!r}; it must be a number from 0 to below 1.")
 
     def coefficients(self, fold: Fold) -> Coefficients:
+        if self.in_factors:
+            check_coordinates("exponential", fold)
         return Coefficients.same((1 - self.decay) / (1 - self.decay**fold.task), fold.new)
+
+    def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
+        return entrywise(fold, name, alpha) if self.in_factors else super().merge(fold, name, alpha)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pm_llm.errors import PmLlmError
 from pm_llm.lowrank import LowRank
-from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates
+from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates, entrywise
 
 
 @dataclass
@@ -31,8 +31,4 @@ class Pam(Merge):
         return Coefficients.same(half if self.weight == "half" else 1 / fold.task, fold.new)
 
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
-        new = fold.new[name]
-        if not fold.running:
-            return new
-        before = fold.running[name]
-        return LowRank(before.B + alpha * (new.B - before.B), before.A + alpha * (new.A - before.A))
+        return entrywise(fold, name, alpha)

@@ -30,7 +30,7 @@ class Stored(Merge):
         raise NotImplementedError
 
     def coefficients(self, fold: Fold) -> Coefficients:
-        self.vectors.append({name: fold.delta(name) for name in fold.new})
+        self.vectors.append({name: fold.vector(name) for name in fold.new})
         return Coefficients.same(1.0, fold.new)
 
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pm_llm import lowrank
+from pm_llm.lowrank import LowRank
 from pm_llm.merges import Coefficients, Fold, Merge
 
 
@@ -13,3 +15,7 @@ class Sum(Merge):
 
     def coefficients(self, fold: Fold) -> Coefficients:
         return Coefficients.same(1.0, fold.new)
+
+    def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
+        update = fold.vector(name).scale(alpha)
+        return lowrank.add(fold.running[name], update) if fold.running else update

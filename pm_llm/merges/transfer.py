@@ -13,6 +13,7 @@ from pm_llm.adapters import Adapter
 from pm_llm.errors import PmLlmError, check_number
 from pm_llm.lowrank import LowRank, from_dense
 from pm_llm.merges import Coefficients, Fold, Merge
+from pm_llm.starts import Start
 
 
 @dataclass
@@ -36,13 +37,17 @@ class Transfer(Merge):
             raise PmLlmError("transfer: name the adapter to add; `pm-llm vector` makes one of two models.")
         check_number("transfer: scale", self.scale)
 
+    def check(self, start: Start) -> None:
+        Adapter.load(self.adapter)
+
     def coefficients(self, fold: Fold) -> Coefficients:
         if not fold.running:
             self._vector = Adapter.load(self.adapter)
-            if set(self._vector.factors) != set(fold.new):
+            ours, theirs = ({name: x.shape for name, x in one.items()} for one in (fold.new, self._vector.factors))
+            if ours != theirs:
                 raise PmLlmError(
-                    f"transfer: {self.adapter} is of {len(self._vector.factors)} modules, the task's adapter of "
-                    f"{len(fold.new)}, and they are not the same. Make it with the same target_modules."
+                    f"transfer: {self.adapter} is of {len(theirs)} modules, the task's adapter of {len(ours)}, and "
+                    "names or shapes differ. Make it of the same base model with the same target_modules."
                 )
         return Coefficients.same(1.0, fold.new)
 

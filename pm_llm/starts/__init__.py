@@ -21,12 +21,14 @@ RUNNING, TASK = "running", "task"  # the names of the two adapters in a live mod
 class Start:
     """Prepares the model for a task: exactly one trainable adapter, named `TASK`.
 
-    `continues` says whether the trained adapter already holds the running one, or comes on top of it (then the running
-    one is active too, frozen, under the name `RUNNING`). `needs_last` says whether it is given the adapter as it was
-    last trained, `last`.
+    `continues` says whether the trained adapter stands on the base model, or comes on top of the running one (then the
+    running one is active too, frozen, under the name `RUNNING`). `needs_last` says whether it is given the adapter as
+    it was last trained, `last`.
     """
 
     continues = False
+    on_base = False  # whether the adapter begins at the base model, whatever was learned before
+    keeps_coordinates = False  # whether A and B begin as those that were merged, or trained, last
     needs_last = False
     offset = False  # whether the trained adapter begins at an update that is not zero, taken back elsewhere
 
@@ -55,13 +57,13 @@ class Start:
 
 def check_fresh(what: str, start: Start, why: str = "it is about an adapter that begins anew") -> None:
     """Raise PmLlmError unless the task's adapter comes on top of the running one; `why` it must."""
-    if start.continues:
+    if start.continues and not start.on_base:
         raise PmLlmError(f"{what} needs a start that is fresh: {why}. The start is {start.name()!r}.")
 
 
 def check_continues(what: str, start: Start) -> None:
     """Raise PmLlmError unless one adapter is trained on and on."""
-    if not start.continues:
+    if not start.continues or start.on_base:
         raise PmLlmError(
             f"{what} needs a start that continues: it compares A and B with what they were. The start is "
             f"{start.name()!r}."

@@ -15,7 +15,8 @@ from pm_llm.starts import Start, train_further
 class Alone(Start):
     """Train `W0 + Delta` from `Delta = 0`."""
 
-    continues = True  # the trained adapter is the whole model
+    continues = True
+    on_base = True
 
     def prepare(
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None

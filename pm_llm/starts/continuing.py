@@ -13,9 +13,10 @@ from pm_llm.starts import Start, train_further
 
 @dataclass
 class Continue(Start):
-    """Train `W0 + theta` from `theta = M_{t-1}`; rank and scaling stay as they are."""
+    """Train `W0 + theta` from `theta = M_{t-1}`, at the running adapter's rank (merges of weights let it grow)."""
 
     continues = True
+    keeps_coordinates = True
 
     def prepare(
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None

@@ -16,6 +16,7 @@ class Last(Start):
     """Train `W0 + theta` from `theta = theta*_{t-1}`: plain sequential training, with merging beside it."""
 
     continues = True
+    keeps_coordinates = True
     needs_last = True
 
     def prepare(

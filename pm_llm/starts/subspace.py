@@ -1,42 +1,42 @@
-"""Subspace: a new adapter in a subspace of the weights or of the task's inputs, by PEFT's own initialisations."""
+"""Subspace: a new adapter in a subspace of the weights or of the task's inputs (PiSSA, OLoRA, EVA)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import EvaConfig, PeftModel
-from peft.tuners.lora.eva import get_eva_state_dict
+from peft import PeftModel
 
 from pm_llm import lowrank
 from pm_llm.adapters import Adapter, lora_layers, set_active
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.task import ChosenRows
+from pm_llm.inputs import second_moments
 from pm_llm.lowrank import LowRank
 from pm_llm.models import add_task_adapter
 from pm_llm.starts import RUNNING, TASK, Start
+from pm_llm.subspace import leading
 
-# PEFT's names; the first two begin with an update that is not zero
-INITS = {"pissa": "arXiv 2404.02948", "olora": "arXiv 2406.01775", "orthogonal": "", "eva": "arXiv 2410.07170"}
+INITS = ("pissa", "olora", "eva")  # PEFT's names; the first two begin with an update that is not zero
 
 
 @dataclass
 class Subspace(Start):
     """Train `W0 + M_{t-1} - s B0 A0 + s B A` from `(B, A) = (B0, A0)`.
 
-    `pissa` takes (B0, A0) from the leading singular directions of W0, `olora` from its QR factors; `orthogonal` draws
-    them orthogonal, with product zero; `eva` takes A0 from the principal directions of the task's inputs, with B0 = 0
-    (without moving ranks between modules). PEFT puts `- s B0 A0` into the base weights for the first two. Here these
-    stay as they are: it goes into the frozen running adapter while the task trains, and the task vector is
-    `s B A - s B0 A0`, of twice the rank. CorDA, which PEFT prepares on a bare base model only, is left out.
+    `pissa` takes (B0, A0) from the leading singular directions of W0 (arXiv 2404.02948), `olora` from its QR factors
+    (arXiv 2406.01775), as PEFT makes them. PEFT puts `- s B0 A0` into the base weights. Here these stay as they are:
+    it goes into the frozen running adapter while the task trains, and the task vector is `s B A - s B0 A0`, of twice
+    the rank. `eva` takes A0 from the principal directions of the task's inputs, with B0 = 0 (arXiv 2410.07170); they are
+    computed from second moments, because PEFT's loop does not end on rows with fewer tokens than the rank, and no
+    ranks are moved between modules. CorDA, which PEFT prepares on a bare base model only, is left out.
 
     Args:
-        init: `pissa`, `pissa_niter_N` (a fast SVD in N steps), `olora`, `orthogonal` or `eva`.
+        init: `pissa`, `pissa_niter_N` (a fast SVD in N steps), `olora` or `eva`.
 
     Raises:
         PmLlmError: If there is no such initialisation, or PEFT cannot make it of these base weights.
@@ -55,10 +55,9 @@ class Subspace(Start):
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
     ) -> PeftModel:
         model = add_task_adapter(model, lora, seq2seq, TASK)
-        if self.init != "eva":
-            self._initialise(model)
         frozen = running
         if self.offset:
+            self._initialise(model)
             minus = {name: x.scale(-1.0) for name, x in self._origin.items()}
             base = Adapter.from_model(model, TASK) if running is None else running
             past = {} if running is None else running.factors
@@ -71,24 +70,11 @@ class Subspace(Start):
     def look(self, model: PeftModel, chosen: ChosenRows) -> None:
         if self.init != "eva":
             return
-        config: Any = copy(model.peft_config[TASK])
-        config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
-        active, was_training = list(model.active_adapters), model.training
-        found = get_eva_state_dict(
-            model,
-            list(chosen.one_by_one(model)),  # without padding, so that every position counts
-            config,
-            prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
-            adapter_name=TASK,
-            show_progress_bar=False,
-        )
-        model.train(was_training)
-        set_active(model, active, trainable=TASK)
-        for name, layer in lora_layers(model).items():
-            weight: Any = layer.lora_A[TASK].weight
+        layers = lora_layers(model)
+        for name, moments in second_moments(model, layers, chosen).items():
+            weight: Any = layers[name].lora_A[TASK].weight
             with torch.no_grad():
-                weight.copy_(next(x for key, x in found.items() if key.endswith(name)).to(weight))
+                weight.copy_(leading(moments)[1][: len(weight)].to(weight))
 
     def as_update(self, new: Adapter) -> Adapter:
         if not self.offset:
@@ -108,10 +94,8 @@ class Subspace(Start):
                 with _kept(layer):
                     if self.init.startswith("pissa"):
                         layer.pissa_init(TASK, self.init)
-                    elif self.init == "olora":
-                        layer.olora_init(TASK)
                     else:
-                        layer.orthogonal_init(TASK)
+                        layer.olora_init(TASK)
             except (TypeError, ValueError) as error:
                 raise PmLlmError(f"start subspace: PEFT cannot make {self.init!r} of {name}: {error}") from error
             for side in (layer.lora_A, layer.lora_B):

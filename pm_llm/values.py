@@ -1,0 +1,40 @@
+"""Values from YAML and the command line as the types that are wanted."""
+
+from __future__ import annotations
+
+import types
+import typing
+from math import isfinite
+from typing import Any
+
+from pm_llm.errors import PmLlmError
+
+
+def convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the annotated type; an int is a float too, and YAML's `1e-3` (a string to YAML 1.1) is a number.
+
+    Raises:
+        PmLlmError: If it is of no type that `hint` allows; `key` is what it is called.
+    """
+    if hint is Any:
+        return value
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if is_union else (hint,)
+    if type(None) in options and (value is None or value == "none"):
+        return None
+    for one in options:
+        plain = typing.get_origin(one) or one
+        if plain is float and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                continue
+            if not isfinite(number):
+                continue
+            return number
+        if plain is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+            return value
+    names = " or ".join("none" if o is type(None) else str(getattr(o, "__name__", o)) for o in options)
+    raise PmLlmError(f"{key} is {value!r}; it must be {names}.")
