@@ -35,11 +35,12 @@ from pm_llm.progress import bar, say
 from pm_llm.results import gather_results
 from pm_llm.resume import stage_key, take_up
 from pm_llm.run_dir import ADAPTER, LOG, MEMORY, TASK_ADAPTER, RunDir, jsonl
-from pm_llm.sharding import is_sharded
+from pm_llm.sharding import is_sharded, launched
 from pm_llm.starts import RUNNING, TASK
 from pm_llm.stopping import Stopping
 from pm_llm.tasks import Task, checked, distinct, load_probes, load_tasks, one_direction
 from pm_llm.tasks.encode import encoders_for
+from pm_llm.trainer import refuse_sharding
 from pm_llm.training import train
 
 VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -87,6 +88,7 @@ class ContinualSequence:
                 "several GPUs are visible to one process. Use `accelerate launch recipes/continual.py`, "
                 "or show it one with CUDA_VISIBLE_DEVICES."
             )
+        refuse_sharding(self._constraints(), *launched())
         self.encoders = encoders_for(self.config, self.columns.values())
         with self.stopping, ExitStack() as stack:
             self._on_main(lambda: stack.enter_context(self.run_dir.locked()) and None)

@@ -21,6 +21,13 @@ DEEPSPEED_CLASSES = (
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
+def launched() -> tuple[bool, bool]:
+    """Whether `accelerate launch` asked for sharded parameters (FSDP, ZeRO-3), and whether for DeepSpeed at all."""
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    zero3 = deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true", deepspeed
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds only a part of the parameters."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())

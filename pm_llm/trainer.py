@@ -44,6 +44,24 @@ WHOLE = ("penalty", "around", "before_pass", "before_update", "after_update")
 UPDATE = ("before_pass", "before_update", "after_update")
 
 
+def refuse_sharding(constraints: Sequence[Constraint], sharded: bool, deepspeed: bool) -> None:
+    """Raise PmLlmError if a constraint needs what a process does not have.
+
+    Args:
+        constraints: The constraints.
+        sharded: Whether parameters are shared out (FSDP2, ZeRO-3).
+        deepspeed: Whether DeepSpeed runs the step.
+    """
+    whole = [type(c).__name__ for c in constraints if c.space == "factors" or c.fills(*WHOLE)]
+    if sharded and whole:
+        names = ", ".join(whole)
+        raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
+    updating = [type(c).__name__ for c in constraints if c.fills(*UPDATE)]
+    if deepspeed and updating:
+        names = ", ".join(updating)
+        raise PmLlmError(f"{names} needs the gradients, which DeepSpeed does not show. Use ddp.yaml.")
+
+
 class _AfterUpdate(TrainerCallback):
     """Lets constraints act when the optimizer has moved the parameters."""
 
@@ -164,15 +182,9 @@ class ConstraintMixin:
         return [c for c in self.constraints if c.fills("penalty")]
 
     def _check_sharding(self) -> None:
-        whole = [type(c).__name__ for c in self.constraints if c.space == "factors" or c.fills(*WHOLE)]
-        if whole and is_sharded(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
-            names = ", ".join(whole)
-            raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
-        updating = [type(c).__name__ for c in self.constraints if c.fills(*UPDATE)]
-        if updating and self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # type: ignore[attr-defined]
-            raise PmLlmError(
-                f"{', '.join(updating)} needs the gradients, which DeepSpeed does not show. Use ddp.yaml."
-            )
+        sharded = is_sharded(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # type: ignore[attr-defined]
+        refuse_sharding(self.constraints, sharded, deepspeed)
 
     def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
         """What the constraints add to a step's loss, of the update without the perturbation's scale."""

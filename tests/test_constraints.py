@@ -30,7 +30,9 @@ from pm_llm.fisher import Fisher
 from pm_llm.fisher.factors import Factors
 from pm_llm.inputs import second_moments
 from pm_llm.lowrank import LowRank
+from pm_llm.sharding import launched
 from pm_llm.subspace import Sketch, extended, extended_by_moments, without
+from pm_llm.trainer import refuse_sharding
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
 from tests.invariants.test_step import assert_same
@@ -525,3 +527,23 @@ def test_a_mask_holds_at_a_slow_rate_too(tmp_path) -> None:
         trainer.train()
         b = torch.cat([x.flatten() for name, x in weights(trainer.model).items() if "lora_B" in name])
         assert int((b != 0).sum()) <= round(0.1 * b.numel())
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, ("ewc", "migu", "null_space")),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("ewc", "migu", "null_space")),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ("migu", "null_space")),
+        ({}, ()),
+    ],
+)
+def test_what_a_launcher_cannot_do_is_refused_at_once(environment: dict, refused: tuple, monkeypatch) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    for name, constraint in {"ewc": Ewc(), "migu": Migu(), "null_space": NullSpace(), "replay": Replay()}.items():
+        if name in refused:
+            with pytest.raises(PmLlmError, match=r"Use ddp.yaml"):
+                refuse_sharding([constraint], *launched())
+        else:
+            refuse_sharding([constraint], *launched())

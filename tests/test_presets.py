@@ -76,6 +76,19 @@ def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, 
         assert torch.isfinite(alone(**batch_of(family, features(family, 2))).logits).all()
 
 
+@pytest.mark.parametrize("preset", ["ewc", "inflora", "coso", "frank_wolfe", "replay", "pissa"])
+def test_restarting_from_a_task_repeats_it(preset: str, pico_folders, tmp_path) -> None:
+    """From what the constraints and the merge remembered after the task before."""
+    file = tmp_path / "run/adapter/adapter_model.safetensors"
+    whole = sequence(preset, pico_folders["llama"], tmp_path / "run").run()
+    before = load_file(file)
+    config = sequence(preset, pico_folders["llama"], tmp_path / "run").config
+    again = ContinualSequence(config, small_tasks("sentiment", "topic", train=12, test=2), restart_from="topic")
+    assert len(again.run()["stages"]) == 2
+    assert again.run_dir.results()["matrix"] == whole["matrix"]
+    assert all(torch.equal(x, before[name]) for name, x in load_file(file).items())
+
+
 @pytest.mark.parametrize("preset", TESTED["4-bit"])
 def test_trains_on_a_base_in_4_bits(preset: str, pico_folders, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")

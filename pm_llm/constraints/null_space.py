@@ -21,9 +21,8 @@ class NullSpace(Constraint):
     is trained. So `B A x = 0` for every x in that span, which is kept as an orthonormal basis for each module.
 
     Inputs are those of each adapted module on the rows that a Fisher would be measured on, by their second moments
-    (:mod:`pm_llm.inputs` says what these cost); an eigendecomposition of each, (d_in, d_in), is made before and
-    after a task. The authors keep a second basis once the span is large (DualGPM); here it stops growing at `most` instead (a
-    choice).
+    (:mod:`pm_llm.inputs` says what these cost); each, (d_in, d_in), is decomposed before and after a task. The authors
+    keep a second basis once the span is large (DualGPM); here it stops growing at `most` instead (a choice).
 
     Args:
         share: Of the inputs' squared norm that the basis is to hold after a task.

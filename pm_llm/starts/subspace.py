@@ -31,9 +31,9 @@ class Subspace(Start):
     `pissa` takes (B0, A0) from the leading singular directions of W0 (arXiv 2404.02948), `olora` from its QR factors
     (arXiv 2406.01775), as PEFT makes them. PEFT puts `- s B0 A0` into the base weights. Here these stay as they are:
     it goes into the frozen running adapter while the task trains, and the task vector is `s B A - s B0 A0`, of twice
-    the rank. `eva` takes A0 from the principal directions of the task's inputs, with B0 = 0 (arXiv 2410.07170); they are
-    computed from second moments, because PEFT's loop does not end on rows with fewer tokens than the rank, and no
-    ranks are moved between modules. CorDA, which PEFT prepares on a bare base model only, is left out.
+    the rank. `eva` takes A0 from the principal directions of the task's inputs, with B0 = 0 (arXiv 2410.07170); they
+    come from second moments, because PEFT's loop does not end on rows with fewer tokens than the rank, and no ranks
+    are moved between modules. CorDA, which PEFT prepares on a bare base model only, is left out.
 
     Args:
         init: `pissa`, `pissa_niter_N` (a fast SVD in N steps), `olora` or `eva`.
