@@ -185,7 +185,7 @@ class ContinualSequence:
             merged.save(folder / ADAPTER)
             new.save(folder / TASK_ADAPTER)
             (folder / LOG).write_bytes(jsonl(logs))
-            memory = {f"{i}.{key}": x for i, one in enumerate(self.memories) for key, x in one.items()}
+            memory = {f"{i}.{key}": x.contiguous() for i, one in enumerate(self.memories) for key, x in one.items()}
             if memory:
                 save_file(memory, folder / MEMORY)
 

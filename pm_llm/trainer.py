@@ -256,7 +256,9 @@ class ConstraintMixin:
     def _constraint_sums(self) -> dict[str, Tensor]:
         """What the constraints have summed up, each tensor under `constraint.name.number`, and the origin."""
         states = [constraint.state() for constraint in self.constraints]
-        sums = {f"{i}.{k}.{j}": x for i, s in enumerate(states) for k, v in s.items() for j, x in enumerate(v)}
+        sums = {
+            f"{i}.{k}.{j}": x.contiguous() for i, s in enumerate(states) for k, v in s.items() for j, x in enumerate(v)
+        }
         return sums | {f"origin.{j}": x for j, x in enumerate(self._origin)}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -32,7 +32,10 @@ KEYS = {
 
 
 # constraints that would sleep through three steps
-AWAKE = {"pam": {"constrain": {"name": "align", "every": 1}}}
+AWAKE = {
+    "pam": {"constrain": {"name": "align", "every": 1}},
+    "coso": {"constrain": {"name": "gradient_subspace", "size": 1}},
+}
 
 
 def sequence(preset: str, model: str, folder: Path, **keys) -> ContinualSequence:
