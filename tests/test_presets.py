@@ -34,7 +34,7 @@ KEYS = {
 # constraints that would sleep through three steps
 AWAKE = {
     "pam": {"constrain": {"name": "align", "every": 1}},
-    "coso": {"constrain": {"name": "gradient_subspace", "size": 1}},
+    "coso": {"constrain": {"name": "gradient_subspace", "size": 2}},
 }
 
 
