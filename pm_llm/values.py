@@ -9,6 +9,16 @@ from typing import Any
 
 from pm_llm.errors import PmLlmError
 
+NAMES: dict[Any, str] = {
+    float: "a finite number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "a text",
+    dict: "a mapping",
+    list: "a list",
+    type(None): "none",
+}
+
 
 def convert(value: Any, hint: Any, key: str) -> Any:
     """`value` as the annotated type; an int is a float too, and YAML's `1e-3` (a string to YAML 1.1) is a number.
@@ -36,5 +46,5 @@ def convert(value: Any, hint: Any, key: str) -> Any:
             return int(value)
         if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
             return value
-    names = " or ".join("none" if o is type(None) else str(getattr(o, "__name__", o)) for o in options)
+    names = " or ".join(NAMES.get(typing.get_origin(one) or one, str(one)) for one in options)
     raise PmLlmError(f"{key} is {value!r}; it must be {names}.")

@@ -413,19 +413,19 @@ def test_a_reservoir_draws_evenly_from_all_it_has_seen() -> None:
     [
         ({"name": "ewc", "weight": -1}, "from 0"),
         ({"name": "ewc", "gamma": 2}, "from 0 to 1"),
-        ({"name": "l2", "weight": "much"}, "must be float"),
+        ({"name": "l2", "weight": "much"}, "a finite number"),
         ({"name": "gaussian", "epsilon": -0.1}, "from 0"),
         ({"name": "migu", "threshold": 1.5}, "from 0 to 1"),
         ({"name": "align", "every": 0}, "whole number from 1"),
         ({"name": "align", "reset": "mine"}, "running or zero"),
         ({"name": "slow", "rates": {"(": 0.1}}, "not a regular expression"),
-        ({"name": "slow", "rates": []}, "must be dict"),
+        ({"name": "slow", "rates": []}, "a mapping"),
         ({"name": "lori", "keep": 0}, "from 1e-06"),
         ({"name": "replay", "share": 2}, "to 1"),
         ({"name": "replay", "buffer": "all"}, "task or reservoir"),
         ({"name": "perturb", "scales": "wide"}, "symmetric or cover"),
         ({"name": "null_space", "share": 3}, "from 0 to 1"),
-        ({"name": "gradient_subspace", "size": 1.5}, "must be int"),
+        ({"name": "gradient_subspace", "size": 1.5}, "a whole number"),
     ],
 )
 def test_options_out_of_range(constrain: dict, expected: str) -> None:
@@ -488,7 +488,7 @@ def test_options_are_read_as_yaml_writes_them() -> None:
         .constrain
     )
     assert choice.build("constrain").weight == 1e-5
-    with pytest.raises(PmLlmError, match="online is 'false'; it must be bool"):
+    with pytest.raises(PmLlmError, match="online is 'false'; it must be true or false"):
         load_config(None, {"method": "ewc", "constrain": {"name": "ewc", "online": "false"}}).check()
 
 

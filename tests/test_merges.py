@@ -203,7 +203,7 @@ def test_state_goes_on_where_it_was(rule: str) -> None:
         ({"name": "dare", "density": 1.5}, "at most 1"),
         ({"name": "opcm", "variant": "mine"}, "paper or reference"),
         ({"name": "opcm", "threshold": 0}, "above 0"),
-        ({"name": "task_arithmetic", "scale": "half"}, "must be float"),
+        ({"name": "task_arithmetic", "scale": "half"}, "a finite number"),
     ],
 )
 def test_options_out_of_range(merge: dict, expected: str) -> None:

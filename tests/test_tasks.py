@@ -225,7 +225,7 @@ def test_labels_that_pandas_takes_for_missing(tmp_path) -> None:
     ("entry", "expected"),
     [
         ({"data": 5}, "data is 5"),
-        ({"data": "a.jsonl", "test_size": "some"}, "test_size is 'some'; it must be float"),
+        ({"data": "a.jsonl", "test_size": "some"}, "test_size is 'some'; it must be a finite number"),
         ({"data": "a.jsonl", "scorer": "rougel"}, r"unknown scorer of task 'a': 'rougel'.*Did you mean 'rougeL'"),
     ],
 )
