@@ -68,7 +68,7 @@ def test_unknown_yaml_key_names_the_nearest(tmp_path, run) -> None:
         (("--constrain", "{name: perturb, epsilon: 2}"), ("epsilon is 2", "from 0.0 to 1.0")),
         (("--start", "frsh"), ("unknown start 'frsh'", "fresh")),
         (("--lora.r", "0"), ("lora.r is 0", "at least 1")),
-        (("--lora.r", "many"), ("lora.r is 'many'", "int")),
+        (("--lora.r", "many"), ("lora.r is 'many'", "a whole number")),
         (("--dtype", "float16"), ("dtype is 'float16'", "bfloat16")),
         (("--benchmark", "standrd_cl"), ("unknown benchmark", "standard_cl")),
         (("--order", "sentiment,topik"), ("topik", "topic")),
