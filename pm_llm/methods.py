@@ -193,5 +193,5 @@ TESTED: dict[str, tuple[str, ...]] = {
     "LLaMA": tuple(PRESETS),
     "T5": tuple(PRESETS),
     "4-bit": ("pm", "seqlora", "ewc", "olora", "migu", "inflora", "coso", "cofima", "frank_wolfe", "ties"),
-    "DDP": ("pm", "ewc", "olora", "migu", "inflora", "coso", "refresh", "lori", "cofima", "frank_wolfe", "joint"),
+    "DDP": ("pm", "ewc", "olora", "migu", "inflora", "coso", "refresh", "cofima", "frank_wolfe", "joint"),
 }

@@ -127,7 +127,9 @@ def test_foreign_rows_are_trained_on_with_their_own_tasks_frame(pico_folders, tm
     seen = []
     original = sequence._train
     monkeypatch.setattr(
-        sequence, "_train", lambda n, task, rows, *rest: (seen.append(rows), original(n, task, rows, *rest))[1]
+        sequence,
+        "_train",
+        lambda n, task, context, *rest: (seen.append(context.rows), original(n, task, context, *rest))[1],
     )
     sequence.run()
     for task, rows in zip(sequence.tasks, seen, strict=True):

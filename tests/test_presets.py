@@ -34,6 +34,7 @@ KEYS = {
 # constraints that would sleep through three steps
 AWAKE = {
     "pam": {"constrain": {"name": "align", "every": 1}},
+    "lori": {"constrain": {"name": "lori", "calibration": 0.6}},  # Adam's first step moves all entries alike
     "coso": {"constrain": {"name": "gradient_subspace", "size": 2}},
 }
 

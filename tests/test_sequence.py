@@ -18,7 +18,6 @@ from pm_llm import ContinualSequence, Merger, load_tasks
 from pm_llm.adapters import Adapter
 from pm_llm.cli import main
 from pm_llm.config import load_config
-from pm_llm.methods import PRESETS
 from tests.conftest import FAMILIES, ROOT, batch_of, features, make_peft, pm_llm, small_tasks
 
 TASKS = ("sentiment", "topic", "question")
@@ -32,8 +31,8 @@ def config_for(model: str, out, **overrides):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", PRESETS)
-def test_every_preset_on_both_families(family: str, method: str, pico_folders, tmp_path) -> None:
+@pytest.mark.parametrize("method", ["pm", "seqlora", "inclora", "average", "slao", "task_arithmetic", "ties", "opcm"])
+def test_what_presets_leave_behind(family: str, method: str, pico_folders, tmp_path) -> None:
     results = ContinualSequence(config_for(pico_folders[family], tmp_path / "run", method=method, max_rank=6)).run()
     run = tmp_path / "run"
     assert json.loads((run / "results.json").read_text()) == results
