@@ -102,8 +102,7 @@ class ConstraintMixin:
         self.adapter_name = trainable_adapter(model)
         seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         self.live = Live(dict(lora_layers(model)), self.adapter_name, self._total, seq2seq)
-        self._layers = list(self.live.layers.values())
-        if any(self.adapter_name in layer.lora_variant for layer in self._layers):
+        if any(self.adapter_name in layer.lora_variant for layer in self.live.layers.values()):
             raise PmLlmError(
                 f"adapter {self.adapter_name!r} is a variant of LoRA (such as DoRA), whose update is not its scaling "
                 "times B A. Use plain LoRA or rsLoRA."
@@ -112,7 +111,7 @@ class ConstraintMixin:
         self._penalty: Tensor | float = 0.0  # of the last pass
         self._origin: list[Tensor] = []  # of A and B, where they are stretched away from where they began
         if any(c.space == "factors" for c in self.constraints):
-            self._origin = [p.detach().clone() for p in factors_of(self._layers, self.adapter_name)]
+            self._origin = [p.detach().clone() for p in factors_of(self.live.layers.values(), self.adapter_name)]
         self.step = Step(seed=0, step=-1)  # of the last pass
         self._unfinite: Tensor | None = None
         self.add_callback(_AfterUpdate(self))  # type: ignore[attr-defined]
@@ -126,7 +125,7 @@ class ConstraintMixin:
             constraint.before_pass(step, self.live, lambda: self._gradient(inputs, num_items_in_batch))
         factor = prod(c.scale(step) for c in self.constraints if c.space == "weights")
         stretch = prod(c.scale(step) for c in self.constraints if c.space == "factors")
-        layers, name = self._layers, self.adapter_name
+        layers, name = self.live.layers.values(), self.adapter_name
         with ExitStack() as stack:
             stack.enter_context(scaled(layers, name, factor))
             stack.enter_context(stretched(layers, name, self._origin, stretch))

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pm_llm import Perturb
 from pm_llm.adapters import lora_layers
-from pm_llm.config import load_config
 from pm_llm.constraints import Context, Live, Step
 from pm_llm.constraints.align import Align
 from pm_llm.constraints.ewc import Ewc
 from pm_llm.constraints.gaussian import Gaussian
-from pm_llm.constraints.gradient_subspace import GradientSubspace
 from pm_llm.constraints.l2 import L2
 from pm_llm.constraints.lori import Lori
 from pm_llm.constraints.migu import Migu
-from pm_llm.constraints.null_space import NullSpace
 from pm_llm.constraints.orthogonal import Orthogonal
 from pm_llm.constraints.refresh import Refresh
 from pm_llm.constraints.replay import Replay
@@ -28,12 +24,8 @@ from pm_llm.constraints.sparse import Sparse
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher
 from pm_llm.fisher.factors import Factors
-from pm_llm.inputs import second_moments
 from pm_llm.lowrank import LowRank
-from pm_llm.sharding import launched
-from pm_llm.subspace import Sketch, extended, extended_by_moments, without
-from pm_llm.trainer import refuse_sharding
-from tests.conftest import FAMILIES, batch_of, features, make_peft
+from tests.conftest import FAMILIES, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
 from tests.invariants.test_step import assert_same
 
@@ -266,110 +258,6 @@ def test_lori_trains_few_entries_of_b_and_nothing_of_a(tmp_path) -> None:
         torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-3)
 
 
-# ---- subspaces ----
-def test_a_basis_holds_its_share_and_no_more() -> None:
-    torch.manual_seed(0)
-    rows = torch.randn(40, 3) @ torch.randn(3, 12) + 0.01 * torch.randn(40, 12)
-    basis = extended(None, rows, 0.99, 12)
-    assert basis.shape == (3, 12)
-    more = extended(basis, torch.randn(5, 12), 1.0, 6)
-    assert more.shape == (6, 12)  # never more than that
-    torch.testing.assert_close(more @ more.T, torch.eye(6), atol=1e-5, rtol=0)
-    torch.testing.assert_close(without(basis, more), torch.zeros_like(basis), atol=1e-5, rtol=0)
-    assert float(without(rows, basis).norm() ** 2) <= 0.01 * float(rows.norm() ** 2)
-    assert torch.equal(extended(basis, rows, 0.99, 12), extended(basis, rows, 0.5, 12))  # it is held already
-    for start in (None, basis):  # the same span from the second moments
-        other = extended_by_moments(start, rows.T @ rows, 0.999, 12)
-        same = extended(start, rows, 0.999, 12)
-        torch.testing.assert_close(other.T @ other, same.T @ same, atol=1e-4, rtol=0)
-
-
-def test_a_sketch_wider_than_its_rows_keeps_them_all() -> None:
-    sketch, x = Sketch(20), torch.randn(90, 8)
-    for part in x.split(3):
-        sketch.add(part)
-    torch.testing.assert_close(sketch.rows.T @ sketch.rows, x.T @ x, atol=1e-3, rtol=1e-3)
-
-
-def test_frequent_directions_keeps_its_bound() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(200, 10) * torch.tensor([10.0, 5, 3, 1, 1, 0.5, 0.5, 0.1, 0.1, 0.1])
-    sketch = Sketch(5)
-    for part in x.split(7):
-        sketch.add(part)
-    assert len(sketch.rows) <= 10
-    error = torch.linalg.matrix_norm(x.T @ x - sketch.rows.T @ sketch.rows, 2)
-    tails = torch.linalg.svdvals(x).square()
-    for k in range(5):
-        assert error <= tails[k:].sum() / (5 - k) + 1e-2
-
-
-def context_for(family: str, task: int) -> tuple[Context, list[dict[str, torch.Tensor]]]:
-    model = make_peft(family)
-    rows = [batch_of(family, [row]) for row in features(family, 4, ("sentiment", "question")[task - 1])]
-    chosen = SimpleNamespace(one_by_one=lambda _: iter(rows))
-    return Context(task, live=Live(lora_layers(model), "default"), model=model, chosen=chosen), rows
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_null_space_gives_past_inputs_nothing(family: str, tmp_path) -> None:
-    first, rows = context_for(family, 1)
-    null = NullSpace(share=1.0, most=0.7)
-    null.prepare(first)
-    null.remember(first)
-    second, _ = context_for(family, 2)
-    again = NullSpace(share=1.0, most=0.7)
-    again.load_memory(null.memory())
-    again.prepare(second)
-    for name, basis in again.bases.items():
-        a, _ = second.live.weights(name)
-        torch.testing.assert_close(a @ a.T, torch.eye(len(a)), atol=1e-4, rtol=0)
-        assert (a @ basis.T).abs().max() < 1e-5
-        assert len(basis) <= 0.7 * a.shape[1]
-    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in first.live.layers}
-    for name, layer in first.live.layers.items():
-        layer.register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0].detach().flatten(0, -2)))
-    first.model.eval()
-    with torch.no_grad():
-        for row in rows:
-            first.model(**row)
-    for name, moments in second_moments(first.model, first.live.layers, first.chosen).items():
-        x = torch.cat(inputs[name])[: len(torch.cat(inputs[name])) // 2]
-        torch.testing.assert_close(moments, x.T @ x, atol=1e-3, rtol=1e-3)
-
-
-def test_null_space_trains_b_alone(tmp_path) -> None:
-    context, _ = context_for("llama", 1)
-    null = NullSpace()
-    trainer = make_trainer("llama", str(tmp_path), 16, 1, null, model=context.model, max_steps=3)
-    null.prepare(context)
-    before = weights(context.model)
-    trainer.train()
-    after = weights(context.model)
-    for name, x in before.items():
-        assert torch.equal(after[name], x) == ("lora_A" in name)
-
-
-def test_gradient_subspace_keeps_a_off_what_was_learned(tmp_path) -> None:
-    first = GradientSubspace(share=0.9)
-    trainer = make_trainer("llama", str(tmp_path), 16, 1, first, max_steps=4)
-    context = Context(1, live=trainer.live)
-    first.prepare(context)
-    trainer.train()
-    first.remember(context)
-    assert all(0 < len(basis) <= 0.8 * 32 for basis in first.bases.values())
-    second = GradientSubspace()
-    second.load_memory(first.memory())
-    trainer = make_trainer("llama", str(tmp_path), 16, 1, second, max_steps=3, optim="adamw_torch", learning_rate=1e-2)
-    second.prepare(Context(2, live=trainer.live))
-    started = weights(trainer.model)
-    trainer.train()
-    for name, basis in second.bases.items():
-        a, _ = trainer.live.weights(name)
-        assert (a @ basis.T).abs().max() < 1e-5
-    assert any(not torch.equal(x, started[name]) for name, x in weights(trainer.model).items() if "lora_A" in name)
-
-
 # ---- rows ----
 def rows_of(task: int, count: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": [task] * (i % 3 + 1), "labels": [task, i]} for i in range(count)]
@@ -405,145 +293,3 @@ def test_a_reservoir_draws_evenly_from_all_it_has_seen() -> None:
         assert len(replay.kept) == 5
         counts.update(row["labels"][0] for row in replay.kept)
     assert all(count == pytest.approx(500, abs=75) for count in counts.values())
-
-
-# ---- options and company ----
-@pytest.mark.parametrize(
-    ("constrain", "expected"),
-    [
-        ({"name": "ewc", "weight": -1}, "from 0"),
-        ({"name": "ewc", "gamma": 2}, "from 0 to 1"),
-        ({"name": "l2", "weight": "much"}, "a finite number"),
-        ({"name": "gaussian", "epsilon": -0.1}, "from 0"),
-        ({"name": "migu", "threshold": 1.5}, "from 0 to 1"),
-        ({"name": "align", "every": 0}, "whole number from 1"),
-        ({"name": "align", "reset": "mine"}, "running or zero"),
-        ({"name": "slow", "rates": {"(": 0.1}}, "not a regular expression"),
-        ({"name": "slow", "rates": []}, "a mapping"),
-        ({"name": "lori", "keep": 0}, "from 1e-06"),
-        ({"name": "replay", "share": 2}, "to 1"),
-        ({"name": "replay", "buffer": "all"}, "task or reservoir"),
-        ({"name": "perturb", "scales": "wide"}, "symmetric or cover"),
-        ({"name": "null_space", "share": 3}, "from 0 to 1"),
-        ({"name": "gradient_subspace", "size": 1.5}, "a whole number"),
-    ],
-)
-def test_options_out_of_range(constrain: dict, expected: str) -> None:
-    continues = constrain["name"] in ("ewc", "l2", "align")
-    keys = {"method": "seqlora" if continues else "inclora", "constrain": constrain}
-    with pytest.raises(PmLlmError, match=expected):
-        load_config(None, keys).check()
-
-
-@pytest.mark.parametrize(
-    ("start", "constrain", "expected"),
-    [
-        ("fresh", "ewc", "needs a start that continues"),
-        ("alone", "ewc", "needs a start that continues"),
-        ("orthogonal", "l2", "needs a start that continues"),
-        ("fresh", "align", "needs a start that continues"),
-        ("continue", "orthogonal", "needs a start that is fresh"),
-        ("continue", "null_space", "needs a start that is fresh"),
-        ("continue", "gradient_subspace", "needs a start that is fresh"),
-        ("continue", "lori", "needs a start that is fresh"),
-        ("continue", "perturb", "needs a start that is fresh"),
-        ("fresh", "curvature", "needs merge optimal"),
-    ],
-)
-def test_company_that_means_nothing_is_refused(start: str, constrain: str, expected: str) -> None:
-    keys = {"method": "seqlora", "start": start, "constrain": constrain}
-    with pytest.raises(PmLlmError, match=expected):
-        load_config(None, keys).check()
-
-
-def test_constraints_compose(tmp_path) -> None:
-    """A penalty, noise, a mask and a rate in one step; each still does what it does alone."""
-    migu, slow = Migu(), Slow({"lora_A": 0.0})
-    migu.prepare(Context(2))
-    both = [Sparse(weight=0.01), Gaussian(0.1), migu, slow]
-    found = one_step(make_trainer("llama", str(tmp_path), 16, 1, both))[1]
-    for name, change in found.items():
-        if "lora_A" in name:
-            assert not change.any()
-        else:
-            assert 0 < float((change.abs().sum(1) == 0).float().mean()) < 1
-
-
-def test_what_compares_factors_refuses_what_changes_them() -> None:
-    for keys in (
-        {"method": "ewc", "max_rank": 4},
-        {"method": "l2", "merge": "average"},
-        {"method": "ema", "max_rank": 4},
-    ):
-        with pytest.raises(PmLlmError, match=r"max_rank is 4|a merge of the factors"):
-            load_config(None, keys).check()
-    assert load_config(None, {"method": "seqlora", "start": "last", "constrain": "ewc"}).check()
-    assert load_config(None, {"method": "cofima", "constrain": ["ewc", "align"]}).check()
-
-
-def test_options_are_read_as_yaml_writes_them() -> None:
-    (choice,) = (
-        load_config(None, {"method": "nlora", "constrain": {"name": "sparse", "weight": "1e-5"}})
-        .parsed_method()
-        .constrain
-    )
-    assert choice.build("constrain").weight == 1e-5
-    with pytest.raises(PmLlmError, match="online is 'false'; it must be true or false"):
-        load_config(None, {"method": "ewc", "constrain": {"name": "ewc", "online": "false"}}).check()
-
-
-def test_refresh_leaves_the_log_as_it_is(tmp_path) -> None:
-    logs = []
-    for constraint in ((), Refresh(rate=0.0)):
-        trainer = make_trainer("llama", str(tmp_path), 16, 1, constraint)
-        trainer.train()
-        logs.append(next(log for log in trainer.state.log_history if "num_tokens" in log))
-    assert logs[0]["num_tokens"] == logs[1]["num_tokens"]
-    assert logs[0]["mean_token_accuracy"] == logs[1]["mean_token_accuracy"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_two_that_touch_the_update_compose(family: str, tmp_path) -> None:
-    """In both orders, two steps of a second task: no one falls over what another did."""
-    makers = [Migu, NullSpace, GradientSubspace, Lori, lambda: Slow({"lora_B": 0.5}), lambda: Refresh(rate=1e-3)]
-    for i, one in enumerate(makers):
-        for other in makers[i + 1 :]:
-            for pair_of in ([one(), other()], [other(), one()]):
-                trainer = make_trainer(family, str(tmp_path), 16, 1, pair_of, max_steps=2, model=make_peft(family))
-                context, _ = context_for(family, 1)
-                for constraint in pair_of:
-                    constraint.prepare(Context(2, live=trainer.live, model=trainer.model, chosen=context.chosen))
-                trainer.train()
-                assert all(torch.isfinite(x).all() for x in weights(trainer.model).values())
-
-
-def test_a_mask_holds_at_a_slow_rate_too(tmp_path) -> None:
-    """LoRI sets entries to zero after the rate was applied, in whichever order they are named."""
-    for names in ((0, 1), (1, 0)):
-        lori = Lori(keep=0.1, calibration=0.3)
-        both = [lori, Slow({"lora_B": 0.5})]
-        trainer = make_trainer("llama", str(tmp_path), 16, 1, [both[i] for i in names], max_steps=4)
-        lori.prepare(Context(1))
-        trainer.train()
-        b = torch.cat([x.flatten() for name, x in weights(trainer.model).items() if "lora_B" in name])
-        assert int((b != 0).sum()) <= round(0.1 * b.numel())
-
-
-@pytest.mark.parametrize(
-    ("environment", "refused"),
-    [
-        ({"ACCELERATE_USE_FSDP": "true"}, ("ewc", "migu", "null_space")),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("ewc", "migu", "null_space")),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ("migu", "null_space")),
-        ({}, ()),
-    ],
-)
-def test_what_a_launcher_cannot_do_is_refused_at_once(environment: dict, refused: tuple, monkeypatch) -> None:
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-    for name, constraint in {"ewc": Ewc(), "migu": Migu(), "null_space": NullSpace(), "replay": Replay()}.items():
-        if name in refused:
-            with pytest.raises(PmLlmError, match=r"Use ddp.yaml"):
-                refuse_sharding([constraint], *launched())
-        else:
-            refuse_sharding([constraint], *launched())

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Context
-from pm_llm.errors import PmLlmError, check_number
+from pm_llm.constraints import Context
+from pm_llm.constraints.weighted import Weighted
+from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Penalty
 from pm_llm.lowrank import LowRank
 from pm_llm.merges import Merge
@@ -17,7 +18,7 @@ from pm_llm.starts import Start, check_fresh
 
 
 @dataclass
-class Curvature(Constraint):
+class Curvature(Weighted):
     """Add `weight * (1/2 <S o Delta, Delta> + <S o M - m, Delta>)` to the loss of each optimizer step.
 
     It is P&M's own objective (arXiv 2505.22389) without its line search: what the merge would have to take back is not
@@ -38,9 +39,6 @@ class Curvature(Constraint):
     _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
     from_zero = True
 
-    def __post_init__(self) -> None:
-        check_number("curvature: weight", self.weight, 0)
-
     def check(self, start: Start, merge: Merge) -> None:
         if not isinstance(merge, Optimal):
             raise PmLlmError("constrain curvature needs merge optimal, which keeps the past tasks' quadratics.")
@@ -53,8 +51,5 @@ class Curvature(Constraint):
         past = context.merge.past if context.running else {}
         self._penalties = {name: one.penalty(context.running[name]) for name, one in past.items()}
 
-    def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
-        if not self._penalties or self.weight == 0:
-            return None
-        parts = [penalty(live[name]) for name, penalty in self._penalties.items()]
-        return self.weight * sum(parts[1:], start=parts[0])
+    def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
+        return [of(live[name]) for name, of in self._penalties.items()]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Context
+from pm_llm.constraints import Context
+from pm_llm.constraints.weighted import Weighted
 from pm_llm.errors import check_number
 from pm_llm.fisher import Penalty, Room
 from pm_llm.fisher.factors import Factors, FactorsPast
@@ -15,7 +16,7 @@ from pm_llm.lowrank import LowRank
 
 
 @dataclass
-class Ewc(Constraint):
+class Ewc(Weighted):
     """Add `weight / 2 * sum_i (theta - theta*_i)' F_i (theta - theta*_i)`, with theta = (s B, A).
 
     A sum of quadratics is one quadratic, so S = sum F_i and m = sum F_i o theta*_i are all that is kept, whatever the
@@ -41,16 +42,14 @@ class Ewc(Constraint):
     in_coordinates = True
 
     def __post_init__(self) -> None:
-        check_number("ewc: weight", self.weight, 0)
+        super().__post_init__()
         check_number("ewc: gamma", self.gamma, 0, 1)
 
     def prepare(self, context: Context) -> None:
         self._penalties = {name: past.penalty(context.running[name]) for name, past in self.past.items()}
 
-    def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
-        if not self._penalties or self.weight == 0:
-            return None
-        return self.weight * sum((of(live[name]) for name, of in self._penalties.items()), start=_zero(live))
+    def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
+        return [of(live[name]) for name, of in self._penalties.items()]
 
     def remember(self, context: Context) -> None:
         assert context.fisher is not None
@@ -66,7 +65,3 @@ class Ewc(Constraint):
     def load_memory(self, memory: dict[str, Tensor]) -> None:
         names = {key.rpartition(".")[0] for key in memory}
         self.past = {n: FactorsPast(**{key: memory[f"{n}.{key}"] for key in FactorsPast.names}) for n in names}
-
-
-def _zero(live: Mapping[str, LowRank]) -> Tensor:
-    return next(iter(live.values())).B.new_zeros(())

@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Context, Live, Step
+from pm_llm.constraints import Context, Live, Step
+from pm_llm.constraints.spans import Spans
 from pm_llm.errors import check_number
-from pm_llm.merges import Merge
-from pm_llm.starts import Start, check_fresh
 from pm_llm.subspace import Sketch, extended, without
 
 
 @dataclass
-class GradientSubspace(Constraint):
+class GradientSubspace(Spans):
     """Before training and after each optimizer step A is projected off the past tasks' span, so that `B A v = 0` for v
     in it.
 
@@ -35,15 +34,11 @@ class GradientSubspace(Constraint):
     bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _sketches: dict[str, Sketch] = field(default_factory=dict, init=False, repr=False)
     stores = "a basis of past gradients a module"
-    from_zero = True
+    called = "gradient_subspace"
 
     def __post_init__(self) -> None:
-        check_number("gradient_subspace: share", self.share, 0, 1)
-        check_number("gradient_subspace: most", self.most, 0, 1)
+        super().__post_init__()
         check_number("gradient_subspace: size", self.size, 1, whole=True)
-
-    def check(self, start: Start, merge: Merge) -> None:
-        check_fresh("constrain gradient_subspace", start)
 
     def prepare(self, context: Context) -> None:
         assert context.live is not None
@@ -72,12 +67,6 @@ class GradientSubspace(Constraint):
                 past = self.bases.get(name)
                 past = None if past is None else past.cpu()
                 self.bases[name] = extended(past, sketch.rows, self.share, int(self.most * d_in))
-
-    def memory(self) -> dict[str, Tensor]:
-        return {name: basis.cpu() for name, basis in self.bases.items()}
-
-    def load_memory(self, memory: dict[str, Tensor]) -> None:
-        self.bases = dict(memory)
 
     def state(self) -> dict[str, list[Tensor]]:
         return {f"sketch.{name}": [s.rows] for name, s in self._sketches.items() if s.rows is not None}

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Context
-from pm_llm.errors import check_number
+from pm_llm.constraints import Context
+from pm_llm.constraints.weighted import Weighted
 from pm_llm.lowrank import LowRank
 
 
 @dataclass
-class L2(Constraint):
+class L2(Weighted):
     """Add `weight / 2 * ||theta - theta_{t-1}||^2`, theta = (s B, A) of an adapter that continues; not in task 1.
 
     Args:
@@ -24,19 +24,13 @@ class L2(Constraint):
     _before: Mapping[str, LowRank] = field(default_factory=dict, init=False, repr=False)
     in_coordinates = True
 
-    def __post_init__(self) -> None:
-        check_number("l2: weight", self.weight, 0)
-
     def prepare(self, context: Context) -> None:
         device = None if context.live is None else context.live.device()
         self._before = {name: LowRank(x.B.to(device), x.A.to(device)) for name, x in context.running.items()}
 
-    def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
-        if not self._before or self.weight == 0:
-            return None
-        parts = []
-        for name, x in live.items():
-            before = self._before[name]
-            for now, then in ((x.B, before.B), (x.A, before.A)):
-                parts.append((now - then).square().sum())
-        return self.weight / 2 * sum(parts[1:], start=parts[0])
+    def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
+        return [
+            (now - then).square().sum() / 2
+            for name, before in self._before.items()
+            for now, then in ((live[name].B, before.B), (live[name].A, before.A))
+        ]

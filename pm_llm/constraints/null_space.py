@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Context, Live, Step
-from pm_llm.errors import check_number
+from pm_llm.constraints import Context, Live, Step
+from pm_llm.constraints.spans import Spans
 from pm_llm.inputs import second_moments
-from pm_llm.merges import Merge
-from pm_llm.starts import Start, check_fresh
 from pm_llm.subspace import extended_by_moments, leading, without
 
 
 @dataclass
-class NullSpace(Constraint):
+class NullSpace(Spans):
     """A is set to the leading principal directions of the task's inputs, less the span of past tasks' inputs; only B
     is trained. So `B A x = 0` for every x in that span, which is kept as an orthonormal basis for each module.
 
@@ -33,14 +31,7 @@ class NullSpace(Constraint):
     most: float = 0.8
     bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     stores = "a basis of past inputs a module"
-    from_zero = True
-
-    def __post_init__(self) -> None:
-        check_number("null_space: share", self.share, 0, 1)
-        check_number("null_space: most", self.most, 0, 1)
-
-    def check(self, start: Start, merge: Merge) -> None:
-        check_fresh("constrain null_space", start)
+    called = "null_space"
 
     def prepare(self, context: Context) -> None:
         assert context.live is not None
@@ -62,9 +53,3 @@ class NullSpace(Constraint):
         for name, moments in second_moments(context.model, context.live.layers, context.chosen).items():
             most = int(self.most * moments.shape[1])
             self.bases[name] = extended_by_moments(self.bases.get(name), moments, self.share, most)
-
-    def memory(self) -> dict[str, Tensor]:
-        return dict(self.bases)
-
-    def load_memory(self, memory: dict[str, Tensor]) -> None:
-        self.bases = dict(memory)

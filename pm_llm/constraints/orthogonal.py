@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Context
-from pm_llm.errors import check_number
+from pm_llm.constraints import Context
+from pm_llm.constraints.weighted import Weighted
 from pm_llm.lowrank import LowRank
 from pm_llm.merges import Merge
 from pm_llm.starts import Start, check_fresh
 
 
 @dataclass
-class Orthogonal(Constraint):
+class Orthogonal(Weighted):
     """Add `weight * sum |A_past A'|`, A_past the stacked A of all tasks so far.
 
     They are the rows of the running adapter's A. With `merge: sum` these are the past tasks' own until `max_rank` cuts
@@ -29,18 +29,12 @@ class Orthogonal(Constraint):
     _past: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     from_zero = True
 
-    def __post_init__(self) -> None:
-        check_number("orthogonal: weight", self.weight, 0)
-
     def check(self, start: Start, merge: Merge) -> None:
         check_fresh("constrain orthogonal", start)
 
     def prepare(self, context: Context) -> None:
         self._past = {name: x.A for name, x in context.running.items()}
 
-    def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
-        if not self._past or self.weight == 0:
-            return None
+    def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
         self._past = {name: past.to(live[name].A.device) for name, past in self._past.items()}
-        parts = [(past @ live[name].A.T).abs().sum() for name, past in self._past.items()]
-        return self.weight * sum(parts[1:], start=parts[0])
+        return [(past @ live[name].A.T).abs().sum() for name, past in self._past.items()]

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pm_llm.constraints import Constraint
-from pm_llm.errors import check_number
+from pm_llm.constraints.weighted import Weighted
 from pm_llm.lowrank import LowRank
 
 
 @dataclass
-class Sparse(Constraint):
+class Sparse(Weighted):
     """Add `weight * ||Delta||_1`, the sum over all entries of all modules of |s B A|, from the first task on.
 
     The product is formed in each step, module by module, and kept for the backward pass: as much memory as the adapted
@@ -26,11 +25,5 @@ class Sparse(Constraint):
     weight: float = 1e-4
     from_zero = True
 
-    def __post_init__(self) -> None:
-        check_number("sparse: weight", self.weight, 0)
-
-    def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
-        if self.weight == 0:
-            return None
-        parts = [x.dense().abs().sum() for x in live.values()]
-        return self.weight * sum(parts[1:], start=parts[0])
+    def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
+        return [x.dense().abs().sum() for x in live.values()]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 
 from pm_llm import lowrank
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import check_number
 from pm_llm.lowrank import LowRank
 from pm_llm.merges import Coefficients, Fold, Merge
 
@@ -18,8 +17,7 @@ class Arithmetic(Merge):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scale, (int, float)) or not isfinite(self.scale):
-            raise PmLlmError(f"task_arithmetic: scale is {self.scale!r}; it must be a finite number.")
+        check_number("task_arithmetic: scale", self.scale)
 
     def coefficients(self, fold: Fold) -> Coefficients:
         return Coefficients.same(float(self.scale), fold.new)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import check_number
 from pm_llm.lowrank import LowRank
 from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates, check_space, entrywise
 
@@ -22,8 +21,7 @@ class Constant(Merge):
 
     def __post_init__(self) -> None:
         self.in_factors = check_space("constant", self.space)
-        if not isinstance(self.coefficient, (int, float)) or not isfinite(self.coefficient):
-            raise PmLlmError(f"the coefficient is {self.coefficient!r}; it must be a finite number.")
+        check_number("constant: coefficient", self.coefficient)
 
     def coefficients(self, fold: Fold) -> Coefficients:
         if self.in_factors:

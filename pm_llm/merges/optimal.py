@@ -14,7 +14,7 @@ from torch import Tensor
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher, Past, Room, past_of, scale_of
 from pm_llm.lowrank import LowRank
-from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates
+from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates, entrywise
 from pm_llm.parallel import each
 
 OPTIONS = {
@@ -105,10 +105,7 @@ class Optimal(Merge):
         return Coefficients(used, raw)
 
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
-        if self.space == "weights" or not fold.running:
-            return super().merge(fold, name, alpha)
-        before, delta = fold.running[name], self._delta(fold, name)
-        return LowRank(before.B + alpha * delta.B, before.A + alpha * delta.A)
+        return entrywise(fold, name, alpha) if self.in_factors and fold.running else super().merge(fold, name, alpha)
 
     def direction(self, fold: Fold) -> dict[str, LowRank]:
         """In factors the way (dB, dA) changes the weights by `dB A + B dA`."""
