@@ -127,8 +127,8 @@ class ContinualSequence:
         began = Adapter.from_model(self.model, TASK) if running is None else None
         chosen = self._chosen(number, task, rows)
         constraints = self._constraints()
+        self.start.look(self.model, chosen)
         with self._folded():
-            self.start.look(self.model, chosen)
             context = self._context(number, merger, running, chosen, rows)
             for constraint in constraints:
                 constraint.prepare(context)

@@ -80,13 +80,16 @@ def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, 
         assert torch.isfinite(alone(**batch_of(family, features(family, 2))).logits).all()
 
 
-@pytest.mark.parametrize("preset", ["ewc", "inflora", "coso", "frank_wolfe", "replay", "pissa"])
+@pytest.mark.parametrize("preset", ["ewc", "inflora", "coso", "frank_wolfe", "replay", "pissa", "corda"])
 def test_restarting_from_a_task_repeats_it(preset: str, pico_folders, tmp_path) -> None:
     """From what the constraints and the merge remembered after the task before."""
+    keys = {}
+    if preset == "corda":  # no preset of its own
+        preset, keys = "pm_gaussian", {"start": {"name": "subspace", "init": "corda"}, "constrain": "none"}
     file = tmp_path / "run/adapter/adapter_model.safetensors"
-    whole = sequence(preset, pico_folders["llama"], tmp_path / "run").run()
+    whole = sequence(preset, pico_folders["llama"], tmp_path / "run", **keys).run()
     before = load_file(file)
-    config = sequence(preset, pico_folders["llama"], tmp_path / "run").config
+    config = sequence(preset, pico_folders["llama"], tmp_path / "run", **keys).config
     again = ContinualSequence(config, small_tasks("sentiment", "topic", train=12, test=2), restart_from="topic")
     assert len(again.run()["stages"]) == 2
     assert again.run_dir.results()["matrix"] == whole["matrix"]

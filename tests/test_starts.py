@@ -88,7 +88,29 @@ def test_again_and_again(start) -> None:
         assert set(model.peft_config) == {RUNNING}
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "eva"])
+def directions_of_inputs(model, family: str, rank: int) -> dict[str, torch.Tensor]:
+    """CorDA's `[W C]_r C^-1` by its formula: C is the rows' mean of X'X, each row over its largest entry, damped."""
+    layers, taken = lora_layers(model), {}
+
+    def take(name: str):
+        return lambda module, inputs: taken.setdefault(name, []).append(inputs[0].flatten(0, -2).double())
+
+    hooks = [layer.register_forward_pre_hook(take(name)) for name, layer in layers.items()]
+    with torch.no_grad():
+        for row in features(family, 4):
+            model(**batch_of(family, [row]))
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for name, inputs in taken.items():
+        c = torch.stack([(x / x.max()).T @ (x / x.max()) for x in inputs]).mean(0)
+        c += 0.01 * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
+        u, s, vh = torch.linalg.svd(layers[name].get_base_layer().weight.detach().double() @ c, full_matrices=False)
+        found[name] = (u[:, :rank] * s[:rank] @ vh[:rank] @ torch.linalg.inv(c)).float()
+    return found
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "eva"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_subspace_begins_at_the_running_model_and_leaves_the_base(family: str, init: str) -> None:
     """In PEFT's subspace, at the running model's function, with a task vector of zero; and the base is untouched."""
@@ -100,7 +122,10 @@ def test_subspace_begins_at_the_running_model_and_leaves_the_base(family: str, i
         LoraSection(r=8 if init == "eva" else 4, lora_alpha=8, target_modules=targets(family)),
     )
     model = start.prepare(base, running, lora, family == "t5").eval()
-    start.look(model, SimpleNamespace(one_by_one=lambda _: [batch_of(family, [row]) for row in features(family, 4)]))
+    seen = directions_of_inputs(model, family, 4) if init == "corda" else {}
+    rows = [batch_of(family, [row]) for row in features(family, 4)]
+    alone = SimpleNamespace(num_processes=1)
+    start.look(model, SimpleNamespace(one_by_one=lambda _: rows, count=len(rows), state=alone))
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-4)
     assert trainable_adapter(model) == TASK
@@ -119,6 +144,8 @@ def test_subspace_begins_at_the_running_model_and_leaves_the_base(family: str, i
         if init == "olora":
             b = x.B / x.B.norm(dim=0)
             torch.testing.assert_close(b.T @ b, torch.eye(4), atol=1e-4, rtol=0)
+        if init == "corda":
+            torch.testing.assert_close(x.dense(), seen[name], atol=1e-3, rtol=1e-2)
         if init == "eva":
             torch.testing.assert_close(x.A @ x.A.T, torch.eye(8), atol=1e-4, rtol=0)  # more than an answer has tokens
             assert not x.B.any()
@@ -130,7 +157,7 @@ def test_subspace_begins_at_the_running_model_and_leaves_the_base(family: str, i
 
 def test_subspace_refuses_what_it_cannot_do() -> None:
     with pytest.raises(PmLlmError, match="pissa, olora"):
-        Subspace("corda")
+        Subspace("loftq")
     for constrain in ("perturb", "sparse", "null_space"):
         with pytest.raises(PmLlmError, match="begins at zero"):
             load_config(None, {"method": "inclora", "start": "subspace", "constrain": constrain}).check()
