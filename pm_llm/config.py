@@ -25,6 +25,8 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+# hooks in which a constraint acts on the adapter that is trained
+ON_FACTORS = ("scale", "before_pass", "around", "penalty", "before_update", "after_update")
 ALLOWED = {
     "dtype": ("float32", "bfloat16"),
     "bad_rows": ("error", "drop"),
@@ -200,6 +202,16 @@ class RunConfig:
             raise PmLlmError(
                 f"max_rank is {self.max_rank}, below the adapter's rank {rank}: truncation would change the factors "
                 "that are merged or compared. Set max_rank to none."
+            )
+        whole = [name for name, one in constraints.items() if one.trains_weights]
+        others = [name for name, one in constraints.items() if name not in whole and one.fills(*ON_FACTORS)]
+        if whole and others:
+            raise PmLlmError(
+                f"constrain {whole[0]} trains no adapter, and {', '.join(others)} acts on one. Leave one out."
+            )
+        if whole and self.load_in_4bit:
+            raise PmLlmError(
+                f"constrain {whole[0]} trains the base weights, which cannot be in 4 bits. Unset load_in_4bit."
             )
         if start.offset and self.load_in_4bit:
             raise PmLlmError("start subspace with pissa or olora needs base weights that are not in 4 bits. Use eva.")

@@ -37,6 +37,7 @@ CONSTRAINTS = {
     "refresh": "pm_llm.constraints.refresh:Refresh",
     "slow": "pm_llm.constraints.slow:Slow",
     "lori": "pm_llm.constraints.lori:Lori",
+    "osft": "pm_llm.constraints.osft:Osft",
     "replay": "pm_llm.constraints.replay:Replay",
 }
 MERGES = {
@@ -174,6 +175,7 @@ PRESETS: dict[str, Method] = {
     "refresh": _preset("continue", "refresh", "replace", "refresh learning, arXiv 2403.13249"),
     "slca": _preset("continue", "slow", "replace", "SLCA, arXiv 2303.05118"),
     "lori": _preset("fresh", "lori", "sum", "LoRI, arXiv 2504.07448"),
+    "osft": _preset("fresh", "osft", "sum", "OSFT, arXiv 2504.07097"),
     "slao": _preset("orthogonal", None, "slao", "SLAO"),
     "coma": _preset("continue", None, Choice("constant", {"space": "factors"}), "CoMA, arXiv 2312.08977"),
     "cofima": _preset("continue", None, "cofima", "CoFiMA, arXiv 2312.08977"),
@@ -193,5 +195,5 @@ TESTED: dict[str, tuple[str, ...]] = {
     "LLaMA": tuple(PRESETS),
     "T5": tuple(PRESETS),
     "4-bit": ("pm", "seqlora", "ewc", "olora", "migu", "inflora", "coso", "cofima", "frank_wolfe", "ties"),
-    "DDP": ("pm", "ewc", "olora", "migu", "inflora", "coso", "refresh", "cofima", "frank_wolfe", "joint"),
+    "DDP": ("pm", "ewc", "olora", "migu", "inflora", "coso", "refresh", "osft", "cofima", "frank_wolfe", "joint"),
 }

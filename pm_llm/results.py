@@ -50,6 +50,7 @@ def gather_results(run: dict[str, Any], method: dict[str, Any], columns: Mapping
         "curvatures": [stage["curvature"] for stage in stages],
         "curvature_errors": [stage["curvature_errors"] for stage in stages],
         "exact_curvatures": [stage["exact_curvature"] for stage in stages],
+        "constraint_reports": [stage.get("constraint_reports", {}) for stage in stages],
         "losses": [stage["losses"] for stage in stages],
         "seconds": [stage["seconds"] for stage in stages],
         "peak_memory_bytes": [max(stage["peak_memory_bytes"].values()) for stage in stages],

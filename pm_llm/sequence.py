@@ -136,6 +136,7 @@ class ContinualSequence:
             loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
             clock.stop("fisher")
             logs, seconds = self._train(number, task, context, constraints)
+            reports = {key: x for constraint in constraints for key, x in constraint.finish(context).items()}
             clock.stop("train")
             new = self.start.as_update(Adapter.from_model(self.model, TASK))
             if is_sharded(self.model):  # what follows runs on whole models, each process with its share of the rows
@@ -174,6 +175,7 @@ class ContinualSequence:
             "rank": report.rank,
             "curvature": next((log["curvature"] for log in reversed(logs) if "curvature" in log), None),
             "curvature_errors": report.curvature_errors,
+            "constraint_reports": reports,
             "losses": fisher.losses if fisher is not None else None,
             "exact_curvature": fisher.exact if fisher is not None else None,
             "seconds": {**clock.seconds, "train": seconds, "evaluate": 0.0},
@@ -390,7 +392,8 @@ class ContinualSequence:
 def _stage_line(number: int, total: int, entry: dict[str, Any], seconds: float) -> str:
     scores = " ".join(f"{name} {found['score']:.1f}" for name, found in entry["scores"].items()) or "(not scored)"
     clipped = f" (raw {entry['raw_coefficient']:.3f})" if entry["clipped"] else ""
+    reports = "".join(f", {key} {x:.1e}" for key, x in entry["constraint_reports"].items())
     return (
         f"[{number}/{total}] {entry['task']}: coefficient {entry['coefficient']:.3f}{clipped}, rank {entry['rank']}, "
-        f"truncation error {entry['truncation_error']:.1e} | {scores} | {seconds:.0f} s"
+        f"truncation error {entry['truncation_error']:.1e}{reports} | {scores} | {seconds:.0f} s"
     )

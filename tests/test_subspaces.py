@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from pm_llm.adapters import lora_layers
+from pm_llm.config import load_config
 from pm_llm.constraints import Context, Live
 from pm_llm.constraints.gradient_subspace import GradientSubspace
 from pm_llm.constraints.null_space import NullSpace
+from pm_llm.constraints.osft import Osft, block_importance
+from pm_llm.errors import PmLlmError
 from pm_llm.inputs import second_moments
 from pm_llm.subspace import Sketch, extended, extended_by_moments, without
 from tests.conftest import FAMILIES, batch_of, features, make_peft
@@ -118,3 +121,113 @@ def test_gradient_subspace_keeps_a_off_what_was_learned(tmp_path) -> None:
         a, _ = trainer.live.weights(name)
         assert (a @ basis.T).abs().max() < 1e-5
     assert any(not torch.equal(x, started[name]) for name, x in weights(trainer.model).items() if "lora_A" in name)
+
+
+def trained_with_osft(family: str, folder: str, steps: int, **options) -> tuple[Osft, Context, dict]:
+    """A trainer's model after some steps, not finished, and what each layer keeps of its singular directions."""
+    torch.manual_seed(1)
+    settings = {"model": make_peft(family), "max_steps": steps, "learning_rate": 1e-2, "optim": "adamw_torch"}
+    trainer = make_trainer(family, folder, 16, 1, (), **settings)
+    rows = [batch_of(family, [row]) for row in features(family, 4)]
+    chosen = SimpleNamespace(one_by_one=lambda _: iter(rows))
+    context = Context(1, live=trainer.live, model=trainer.model, chosen=chosen)
+    osft = Osft(**options)
+    osft.prepare(context)
+    trainer.constraints = [osft]
+    kept = {}
+    for name, layer in osft._layers.items():
+        u, s, vh = torch.linalg.svd(trainer.live.layers[name].get_base_layer().weight.detach().float())
+        k = min(layer.in_features, layer.out_features) - len(layer.osf_svd_params["default"]["S_low"])
+        kept[name] = (u[:, :k], s[:k], vh[:k])
+    trainer.train()
+    return osft, context, kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_osft_leaves_the_large_directions_alone(family: str, tmp_path) -> None:
+    """What goes in along them comes out as before, though the optimizer is Adam; all the rest may move."""
+    osft, context, kept = trained_with_osft(family, str(tmp_path), steps=3, rate=1.0, rank=1000)
+    before = {name: layer.get_delta_weight("default").detach() for name, layer in osft._layers.items()}
+    originals = {name: layer.base_layer for name, layer in osft._layers.items()}
+    batch = batch_of(family, features(family, 2))
+    context.model.eval()
+    with torch.no_grad():
+        expected = context.model(**batch).logits
+    assert osft.finish(context) == {"osft_error": pytest.approx(0.0, abs=1e-6)}
+    with torch.no_grad():
+        torch.testing.assert_close(context.model(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+    for name, (u, s, vh) in kept.items():
+        layer = context.live.layers[name]
+        assert layer.base_layer is originals[name]
+        delta = layer.get_delta_weight("default").detach()
+        torch.testing.assert_close(delta, before[name], atol=1e-5, rtol=1e-4)
+        assert delta.abs().max() > 1e-3
+        assert (delta @ vh.T).abs().max() < 1e-4
+        assert (u.T @ delta).abs().max() < 1e-4
+        assert not context.live.weights(name)[1].grad
+        weight = layer.base_layer.weight.detach() + delta
+        torch.testing.assert_close(weight @ vh.T, u * s, atol=1e-4, rtol=1e-3)
+
+
+def test_osft_hands_on_the_best_adapter_of_its_rank(tmp_path) -> None:
+    osft, context, _ = trained_with_osft("llama", str(tmp_path), steps=2, rank=3)
+    deltas = {name: layer.get_delta_weight("default").detach().double() for name, layer in osft._layers.items()}
+    error = osft.finish(context)["osft_error"]
+    lost = sum(float(torch.linalg.svdvals(x)[3:].square().sum()) for x in deltas.values())
+    assert error == pytest.approx((lost / sum(float(x.square().sum()) for x in deltas.values())) ** 0.5, rel=1e-3)
+    assert 0.01 < error < 1
+    for name, x in deltas.items():
+        found = context.live.layers[name].get_delta_weight("default").double()
+        assert torch.linalg.matrix_rank(found, rtol=1e-4) == 3
+        assert float((found.detach() - x).square().sum()) == pytest.approx(
+            float(torch.linalg.svdvals(x)[3:].square().sum()), rel=1e-2
+        )
+    assert not any("osf" in name for name, _ in context.model.named_parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_osft_keeps_more_where_a_block_changes_little(family: str, tmp_path) -> None:
+    """The share follows the mean cosine of the block's states before and after it."""
+    trainer = make_trainer(family, str(tmp_path), 16, 1, (), model=make_peft(family))
+    rows = [batch_of(family, [row]) for row in features(family, 4)]
+    chosen = SimpleNamespace(one_by_one=lambda _: iter(rows))
+    context = Context(1, live=trainer.live, model=trainer.model, chosen=chosen)
+    if family == "llama":
+        stack, states = trainer.model.get_base_model().model, "hidden_states"
+        names = [f"model.layers.{i}" for i in range(len(stack.layers))]
+    else:
+        states = "encoder_hidden_states"
+        names = [f"encoder.block.{i}" for i in range(len(trainer.model.get_base_model().encoder.block))]
+    cosines: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    trainer.model.eval()
+    with torch.no_grad():
+        for row in rows:
+            seen = trainer.model(**row, output_hidden_states=True)[states]
+            for i, name in enumerate(names[:-1]):  # the last state has been through the final norm
+                x, y = seen[i][0], seen[i + 1][0]
+                cosines[name] += list((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)))
+    found = block_importance(context)
+    for name in names[:-1]:
+        assert found[name] == pytest.approx(float(torch.stack(cosines[name]).mean()), abs=1e-4)
+    osft = Osft(minimum=0.2, target=0.6)
+    osft.prepare(context)
+    mean = sum(found.values()) / len(found)
+    for name, layer in osft._layers.items():
+        small = min(layer.in_features, layer.out_features)
+        block = max((b for b in found if name.startswith(f"{b}.")), key=len)
+        share = 0.2 + found[block] / mean * 0.4
+        kept = small - len(layer.osf_svd_params["default"]["S_low"])
+        assert kept == min(max(round(share * small), 1), small - 1)
+
+
+def test_osft_refuses_company_and_four_bits() -> None:
+    for keys, expected in (
+        ({"constrain": ["osft", "perturb"]}, "trains no adapter, and perturb"),
+        ({"load_in_4bit": True}, "cannot be in 4 bits"),
+        ({"start": "continue"}, "a start that is fresh"),
+        ({"start": "subspace"}, "begins at zero"),
+    ):
+        with pytest.raises(PmLlmError, match=expected):
+            load_config(None, {"method": "osft", **keys}).check()
+    assert load_config(None, {"method": "osft", "constrain": ["osft", "replay"]}).check()
+    assert load_config(None, {"method": "osft", "merge": "optimal"}).check()

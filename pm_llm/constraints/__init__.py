@@ -100,15 +100,17 @@ class Constraint:
     `space` is what :meth:`scale` scales: in `weights` the task adapter's update B A, in `factors` the way that A and
     that B have gone since training began. `from_zero` says whether it is about an update that begins at zero,
     `in_coordinates` whether it compares A and B with what they were after past tasks, `scales_update` whether
-    :meth:`after_update` scales what the optimizer did, so that it comes before those that set values. `needs_fisher`
-    names the form of Fisher that :meth:`remember` is given. `old_data` says whether rows of past tasks are kept,
-    `stores` what is kept from task to task.
+    :meth:`after_update` scales what the optimizer did, so that it comes before those that set values,
+    `trains_weights` whether the base weights are trained in place of A and B. `needs_fisher` names the form of Fisher
+    that :meth:`remember` is given. `old_data` says whether rows of past tasks are kept, `stores` what is kept between
+    tasks.
     """
 
     space = "weights"
     from_zero: ClassVar[bool] = False
     in_coordinates: ClassVar[bool] = False
     scales_update: ClassVar[bool] = False
+    trains_weights: ClassVar[bool] = False
     needs_fisher: ClassVar[str | None] = None
     old_data: ClassVar[bool] = False
     stores: ClassVar[str] = ""
@@ -127,6 +129,10 @@ class Constraint:
 
     def prepare(self, context: Context) -> None:
         """Before a task is trained."""
+
+    def finish(self, context: Context) -> dict[str, float]:
+        """Right after training: leave what was learned in A and B. Returns numbers for the stage's record."""
+        return {}
 
     def remember(self, context: Context) -> None:
         """After a task was trained, before it is merged."""
