@@ -43,13 +43,13 @@ class Osft(Constraint):
 
     Args:
         rank: The rank of the adapter that is handed on.
-        rate: Factor on the learning rate: rates for LoRA are far too high for weights.
+        rate: Factor on the learning rate: rates for LoRA are too high for weights.
         minimum: Share of the directions that the least important block would keep.
         target: Share that a block of average importance keeps.
     """
 
     rank: int = 64
-    rate: float = 0.01
+    rate: float = 0.1
     minimum: float = 0.1
     target: float = 0.8
     _layers: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
