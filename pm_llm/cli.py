@@ -8,7 +8,7 @@ import errno
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     route = commands.add_parser(
         "route",
-        help="score a run's task adapters with each prompt sent to the nearest one, instead of merging",
+        help="score a run's task adapters with each prompt sent to those it looks like, instead of merging",
         description="Score the task adapters of a finished run (start alone, as the preset per_task): each prompt "
-        "is answered with the adapter whose training prompts are nearest in the base model's hidden states.",
+        "is answered with the adapter whose training prompts are nearest in the base model's hidden states, or PEFT's "
+        "Arrow mixes the adapters token by token.",
     )
     route.add_argument("run_dir", metavar="RUN_DIR")
+    route.add_argument("--router", default="nearest", help="nearest (default) or arrow")
 
     commands.add_parser("methods", help="list every preset, start, constraint and merge")
 
@@ -365,11 +367,11 @@ def route(given: argparse.Namespace) -> int:
     from pm_llm.durable import size_of
     from pm_llm.evaluation.routing import route
 
-    found = route(given.run_dir)
+    found = route(given.run_dir, given.router)
     lines = _score_lines(found.predictions)
-    shares = [f"\trouted right {share:.0%}" for share in found.right] + [""]
-    print("\n".join(line + share for line, share in zip(lines, shares, strict=False)))
-    print(f"kept: {size_of(found.kept_bytes)} of adapters and prototypes")
+    shares = [f"\trouted right {share:.0%}" for share in found.right]
+    print("\n".join(line + share for line, share in zip_longest(lines, shares, fillvalue="")))
+    print(f"kept: {size_of(found.kept_bytes)}")
     return 0
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pm_llm import ContinualSequence
+from pm_llm.adapters import Adapter, lora_layers
 from pm_llm.cli import main
 from pm_llm.config import load_config
-from pm_llm.evaluation.routing import route
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.routing import arrow, route
 from pm_llm.evaluation.run import evaluate_adapter
-from tests.conftest import FAMILIES
+from pm_llm.lowrank import LowRank
+from tests.conftest import FAMILIES, make_model, make_peft
 
 
 def rows(path: Path, words: str, count: int = 16) -> str:
@@ -51,6 +56,43 @@ def test_each_prompt_is_answered_by_the_adapter_it_was_sent_to(family: str, tmp_
     out = capsys.readouterr().out
     assert "routed right" in out
     assert "kept: " in out
+
+    mixed = route(str(tmp_path / "run"), "arrow")
+    assert [said.keys for said in mixed.predictions] == [said.keys for said in found.predictions]
+    assert (mixed.right, mixed.kept_bytes < found.kept_bytes) == ([], True)
+    assert main(["route", str(tmp_path / "run"), "--router", "arrow"]) == 0
+    assert "routed right" not in capsys.readouterr().out
+    assert main(["route", str(tmp_path / "run"), "--router", "best"]) == 2
+    assert "nearest or arrow" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("family", "where"), [("llama", {"layers_to_transform": [1]}), ("t5", {})])
+def test_arrow_mixes_by_the_leading_directions(family: str, where: dict, tmp_path) -> None:
+    """A module's output by the formula, also with adapters of one layer only, which PEFT's function cannot take."""
+    folders = [tmp_path / str(i) for i in range(2)]
+    torch.manual_seed(0)
+    for folder in folders:
+        adapter = Adapter.from_model(make_peft(family, **where), "default")
+        drawn = {name: LowRank(torch.randn_like(x.B), torch.randn_like(x.A)) for name, x in adapter.factors.items()}
+        adapter.replace_factors(drawn).save(folder)
+    base = make_model(family)
+    model = arrow(SimpleNamespace(model=base), folders)
+    layers = lora_layers(model)
+    assert all(".1." in name for name in layers) == bool(where)
+    layer = next(iter(layers.values()))
+    x = torch.randn(1, 5, layer.in_features)
+    updates = [layer.get_delta_weight(f"task_{i}").detach() for i in range(2)]
+    leading = torch.stack([torch.linalg.svd(w)[2][0] for w in updates])
+    weights = (x @ leading.T).abs().softmax(-1)
+    expected = layer.base_layer(x) + sum(weights[..., i : i + 1] * (x @ w.T) for i, w in enumerate(updates))
+    torch.testing.assert_close(layer(x), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_arrow_refuses_ranks_that_differ(tmp_path) -> None:
+    for i, rank in enumerate((2, 4)):
+        Adapter.from_model(make_peft("llama", r=rank), "default").save(tmp_path / str(i))
+    with pytest.raises(PmLlmError, match=r"one rank, these have \[2, 4\]"):
+        arrow(SimpleNamespace(model=make_model("llama")), [tmp_path / "0", tmp_path / "1"])
 
 
 def test_adapters_that_build_on_each_other_are_refused(tmp_path, capsys, pico_folders) -> None:

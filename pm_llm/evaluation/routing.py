@@ -1,15 +1,17 @@
-"""Routing in place of merging: all task adapters are kept, and each prompt goes to the one it looks like."""
+"""Routing in place of merging: all task adapters are kept, and each prompt, or token, goes to those it looks like."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import ArrowConfig, LoraConfig, PeftModel
 from torch import Tensor
 
+from pm_llm.adapters import Adapter, lora_layers
 from pm_llm.config import RunConfig, build
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.predictions import Predictions
@@ -17,14 +19,16 @@ from pm_llm.evaluation.run import answer_task
 from pm_llm.models import Base, load_base
 from pm_llm.progress import bar
 from pm_llm.run_dir import TASK_ADAPTER, RunDir
-from pm_llm.tasks import Example, distinct, load_tasks
+from pm_llm.tasks import Example, Task, distinct, load_tasks
 from pm_llm.tasks.encode import Encoder, encoders_for
+
+ROUTERS = ("nearest", "arrow")
 
 
 @dataclass(frozen=True)
 class Routed:
     """The predictions of each task, which adapter each of its rows was `sent` to (0: the first task's), the share of
-    them that was `right`, and what is kept, in bytes."""
+    them that was `right`, and what is kept, in bytes. Arrow sends tokens, not rows: both lists are empty."""
 
     predictions: list[Predictions]
     sent: list[list[int]]
@@ -32,19 +36,26 @@ class Routed:
     kept_bytes: int
 
 
-def route(path: str, prototypes: int = 64) -> Routed:
-    """Score a run's task adapters, each prompt answered with the adapter of the nearest prototype.
+def route(path: str, router: str = "nearest", prototypes: int = 64) -> Routed:
+    """Score a run's task adapters without a task id.
 
-    A task's prototype is the mean of the base model's last hidden states, averaged over the tokens of each of its
-    training prompts; nearest is by Euclidean distance. No task id is used.
+    `nearest`: each prompt is answered with the adapter of the nearest prototype. A task's prototype is the mean of the
+    base model's last hidden states, averaged over the tokens of each of its training prompts; nearest is by Euclidean
+    distance. `arrow`: PEFT's Arrow (arXiv 2405.11157), in which every adapted module mixes, token by token, the
+    updates of the at most three adapters whose leading right singular direction the token's state lies along; nothing
+    but the adapters is kept. (X-LoRA, PEFT's other router, has to be trained on rows of all tasks, and old rows are
+    gone.)
 
     Args:
         path: The folder of a finished run whose adapters each stand on the base model alone (`start: alone`).
+        router: `nearest` or `arrow`.
         prototypes: How many training prompts a prototype is the mean of, at most.
 
     Raises:
-        PmLlmError: If the run is not finished, or its adapters build on each other.
+        PmLlmError: If there is no such router, the run is not finished, or its adapters build on each other.
     """
+    if router not in ROUTERS:
+        raise PmLlmError(f"router is {router!r}; it must be {' or '.join(ROUTERS)}.")
     run_dir = RunDir.open(path)
     results = run_dir.results()
     config: RunConfig = build(RunConfig, {**results["config"], "output_dir": path}, "").check()
@@ -54,7 +65,41 @@ def route(path: str, prototypes: int = 64) -> Routed:
     encoders, base = encoders_for(config, tasks.values()), load_base(config.model, config.dtype, config.load_in_4bit)
     folders = {name: run_dir.stage_adapter(i, TASK_ADAPTER) for i, name in enumerate(results["stages"])}
     run_dir.check([f"{folder.relative_to(run_dir.path).as_posix()}/" for folder in folders.values()])
+    size = sum(file.stat().st_size for folder in folders.values() for file in folder.rglob("*"))
+    if router == "arrow":
+        model = arrow(base, list(folders.values()))
+        said = [answer_task(model, encoders[name], task, config.evaluation) for name, task in tasks.items()]
+        return Routed(said, [], [], size)
+    return _nearest_adapter(base, config, tasks, encoders, folders, size, prototypes)
 
+
+def arrow(base: Base, folders: Sequence[Path]) -> PeftModel:
+    """The base model with all adapters in `folders` and Arrow among them. Modules are named in full, which PEFT's own
+    `create_arrow_model` does not do: it fails on adapters of some layers only."""
+    names = [f"task_{i}" for i in range(len(folders))]
+    ranks = {x.rank for folder in folders for x in Adapter.load(folder).factors.values()}
+    if len(ranks) > 1:
+        raise PmLlmError(f"Arrow needs adapters of one rank, these have {sorted(ranks)}. Use the router nearest.")
+    model = PeftModel.from_pretrained(base.model, str(folders[0]), adapter_name=names[0])
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        model.load_adapter(str(folder), adapter_name=name)
+    settings = ArrowConfig(top_k=min(3, len(names)), rng_seed=0)
+    settings.task_adapter_names, settings.gks_adapter_names = names, []
+    modules = list(lora_layers(model))
+    model.add_adapter("router", LoraConfig(r=ranks.pop(), target_modules=modules, arrow_config=settings))
+    model.set_adapter("router")
+    return model
+
+
+def _nearest_adapter(
+    base: Base,
+    config: RunConfig,
+    tasks: Mapping[str, Task],
+    encoders: Mapping[str, Encoder],
+    folders: Mapping[str, Path],
+    size: int,
+    prototypes: int,
+) -> Routed:
     centres = torch.stack(
         [_states(base, encoders[name], task.train[:prototypes]).mean(0) for name, task in tasks.items()]
     )
@@ -78,8 +123,7 @@ def route(path: str, prototypes: int = 64) -> Routed:
                 found[name] = said
     joined = [_joined(found[name], [answers[name][i] for i in range(len(task.test))]) for name, task in tasks.items()]
     right = [sum(p == k for p in chosen[name]) / len(chosen[name]) for k, name in enumerate(tasks)]
-    kept = sum(file.stat().st_size for folder in folders.values() for file in folder.rglob("*"))
-    return Routed(joined, list(chosen.values()), right, kept + centres.numel() * centres.element_size())
+    return Routed(joined, list(chosen.values()), right, size + centres.numel() * centres.element_size())
 
 
 def _states(base: Base, encoder: Encoder, examples: Sequence[Example], size: int = 16) -> Tensor:
