@@ -4,9 +4,10 @@
                                  [--orders order4] [--seeds 0] [KEYS]
 
 Without a model and a folder: the embedded ones. Runs that are in the folder are not repeated, one that was stopped
-goes on. Any key of the configuration may follow, e.g. `--train.max_steps 200`; all runs of a folder must agree. Hidden
-states below the first adapted layer are computed once a row (`trunk.py`). The table is written beside the records
-(`records.json`, `table.md`); differences are to the first method of the list, paired by rows.
+goes on. A method is a preset or a name in `variants.yaml`. Any key of the configuration may follow, e.g.
+`--train.max_steps 200`; all runs of a folder must agree. Hidden states below the first adapted layer are computed once
+a row (`trunk.py`). The table is written beside the records (`records.json`, `table.md`); differences are to the first
+method of the list, paired by rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import trunk
+import yaml
 from common import keys_of
 
 # short enough for a core: LoRA on the last six of SmolLM2's layers
@@ -50,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="embedded:llama")
     parser.add_argument("--data-dir", help="with it the real tasks, without it the embedded ones")
-    parser.add_argument("--methods", nargs="+", default=["seqlora", "pm"], help="presets, or all")
+    parser.add_argument("--methods", nargs="+", default=["seqlora", "pm"], help="presets or variants, or all presets")
     parser.add_argument(
         "--orders",
         nargs="+",
@@ -73,12 +75,14 @@ def main() -> None:
                 trunk.install(self.base.model, min(layers), self.config.model)
 
     methods = list(PRESETS) if given.methods == ["all"] else given.methods
+    variants = yaml.safe_load((Path(__file__).parent / "variants.yaml").read_text())
     runs: dict[tuple[str, str, int], Any] = {}
     for order in given.orders or [ORDER if given.data_dir else None]:
         for seed in given.seeds:
             for method in methods:
                 name = f"{method}-{order or 'given'}-{seed}"
-                keys = {**settings, "method": method, "seed": seed, "output_dir": str(given.out / name)}
+                keys = {**settings, **variants.get(method, {"method": method})}
+                keys |= {"seed": seed, "output_dir": str(given.out / name)}
                 config = load_config(None, {**keys, **({"order": order} if order else {})})
                 if not (given.out / name / "results.json").exists():
                     Sequence(config).run()
