@@ -6,18 +6,16 @@
 Without a model and a folder: the embedded ones. Runs that are in the folder are not repeated, one that was stopped
 goes on. A method is a preset or a name in `variants.yaml`. Any key of the configuration may follow, e.g.
 `--train.max_steps 200`; all runs of a folder must agree. Hidden states below the first adapted layer are computed once
-a row (`trunk.py`). The table is written beside the records (`records.json`, `table.md`); differences are to the first
-method of the list, paired by rows.
+a row (`trunk.py`). Records go to `FOLDER/records.jsonl`, and their table (`records.py`) is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import records
 import trunk
 import yaml
 from common import keys_of
@@ -43,7 +41,7 @@ BOTH: dict[str, Any] = {
 
 
 def main() -> None:
-    """Run what is missing, write records and table."""
+    """Run what is missing, write the records and print their table."""
     from pm_llm import ContinualSequence
     from pm_llm.config import load_config
     from pm_llm.methods import PRESETS
@@ -60,7 +58,7 @@ def main() -> None:
         help=f"orders of the benchmark, or tasks with commas between (default: {ORDER})",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, records.json and table.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of records.jsonl")
     given, more = parser.parse_known_args()
 
     settings = {**BOTH, **(REAL if given.data_dir else EMBEDDED), "model": given.model, **keys_of(more)}
@@ -76,7 +74,7 @@ def main() -> None:
 
     methods = list(PRESETS) if given.methods == ["all"] else given.methods
     variants = yaml.safe_load((Path(__file__).parent / "variants.yaml").read_text())
-    runs: dict[tuple[str, str, int], Any] = {}
+    found = []
     for order in given.orders or [ORDER if given.data_dir else None]:
         for seed in given.seeds:
             for method in methods:
@@ -86,48 +84,9 @@ def main() -> None:
                 config = load_config(None, {**keys, **({"order": order} if order else {})})
                 if not (given.out / name / "results.json").exists():
                     Sequence(config).run()
-                runs[method, str(order), seed] = open_run(given.out / name)
-                write(given.out, runs, [m for m in methods if any(key[0] == m for key in runs)])
-    print((given.out / "table.md").read_text())
-
-
-def write(folder: Path, runs: dict[tuple[str, str, int], Any], methods: list[str]) -> None:
-    """`records.json`, a record a run, and `table.md`, a line a method."""
-    records = [{"preset": m, "order": o, "seed": s, **run.results} for (m, o, s), run in runs.items()]
-    (folder / "records.json").write_text(json.dumps(records, indent=1) + "\n")
-    header = ["method", "final average", f"less {methods[0]}", "backward transfer", "plasticity", "coefficients"]
-    lines = ["| " + " | ".join([*header, "minutes"]) + " |", "|---|" + "---|" * len(header)]
-    for method in methods:
-        found = {key[1:]: run for key, run in runs.items() if key[0] == method}
-        lines.append("| " + " | ".join([method, *cells(found, runs, methods[0])]) + " |")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-
-
-def cells(found: dict[tuple[str, int], Any], runs: dict[tuple[str, str, int], Any], first: str) -> list[str]:
-    """A method's numbers over its orders and seeds; the intervals are of the test rows drawn."""
-    from pm_llm.evaluation.bootstrap import mean_interval, paired_difference
-    from pm_llm.methods import PRESETS
-
-    run, difference = next(iter(found.values())), "-"
-    if PRESETS[run.results["config"]["method"]].task_id:  # each task is answered by its own adapter
-        own = [one.predictions[i][name] for one in found.values() for i, name in enumerate(one.results["stages"])]
-        average = mean_interval(own)
-        return [f"{average.value:.1f} ({average.low:.1f} to {average.high:.1f})", *"-----"]
-    average = mean_interval([task for one in found.values() for task in one.final])
-    against = {key: runs[(first, *key)] for key in found if (first, *key) in runs}
-    if run is not next(iter(against.values()), run) and len(against) == len(found):
-        both = ([task for key in found for task in which[key].final] for which in (found, against))
-        x = paired_difference(*both)
-        difference = f"{x.value:+.1f} ({x.low:+.1f} to {x.high:+.1f})"
-    seconds = [sum(sum(stage.values()) for stage in one.results["seconds"]) for one in found.values()]
-    return [
-        f"{average.value:.1f} ({average.low:.1f} to {average.high:.1f})",
-        difference,
-        f"{fmean(one.results['backward_transfer'] for one in found.values()):+.1f}",
-        f"{fmean(one.results['plasticity'] for one in found.values()):.1f}",
-        ", ".join(f"{c:.2f}" for c in run.results["coefficients"]),
-        f"{fmean(seconds) / 60:.1f}",
-    ]
+                found.append(records.record(method, str(order or "given"), seed, open_run(given.out / name)))
+                records.write(given.out / "records.jsonl", found)
+    print(records.table(found))
 
 
 if __name__ == "__main__":

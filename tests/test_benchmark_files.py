@@ -8,11 +8,14 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
+from pm_llm.evaluation.bootstrap import mean_interval
+from pm_llm.report.data import difference, open_run
 from tests.conftest import FAMILIES, ROOT, batch_of, features, make_model, make_peft, targets
 
 
@@ -71,15 +74,74 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
         monkeypatch.setattr(sys, "argv", ["methods", *words.split(), "--lora.layers_to_transform", "[1]"])
         runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-        assert [line.split(" | ")[0] for line in lines] == ["| method", "| seqlora", "| pm"]
+        assert {line.split(" | ")[0] for line in lines} == {"| method", "| seqlora", "| pm"}
         times.append([path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/results.json"))])
     assert times[0] == times[1]
-    records = json.loads((tmp_path / "runs/records.json").read_text())
-    assert [(r["preset"], r["order"], r["seed"], r["method"]["merge"]) for r in records] == [
+    import records
+
+    found = records.read(tmp_path / "runs/records.jsonl")
+    assert [(r["name"], r["order"], r["seed"], r["method"]["merge"]) for r in found] == [
         ("seqlora", "sentiment,topic", 0, "replace"),
         ("pm", "sentiment,topic", 0, "optimal"),
     ]
-    assert all(len(r["matrix"]) == 2 and r["versions"] and r["peak_memory_bytes"] for r in records)
+    assert all(len(r["matrix"]) == 2 and r["versions"] and r["peak_memory_bytes"] for r in found)
+    adapter = sum(file.stat().st_size for file in (tmp_path / "runs/seqlora-sentiment,topic-0/adapter").iterdir())
+    assert found[0]["state_bytes"] == adapter < found[1]["state_bytes"]  # P&M keeps its quadratic too
+    runs = [open_run(tmp_path / f"runs/{name}-sentiment,topic-0") for name in ("seqlora", "pm")]
+    averages = records.averages(found)
+    for name, run in zip(averages, runs, strict=True):
+        assert averages[name][0] == pytest.approx(run.results["average_accuracy"])
+        expected = mean_interval(run.final)
+        assert np.quantile(averages[name][1:], [0.025, 0.975]) == pytest.approx([expected.low, expected.high], abs=4)
+    expected = difference(runs[1], runs[0])
+    less = averages["pm"] - averages["seqlora"]
+    assert less[0] == pytest.approx(expected.value)
+    assert np.quantile(less[1:], [0.025, 0.975]) == pytest.approx([expected.low, expected.high], abs=4)
+    assert "/" not in json.dumps({key: found[0][key] for key in ("model", "config", "versions")})
+
+
+def test_a_table_of_records(monkeypatch, tmp_path) -> None:
+    """Rows weigh the same in every run, seeds are drawn too, what cannot be compared is refused, pages are renewed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import records
+
+    def one(name: str, seed: int, right: list[int], key: str = "k") -> dict:
+        rows = {"t": {"scorer": "exact_match", "key": f"{key}{seed}", "numbers": [[float(x)] for x in right]}}
+        more = {"order": "t", "backward_transfer": -1.0, "plasticity": 50.0, "coefficients": [1.0]}
+        more |= {"seconds": [{"train": 60.0}], "state_bytes": 2**20, "average_accuracy": 100 * sum(right) / len(right)}
+        return {"name": name, "seed": seed, "rows": rows, **more}
+
+    right, wrong = [1] * 30 + [0] * 10, [1] * 10 + [0] * 30
+    scale = records.averages([one("seqlora", 0, right)])["seqlora"][0] / 0.75
+    runs = [one("seqlora", 0, wrong), one("joint", 0, [1] * 40), one("pm", 0, right), one("same", 0, right)]
+    found = records.averages(runs)
+    assert (found["pm"] == found["same"]).all()
+    assert found["pm"][0] == pytest.approx(0.75 * scale)
+    assert "67 %" in next(line for line in records.table(runs).splitlines() if line.startswith("| pm "))
+    narrow = np.ptp(np.quantile(found["pm"][1:], [0.025, 0.975]))
+    assert 0.2 * scale < narrow < 0.32 * scale  # 1.96 * 2 * sqrt(.75 * .25 / 40) = .268
+    seeds = records.averages([one("pm", 0, right), one("pm", 1, wrong)])["pm"]
+    assert seeds[0] == pytest.approx(0.5 * scale)
+    assert np.ptp(np.quantile(seeds[1:], [0.025, 0.975])) > 0.5 * scale  # 0.25 to 0.75 by the seeds alone
+    with pytest.raises(ValueError, match="other rows"):
+        records.averages([one("pm", 0, right), one("seqlora", 0, right, key="other")])
+    with pytest.raises(ValueError, match="was not run"):
+        records.averages([one("pm", 0, right), one("pm", 1, right), one("seqlora", 0, right)])
+    records.write(tmp_path / "found.jsonl", runs)
+    assert records.read(tmp_path / "found.jsonl") == runs
+    page = "before\n<!-- table of found.jsonl -->\n| old |\n|---|\n\nafter\n"
+    new = records.renewed(page, tmp_path)
+    assert new == f"before\n<!-- table of found.jsonl -->\n{records.table(runs)}\n\nafter\n"
+    assert records.renewed(new, tmp_path) == new
+
+
+def test_tables_in_the_docs_are_what_their_records_give(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import records
+
+    page = (ROOT / "docs/results.md").read_text()
+    assert records.MARKER.search(page)
+    assert records.renewed(page, ROOT / "docs") == page
 
 
 def test_the_trunk_gives_what_the_layers_give(monkeypatch) -> None:

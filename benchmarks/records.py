@@ -1,0 +1,177 @@
+"""Records of runs, one JSON line each, and the table they give: what `methods.py` writes and the docs show.
+
+    python benchmarks/records.py docs/results/FILE.jsonl        # print its table
+    python benchmarks/records.py --write docs/results.md        # renew every table of a page, where its marker is
+
+Intervals are 95 % percentile bootstrap: test rows are drawn anew within each task, the same for all methods and orders,
+and with several seeds the seeds too. Differences are paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+DRAWS = 2000
+MARKER = re.compile(r"<!-- table of (\S+) -->\n(?:\|.*\n)*")
+PATHS = ("model", "data_dir", "output_dir")  # of the configuration; of no use elsewhere
+RESULTS = (
+    *("method", "versions", "tasks", "stages", "matrix", "coefficients", "raw_coefficients", "module_coefficients"),
+    *("truncation_errors", "ranks", "curvatures", "losses", "constraint_reports", "seconds", "peak_memory_bytes"),
+    *("average_accuracy", "backward_transfer", "plasticity"),
+)
+
+
+def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
+    """What is kept of a finished run (a :class:`pm_llm.report.data.Run`); `rows` are each test row's numbers."""
+    from pm_llm.methods import PRESETS
+
+    results = run.results
+    config = {key: value for key, value in results["config"].items() if key not in PATHS}
+    final = run.final
+    if PRESETS[config["method"]].task_id:  # each task is answered by its own adapter
+        final = [run.predictions[i][task] for i, task in enumerate(results["stages"])]
+    return {
+        **{"name": name, "order": order, "seed": seed, "model": Path(results["config"]["model"]).name},
+        "config": config,
+        **{key: results[key] for key in RESULTS if key in results},
+        "state_bytes": state_bytes(run.path),
+        "rows": {
+            one.task: {
+                "scorer": one.scorer,
+                "key": hashlib.sha256("".join(one.keys).encode()).hexdigest()[:16],
+                "numbers": one.numbers.tolist(),
+            }
+            for one in final
+        },
+    }
+
+
+def state_bytes(path: Path) -> int:
+    """What a run must keep to go on with another task: the adapter, the merge's and the constraints' memory, and the
+    last or all task adapters where they are needed."""
+    from pm_llm.config import Method
+    from pm_llm.run_dir import ADAPTER, CURVATURE, MEMORY, STAGES, TASK_ADAPTER, RunDir
+
+    run = RunDir.open(path)
+    state, words = run.state(), run.results()["method"]
+    method = Method.parse("seqlora", words["start"], words["constrain"], words["merge"])
+    stages = [run.path / STAGES / stage["folder"] for stage in state["stages"]]
+    kept = [run.path / ADAPTER, stages[-1] / CURVATURE, stages[-1] / MEMORY]
+    alone = method.start.name == "alone" and method.merge.name == "replace" and not method.constrain
+    if method.merge.build("merge").old_adapters or alone:
+        kept += [stage / TASK_ADAPTER for stage in stages]
+    elif method.start.build("start").needs_last:
+        kept.append(stages[-1] / TASK_ADAPTER)
+    files = [file for place in kept for file in ([place] if place.is_file() else place.rglob("*"))]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """The inverse of :func:`read`."""
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+
+
+def averages(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Each name's final average over its orders and seeds, shape (1 + DRAWS,): as it is, then of each draw.
+
+    Raises:
+        ValueError: If runs were scored on different rows, or a name lacks a run that another one has.
+    """
+    from pm_llm.evaluation.scorers import scorer_named
+
+    runs = {(one["name"], one["order"], one["seed"]): one for one in records}
+    names, orders, seeds = (list(dict.fromkeys(key[i] for key in runs)) for i in range(3))
+    rng = np.random.default_rng(0)
+    weights = np.full((1 + DRAWS, len(seeds)), 1 / len(seeds))
+    if len(seeds) > 1:
+        weights[1:] = rng.multinomial(len(seeds), weights[0], size=DRAWS) / len(seeds)
+    times: dict[str, np.ndarray] = {}  # a set of rows -> how often each of them is drawn
+    keys: dict[tuple[str, int], str] = {}
+    for (_, _, seed), one in runs.items():
+        for task, rows in one["rows"].items():
+            key, n = rows["key"], len(rows["numbers"])
+            if keys.setdefault((task, seed), key) != key:
+                raise ValueError(f"{one['name']} was scored on other rows of {task} than those before it.")
+            if key not in times:
+                draws = np.random.default_rng([len(times), n]).multinomial(n, np.full(n, 1 / n), size=DRAWS)
+                times[key] = np.concatenate([np.ones((1, n)), draws])
+
+    def average(one: dict[str, Any]) -> np.ndarray:
+        parts = [(scorer_named(r["scorer"]), times[r["key"]], np.array(r["numbers"])) for r in one["rows"].values()]
+        return np.mean([scorer.total(drawn @ numbers, len(numbers)) for scorer, drawn, numbers in parts], axis=0)
+
+    found = {}
+    for name in names:
+        missing = [(o, s) for o in orders for s in seeds if (name, o, s) not in runs]
+        if missing:
+            raise ValueError(f"{name} was not run for {missing}.")
+        by_seed = [np.mean([average(runs[name, o, s]) for o in orders], axis=0) for s in seeds]
+        found[name] = (weights * np.stack(by_seed, axis=1)).sum(axis=1)
+    return found
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table, a line a name, the best first; differences are to seqlora, the gap to joint."""
+    found = averages(records)
+    header = ["method", "final average", "less seqlora", "gap closed", "backward transfer", "plasticity"]
+    header += ["coefficients", "minutes", "state, MiB"]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * 5 + "---|---:|---:|"]
+    for name in sorted(found, key=lambda name: -found[name][0]):
+        runs = [one for one in records if one["name"] == name]
+        less = found[name] - found["seqlora"] if "seqlora" in found and name != "seqlora" else None
+        gap = None if less is None or "joint" not in found else less[0] / (found["joint"] - found["seqlora"])[0]
+        alone = not np.isclose(found[name][0], fmean(one["average_accuracy"] for one in runs))
+        seconds = [sum(sum(stage.values()) for stage in one["seconds"]) for one in runs]
+        cells = [
+            name,
+            _interval(found[name], ""),
+            "-" if less is None else _interval(less, "+"),
+            "-" if gap is None else f"{100 * gap:.0f} %",
+            "-" if alone else f"{fmean(one['backward_transfer'] for one in runs):+.1f}",
+            "-" if alone else f"{fmean(one['plasticity'] for one in runs):.1f}",
+            "-" if alone else ", ".join(f"{c:.2f}" for c in runs[0]["coefficients"]),
+            f"{fmean(seconds) / 60:.1f}",
+            f"{fmean(one['state_bytes'] for one in runs) / 2**20:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _interval(draws: np.ndarray, sign: str) -> str:
+    low, high = np.quantile(draws[1:], [0.025, 0.975])
+    return f"{draws[0]:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def renewed(text: str, folder: Path) -> str:
+    """A page with the table of each marked file, a path relative to `folder`, as its records give it."""
+    return MARKER.sub(lambda m: f"<!-- table of {m[1]} -->\n{table(read(folder / m[1]))}\n", text)
+
+
+def main() -> None:
+    """Print a file's table, or renew a page's."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("records", type=Path, nargs="*", metavar="RECORDS.jsonl")
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="renew the tables of this page instead")
+    given = parser.parse_args()
+    if given.write:
+        given.write.write_text(renewed(given.write.read_text(), given.write.parent))
+    else:
+        print(table([one for path in given.records for one in read(path)]))
+
+
+if __name__ == "__main__":
+    main()
