@@ -3,8 +3,8 @@
     python benchmarks/records.py docs/results/FILE.jsonl        # print its table
     python benchmarks/records.py --write docs/results.md        # renew every table of a page, where its marker is
 
-Intervals are 95 % percentile bootstrap: test rows are drawn anew within each task, the same for all methods and orders,
-and with several seeds the seeds too. Differences are paired.
+Intervals are 95 % percentile bootstrap: test rows are drawn anew within each task, the same for all methods and
+orders, and with several seeds the seeds too. Differences are paired.
 """
 
 from __future__ import annotations

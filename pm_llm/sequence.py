@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,9 +26,10 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix, asked_for
 from pm_llm.evaluation.run import answer_task
 from pm_llm.fisher import Fisher
+from pm_llm.fisher.probe import Probe
 from pm_llm.fisher.task import ChosenRows
 from pm_llm.folding import folded
-from pm_llm.merges import Factors, Fold, Merger, Slopes
+from pm_llm.merges import Fold, Merger
 from pm_llm.models import load_base
 from pm_llm.processes import Clock, process_state, total
 from pm_llm.progress import bar, say
@@ -154,8 +155,8 @@ class ContinualSequence:
             self.memories = [constraint.memory() for constraint in constraints]
             clock.stop("fisher")
         clock.stop("prepare")
-        slopes, on_base = self._slopes(chosen, new), self.start.on_base
-        merged = merger.fold(running, new, fisher, self.start.continues, start=began, slopes=slopes, on_base=on_base)
+        probe, on_base = Probe(self.model, TASK, new, chosen), self.start.on_base
+        merged = merger.fold(running, new, fisher, self.start.continues, start=began, probe=probe, on_base=on_base)
         self._activate(merged)
         self.last = new if self.start.needs_last else None
         clock.stop("merge")
@@ -271,16 +272,6 @@ class ContinualSequence:
         form = "factors" if getattr(rule, "space", "weights") == "factors" else self.config.fisher.form
         return chosen.fisher(self.model, form, direction, loss_before, self.zeros)
 
-    def _slopes(self, chosen: ChosenRows, new: Adapter) -> Slopes:
-        """For merges that look at the task's loss; the model is left with the last adapter that was looked at."""
-
-        def slopes(at: Factors, towards: Sequence[Factors]) -> list[float]:
-            new.replace_factors(at).attach(self.model, TASK)
-            set_active(self.model, [TASK], trainable=TASK)
-            return chosen.slopes(self.model, towards)
-
-        return slopes
-
     def _as_trained(self, new: Adapter) -> None:
         """The model, prepared for a task, as it was right after that was trained."""
         active = list(self.model.active_adapters)
@@ -353,9 +344,8 @@ class ContinualSequence:
                 loss_before = chosen.loss(self.model) if merger.rule.needs_losses else None
                 self._as_trained(new)
                 fisher = self._fisher(merger, chosen, running, new, loss_before, began)
-            slopes = self._slopes(chosen, new)
-            on_base = self.start.on_base
-            merger.fold(running, new, fisher, self.start.continues, start=began, slopes=slopes, on_base=on_base)
+            probe, on_base = Probe(self.model, TASK, new, chosen), self.start.on_base
+            merger.fold(running, new, fisher, self.start.continues, start=began, probe=probe, on_base=on_base)
             before = entry["raw_coefficient"]
             if abs(merger.report.raw_coefficient - before) > 1e-2 * max(abs(before), 0.1):
                 raise PmLlmError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -311,7 +313,7 @@ def test_frank_wolfe_moves_to_what_the_loss_asks_for() -> None:
     for steps in (0, 40):
         merger, running = Merger("frank_wolfe", steps=steps), None
         for t in range(3):
-            running = merger.fold(running, random_adapter(t), continues=True, slopes=slopes)
+            running = merger.fold(running, random_adapter(t), continues=True, probe=SimpleNamespace(slopes=slopes))
         found[steps] = running
         assert sum(merger.rule.weights_of) == pytest.approx(1)
         assert merger.report.coefficient == pytest.approx(merger.rule.weights_of[-1])
@@ -319,7 +321,7 @@ def test_frank_wolfe_moves_to_what_the_loss_asks_for() -> None:
         mean = sum(dense(random_adapter(t), name) for t in range(3)) / 3
         torch.testing.assert_close(dense(found[0], name), mean)
     assert distance(found[40]) < 0.02 * distance(found[0])
-    with pytest.raises(PmLlmError, match="slopes"):
+    with pytest.raises(PmLlmError, match="probe"):
         Merger("frank_wolfe").fold(found[0], random_adapter(3), continues=True)
 
 

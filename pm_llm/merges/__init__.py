@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,16 @@ from pm_llm.parallel import each
 from pm_llm.starts import Start, check_continues
 
 Factors = Mapping[str, LowRank]
-Slopes = Callable[[Factors, Sequence[Factors]], list[float]]
+
+
+class Probe(Protocol):
+    """The current task's loss (:class:`pm_llm.fisher.probe.Probe` asks a live model for it)."""
+
+    def loss(self, at: Factors) -> float:
+        """The mean loss (nats an example) of the base model with the adapter `at`."""
+
+    def slopes(self, at: Factors, towards: Sequence[Factors]) -> list[float]:
+        """The derivatives of that loss at `at` towards each of the others."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,8 @@ class Fold:
     """What a merge rule sees: `task` (1, 2, ...), the running `M_{t-1}` (empty before the first task) and the adapter
     just trained, per module; `continues` is whether that one stands on the base model, so that it is the whole model
     right after training, and not a change of the running one; `on_base` whether it began there, too.
-    `start` is the first task's adapter as it began (empty: not known). `slopes` gives, for an adapter and several
-    others, the derivatives of the loss on the current task's rows at the first, towards each of the others."""
+    `start` is the first task's adapter as it began (empty: not known). `probe` gives the loss on the current task's
+    rows."""
 
     task: int
     running: Factors
@@ -39,7 +48,7 @@ class Fold:
     continues: bool = False
     fisher: Fisher | None = None
     start: Factors = field(default_factory=dict)
-    slopes: Slopes | None = None
+    probe: Probe | None = None
     on_base: bool = False
 
     def vector(self, name: str) -> LowRank:
@@ -78,7 +87,7 @@ class Merge:
     needs_fisher = False
     needs_direction = False  # whether that Fisher must hold the exact curvature along the task vector
     needs_losses = False  # whether it must hold the loss before and after training
-    needs_slopes = False  # whether `fold.slopes` must be there
+    needs_probe = False  # whether `fold.probe` must be there
     needs_history = False  # whether a running adapter means nothing without the folds that made it
     old_adapters = False  # whether all tasks' adapters are kept
     in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
@@ -220,7 +229,7 @@ class Merger:
         continues: bool = False,
         start: Adapter | None = None,
         zeros: Zeros | None = None,
-        slopes: Slopes | None = None,
+        probe: Probe | None = None,
         on_base: bool = False,
     ) -> Adapter:
         """The new running adapter; :attr:`report` says what was done. Modules are worked on one by one, in parallel.
@@ -232,7 +241,7 @@ class Merger:
             continues: Whether `new` stands on the base model, not on the running adapter.
             on_base: Whether it began there too (start alone), and not at what was learned before.
             start: The first task's adapter as it began, for rules in the space of the factors.
-            slopes: For rules that look at the loss, see :class:`Fold`.
+            probe: For rules that look at the loss, see :class:`Fold`.
             zeros: Where to put the result, see :mod:`pm_llm.accumulators`; by default in memory.
 
         Raises:
@@ -247,8 +256,8 @@ class Merger:
             check_same_place(running, new)
         if self.rule.needs_fisher and fisher is None:
             raise PmLlmError(f"merge rule {type(self.rule).__name__} needs the task's Fisher; give fisher=...")
-        if self.rule.needs_slopes and running is not None and slopes is None:
-            raise PmLlmError(f"merge rule {type(self.rule).__name__} needs the loss's derivatives; give slopes=...")
+        if self.rule.needs_probe and running is not None and probe is None:
+            raise PmLlmError(f"merge rule {type(self.rule).__name__} looks at the task's loss; give probe=...")
         if running is not None and self.rule.needs_history and self.tasks == 0:
             raise PmLlmError(
                 f"merge rule {type(self.rule).__name__} has folded no task yet but got a running adapter. "
@@ -261,7 +270,7 @@ class Merger:
             continues,
             None if fisher is None else Fisher.of(fisher),
             start.factors if start is not None else {},
-            slopes,
+            probe,
             on_base,
         )
         alpha = self.rule.coefficients(fold)

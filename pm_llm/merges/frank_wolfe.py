@@ -27,7 +27,7 @@ class FrankWolfe(Stored):
 
     steps: int = 3
     weights_of: list[float] = field(default_factory=list, init=False, repr=False)
-    needs_slopes = True
+    needs_probe = True
 
     def __post_init__(self) -> None:
         check_number("frank_wolfe: steps", self.steps, 0, whole=True)
@@ -36,9 +36,9 @@ class FrankWolfe(Stored):
         self.vectors.append({name: fold.theta(name) for name in fold.new})
         t = len(self.vectors)
         self.weights_of = [1.0 / t] * t
-        for k in range(self.steps if fold.slopes is not None and t > 1 else 0):
-            assert fold.slopes is not None
-            slopes = fold.slopes({name: self._sum(name) for name in fold.new}, self.vectors)
+        for k in range(self.steps if fold.probe is not None and t > 1 else 0):
+            assert fold.probe is not None
+            slopes = fold.probe.slopes({name: self._sum(name) for name in fold.new}, self.vectors)
             best, gamma = slopes.index(min(slopes)), 1 / (k + t + 1)
             self.weights_of = [(1 - gamma) * w + gamma * (i == best) for i, w in enumerate(self.weights_of)]
         return Coefficients.same(self.weights_of[-1], fold.new)

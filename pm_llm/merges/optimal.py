@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
 
@@ -20,9 +20,10 @@ from pm_llm.parallel import each
 OPTIONS = {
     "granularity": ("model", "layer", "module"),
     "fisher_scale": ("raw", "trace", "own", "measured"),
-    "current": ("diagonal", "exact"),
+    "current": ("diagonal", "exact", "line"),
     "space": ("weights", "factors"),
 }
+POINTS = [i / 8 for i in range(9)]  # of `current: line`
 
 
 @dataclass
@@ -43,7 +44,10 @@ class Optimal(Merge):
         clip: Clip alpha to [0, 1] (a choice; the raw value is always recorded).
         fisher_scale: `raw` (the paper), `trace`, `own` or `measured`, see :func:`pm_llm.fisher.scale_of`.
         current: How the task's own quadratic q is taken: with the `diagonal` of its Fisher (the paper), or `exact`, as
-            `E[(g . Delta)^2]`, with nothing left out between weights.
+            `E[(g . Delta)^2]`, with nothing left out between weights. `line`: not at all; alpha in [0, 1] minimises
+            `L_t(M_{t-1} + alpha Delta) + 1/2 alpha^2 <S_{t-1} o Delta, Delta> - alpha <m_{t-1} - S_{t-1} o M_{t-1},
+            Delta>`, with the loss itself on the rows that the Fisher is measured on, at nine points, and a parabola
+            through the best of them and its neighbours. Then `granularity` must be `model`.
         space: `weights` (the paper), or `factors`: of the LoRA factors, for an adapter that continues. Delta is then
             the change of (B, A), and `M_t = M_{t-1} + alpha_t Delta_t` holds for B and for A.
         pairs: Of a factored Fisher, how many row-column pairs the sum S keeps.
@@ -73,7 +77,9 @@ class Optimal(Merge):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be a whole number from 1.")
 
-        self.in_factors = self.space == "factors"
+        if self.current == "line" and self.granularity != "model":
+            raise PmLlmError(f"optimal: current line gives one alpha for the model, not one a {self.granularity}.")
+        self.in_factors, self.needs_probe = self.space == "factors", self.current == "line"
         self.needs_direction, self.needs_losses = self.current == "exact", self.fisher_scale == "measured"
 
     def coefficients(self, fold: Fold) -> Coefficients:
@@ -101,6 +107,9 @@ class Optimal(Merge):
         self.past = {name: past for name, (past, _, _) in found.items()}
         if not fold.running:
             return Coefficients.same(1.0, fold.new)  # theta*_1 = Delta_1: numerator and denominator are one sum
+        if self.current == "line":
+            pull, along = (size * sum(numbers) for numbers in zip(*(x[1:] for x in found.values()), strict=True))
+            return Coefficients.same(self._on_line(fold, pull, along), fold.new)
         used = {name: min(1.0, max(0.0, value)) if self.clip else value for name, value in raw.items()}
         return Coefficients(used, raw)
 
@@ -140,6 +149,17 @@ class Optimal(Merge):
             kind, _, name = key.partition(".")
             modules[name][kind] = tensor.float()
         self.past = {name: past_of(tensors) for name, tensors in modules.items()}
+
+    def _on_line(self, fold: Fold, pull: float, along: float) -> float:
+        """The alpha of `current: line`; both numbers are of the past, on the scale of the task's loss."""
+        assert fold.probe is not None
+        values = []
+        for alpha in POINTS:
+            loss = fold.probe.loss({name: self.merge(fold, name, alpha) for name in fold.new})
+            values.append(loss + alpha * alpha * along / 2 - alpha * pull)
+        if not all(isfinite(value) for value in values):
+            raise PmLlmError(f"optimal: the loss between the merged and the trained model is {values}.")
+        return lowest(POINTS, values)
 
     def _delta(self, fold: Fold, name: str) -> LowRank:
         """The task vector; in factors the pair (B, A) less the one it began as."""
@@ -189,6 +209,15 @@ class Optimal(Merge):
         if space == "factors":
             check_coordinates("optimal", fold)
         return fisher
+
+
+def lowest(points: Sequence[float], values: Sequence[float]) -> float:
+    """Where the parabola through the least of the values and its neighbours is lowest; at an end, that end."""
+    best = min(range(len(values)), key=lambda i: values[i])
+    if best in (0, len(values) - 1):
+        return points[best]
+    before, here, after = values[best - 1 : best + 2]
+    return points[best] + (points[1] - points[0]) / 2 * (before - after) / (before - 2 * here + after)
 
 
 def _divide(above: float, below: float, where: str) -> float:
