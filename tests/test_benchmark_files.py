@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
+from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import mean_interval
 from pm_llm.report.data import difference, open_run
 from tests.conftest import FAMILIES, ROOT, batch_of, features, make_model, make_peft, targets
@@ -98,6 +99,19 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
     assert less[0] == pytest.approx(expected.value)
     assert np.quantile(less[1:], [0.025, 0.975]) == pytest.approx([expected.low, expected.high], abs=4)
     assert "/" not in json.dumps({key: found[0][key] for key in ("model", "config", "versions")})
+
+    words = ["flatness", "runs/pm-sentiment,topic-0", "--samples", "8", "--out", "flat.json"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / "benchmarks/flatness.py"), run_name="__main__")
+    flat = json.loads((tmp_path / "flat.json").read_text())
+    assert [row["task"] for row in flat] == ["sentiment", "topic"]
+    first = flat[0]
+    assert first["at 1/t"] == first["trained"] != first["loss before"]
+    second = (first["at 1 - eps"] + first["at 1 + eps"] - 2 * first["trained"]) / 0.25
+    assert first["curvature"] == pytest.approx(second)
+    monkeypatch.setattr(sys, "argv", ["flatness", "runs/seqlora-sentiment,topic-0"])
+    with pytest.raises(PmLlmError, match="do not start fresh"):
+        runpy.run_path(str(ROOT / "benchmarks/flatness.py"), run_name="__main__")
 
 
 def test_a_table_of_records(monkeypatch, tmp_path) -> None:
