@@ -2,7 +2,7 @@
 
     python benchmarks/flatness.py RUN [RUN ...] [--samples 128] [--epsilon 0.5] [--out FILE.json]
 
-For each task of each run: the loss L (nats an example, of training rows) at `M_{t-1} + s Delta_t` for s = 1 - epsilon, 1
+For each task of each run: the loss L (nats an example, training rows) at `M_{t-1} + s Delta_t` for s = 1 - epsilon, 1
 and 1 + epsilon, and the curvature along the task vector, `(L+ + L- - 2 L0) / epsilon^2`; with s = 0 and 1/t, the loss
 before the task and where an average would stand. Runs must start fresh (pm and its variants), from the same tasks.
 """
