@@ -24,8 +24,8 @@ DRAWS = 2000
 MARKER = re.compile(r"<!-- table of (\S+) -->\n(?:\|.*\n)*")
 PATHS = ("model", "data_dir", "output_dir")  # of the configuration; of no use elsewhere
 RESULTS = (
-    *("method", "versions", "tasks", "stages", "matrix", "coefficients", "raw_coefficients", "module_coefficients"),
-    *("truncation_errors", "ranks", "curvatures", "losses", "constraint_reports", "seconds", "peak_memory_bytes"),
+    *("method", "versions", "tasks", "stages", "matrix", "coefficients", "raw_coefficients", "truncation_errors"),
+    *("ranks", "curvatures", "losses", "constraint_reports", "seconds", "peak_memory_bytes"),
     *("average_accuracy", "backward_transfer", "plasticity"),
 )
 
@@ -48,7 +48,7 @@ def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
             one.task: {
                 "scorer": one.scorer,
                 "key": hashlib.sha256("".join(one.keys).encode()).hexdigest()[:16],
-                "numbers": one.numbers.tolist(),
+                "numbers": [[int(x) if x == int(x) else x for x in row] for row in one.numbers.tolist()],
             }
             for one in final
         },
@@ -66,8 +66,9 @@ def state_bytes(path: Path) -> int:
     method = Method.parse("seqlora", words["start"], words["constrain"], words["merge"])
     stages = [run.path / STAGES / stage["folder"] for stage in state["stages"]]
     kept = [run.path / ADAPTER, stages[-1] / CURVATURE, stages[-1] / MEMORY]
-    alone = method.start.name == "alone" and method.merge.name == "replace" and not method.constrain
-    if method.merge.build("merge").old_adapters or alone:
+    if method.start.name == "alone" and method.merge.name == "replace" and not method.constrain:
+        kept = [stage / TASK_ADAPTER for stage in stages]  # a model of its own for each task
+    elif method.merge.build("merge").old_adapters:
         kept += [stage / TASK_ADAPTER for stage in stages]
     elif method.start.build("start").needs_last:
         kept.append(stages[-1] / TASK_ADAPTER)
@@ -82,7 +83,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """The inverse of :func:`read`."""
-    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    path.write_text("".join(json.dumps(one, separators=(",", ":")) + "\n" for one in records))
 
 
 def averages(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
