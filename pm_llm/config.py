@@ -33,7 +33,7 @@ ALLOWED = {
     "space": ("weights", "factors"),
     "truncation": ("plain", "fisher"),
     "fold_running": ("auto", "always", "never"),
-    "fisher.form": ("dense", "factored"),
+    "fisher.form": ("dense", "factored", "kronecker"),
     "evaluate": ("seen", "final", "diagonal+final", "all"),
     "fisher.storage": ("memory", "disk"),
     "evaluation.mode": ("generate", "labels"),
@@ -80,11 +80,15 @@ class FisherSection:
     """Curvature of each task, for methods that use it."""
 
     form: str = option(
-        "factored", "Of the Fisher in the space of the weights: factored (row and column sums), or dense."
+        "factored",
+        "Of the Fisher in the space of the weights: factored (row and column sums), dense (the whole diagonal), or "
+        "kronecker (more than a diagonal).",
     )
     samples: int = option(128, "Training rows whose gradients are averaged.")
     batch_size: int = option(4, "Rows per forward pass.")
-    storage: str = option("memory", "Where a dense Fisher's sums lie: memory, or disk (files mapped into memory).")
+    storage: str = option(
+        "memory", "Where a dense or Kronecker Fisher's sums lie: memory, or disk (files mapped into memory)."
+    )
 
 
 @dataclass

@@ -196,7 +196,10 @@ def _kept(config: RunConfig, n: int, m: int, r: int) -> int:
         return 0
     if merge.space == "factors":
         return 2 * (n + m) * r
-    return 2 * n * m if config.fisher.form == "dense" else (n + m) * (merge.pairs + merge.rank)
+    if config.fisher.form == "dense":
+        return 2 * n * m
+    each = merge.directions + 1 if config.fisher.form == "kronecker" else 1
+    return (n + m) * (merge.pairs * each + merge.rank)
 
 
 def _hub(config: RunConfig) -> Iterator[Finding]:

@@ -36,7 +36,7 @@ def constraint(family: str, form: str = "factored", weight: float = 1.0, scale: 
     return found
 
 
-@pytest.mark.parametrize("form", ["dense", "factored"])
+@pytest.mark.parametrize("form", ["dense", "factored", "kronecker"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_of_the_step_is_that_of_loss_and_penalty(family: str, form: str, tmp_path) -> None:
     _, plain = one_step(make_trainer(family, str(tmp_path), 16, 1))
@@ -130,10 +130,10 @@ def test_first_task_and_weight_zero_have_no_penalty() -> None:
 
 
 @pytest.mark.parametrize("space", ["weights", "factors"])
-@pytest.mark.parametrize("form", ["dense", "factored"])
+@pytest.mark.parametrize("form", ["dense", "factored", "kronecker"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_the_penalty_less_is_taken_back(family: str, form: str, space: str, pico_folders, tmp_path) -> None:
-    if space == "factors" and form == "dense":
+    if space == "factors" and form != "factored":
         pytest.skip("the space of factors has a form of its own")
     found = {}
     for weight in (0.0, 1.0):

@@ -145,7 +145,7 @@ def test_fisher_of_the_factors_equals_autograd(family: str) -> None:
         torch.testing.assert_close(found[name]["A"], a, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", ["dense", "factored", "factors"])
+@pytest.mark.parametrize("form", ["dense", "factored", "kronecker", "factors"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_curvature_is_the_derivative_in_the_scale(family: str, form: str) -> None:
     """By autograd through `LoraLayer.scaling`, one example at a time."""
@@ -313,7 +313,7 @@ def test_forms_do_not_mix() -> None:
         Merger("optimal", space="factors").fold(None, random_adapter(0), pair(0))
     with pytest.raises(PmLlmError, match="no form"):
         past_of({"x": torch.zeros(1)})
-    with pytest.raises(PmLlmError, match="dense, factored, factors"):
+    with pytest.raises(PmLlmError, match="dense, factored, kronecker, factors"):
         form_of("diagonal")
 
 

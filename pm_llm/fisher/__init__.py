@@ -1,11 +1,11 @@
-"""Curvature of one task: the diagonal empirical Fisher, in one of three forms, each in one file.
+"""Curvature of one task: the empirical Fisher, its diagonal or more of it, in one of four forms, each in one file.
 
     F = E_x[ g(x) o g(x) ],  g(x) = gradient of sum over answer tokens of log p(token | before)
 
 The expectation is of the *square of each example's gradient*; the square of a batch gradient is a different, wrong
 quantity. Taken at theta*_t = M_{t-1} + Delta_t: all adapters active, dropout off, no perturbation.
 
-`dense` and `factored` live in the space of the adapted weights W, `factors` in that of the LoRA factors A and B. Every
+`dense`, `factored` and `kronecker` live in the space of the adapted weights W, `factors` in that of A and B. Every
 form brings its own sum of past quadratics (:class:`Past`), whose size does not grow with the number of tasks.
 """
 
@@ -26,6 +26,7 @@ from pm_llm.lowrank import LowRank
 FORMS = {
     "dense": "pm_llm.fisher.dense:Dense",
     "factored": "pm_llm.fisher.factored:Factored",
+    "kronecker": "pm_llm.fisher.kronecker:Kronecker",
     "factors": "pm_llm.fisher.factors:Factors",
 }
 Penalty = Callable[[LowRank], Tensor]  # the live (s B, A) of a task adapter -> a number to minimise
@@ -41,15 +42,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Room:
-    """For what is kept of past tasks: how large sums are made, and the bounds of a factored Fisher's sums."""
+    """For what is kept of past tasks: how large sums are made, and the bounds of sums that are not exact."""
 
     zeros: Zeros = torch.zeros
     pairs: int = 4
     rank: int = 32
+    directions: int = 32
 
 
 class Diagonal:
-    """The diagonal Fisher of one module in one task."""
+    """The Fisher of one module in one task, a diagonal or (`kronecker`) more; `F o x` is its product with x."""
 
     form: ClassVar[str]
     past: ClassVar[type[Past]]

@@ -44,7 +44,7 @@ class FactoredPast(Past):
         if past is not None:
             r, c, m = torch.cat([past.r, r]), torch.cat([past.c, c]), lowrank.add(past.m, m)
         r, c, lost_S, total_S = _joined(r, c, room.pairs)
-        m, lost_m, total_m = lowrank.truncate(m, room.rank, _inverse_root(r.sum(0)), _inverse_root(c.sum(0)))
+        m, lost_m, total_m = lowrank.truncate(m, room.rank, inverse_root(r.sum(0)), inverse_root(c.sum(0)))
         made = cls(r, c, m.B, m.A)
         made._errors = (lost_S, total_S, lost_m, total_m)
         return made
@@ -146,7 +146,7 @@ def _sum_of_pairs(r: Tensor, c: Tensor) -> LowRank:
     return LowRank(r.T / total, c)
 
 
-def _inverse_root(sums: Tensor) -> Tensor:
+def inverse_root(sums: Tensor) -> Tensor:
     """1 / sqrt, bounded where a row or column has no curvature (there m is zero too)."""
     largest = sums.max()
     return (sums / largest if largest > 0 else torch.ones_like(sums)).clamp(min=1e-12).rsqrt()

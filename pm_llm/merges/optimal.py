@@ -50,8 +50,9 @@ class Optimal(Merge):
             through the best of them and its neighbours. Then `granularity` must be `model`.
         space: `weights` (the paper), or `factors`: of the LoRA factors, for an adapter that continues. Delta is then
             the change of (B, A), and `M_t = M_{t-1} + alpha_t Delta_t` holds for B and for A.
-        pairs: Of a factored Fisher, how many row-column pairs the sum S keeps.
-        rank: Of a factored Fisher, the rank that m is cut to.
+        pairs: Of a factored or Kronecker Fisher, how many terms the sum S keeps.
+        rank: The rank that m is cut to there.
+        directions: Of a Kronecker Fisher, how many directions each side of a term keeps.
 
     Raises:
         PmLlmError: On an option out of range, or a denominator that is zero or not finite, naming the module.
@@ -64,6 +65,7 @@ class Optimal(Merge):
     space: str = "weights"
     pairs: int = 4
     rank: int = 32
+    directions: int = 32
     past: dict[str, Past] = field(default_factory=dict, init=False, repr=False)
     needs_fisher = True
     needs_history = True
@@ -73,7 +75,7 @@ class Optimal(Merge):
         for name, allowed in OPTIONS.items():
             if getattr(self, name) not in allowed:
                 raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
-        for name in ("pairs", "rank"):
+        for name in ("pairs", "rank", "directions"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be a whole number from 1.")
 
@@ -86,7 +88,7 @@ class Optimal(Merge):
         fisher = self._checked(fold)
         own, whole = self._own(fold, fisher)
         size = scale_of(fisher, self.fisher_scale, whole)
-        room = Room(self.zeros, self.pairs, self.rank)
+        room = Room(self.zeros, self.pairs, self.rank, self.directions)
 
         def module(name: str) -> tuple[Past, float, float]:
             past, pull, along = self.past.get(name), 0.0, 0.0

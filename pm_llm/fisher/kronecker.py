@@ -1,0 +1,208 @@
+"""Kronecker: how rows go with rows and columns with columns, and so what a diagonal cannot tell: that a new task's
+inputs, or its output gradients, lie where past tasks have none.
+
+For one example with inputs `x` (T, d_in) and output gradients `g` (T, d_out) the gradient is `G = g' x`. With
+
+    R = E[G G'] = E[g' (x x') g]        C = E[G' G] = E[x' (g g') x]
+
+the empirical Fisher is taken as `F ~ R (x) C / tr R`, as Shampoo does (arXiv 1802.09568; K-FAC, arXiv 1503.05671,
+takes the moments of g and of x by themselves). Its diagonal is the factored form's. For a low-rank update `B A`
+
+    <F B1 A1, B2 A2> = sum((B1' R B2) o (A1 C A2')) / tr R,
+
+which is 0 where the rows of A1 are orthogonal to all past inputs, whatever the size of its entries. While a task's
+rows are seen R and C are whole, `4 (d_in^2 + d_out^2)` bytes a module; of past tasks their leading directions are
+kept, and the diagonal of what is left.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pm_llm import lowrank
+from pm_llm.accumulators import Zeros
+from pm_llm.fisher import Diagonal, Layer, Past, Penalty, Room
+from pm_llm.fisher.factored import inverse_root
+from pm_llm.lowrank import LowRank
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+class KroneckerPast(Past):
+    """`S = sum_k R_k (x) C_k / tr R_k` with at most `pairs` terms, each side `V' V + diag(d)` with at most
+    `directions` rows in V, and m as a low-rank matrix of at most rank `rank`.
+
+    One term too many: the two are joined whose sum is changed least by it; their sides are added, which is the Fisher
+    of both tasks' examples together. The rank of m is cut as in the factored form.
+    """
+
+    names = ("RV", "Rd", "CV", "Cd", "mB", "mA")
+
+    def __init__(self, RV: Tensor, Rd: Tensor, CV: Tensor, Cd: Tensor, mB: Tensor, mA: Tensor) -> None:
+        self.R, self.C = Side(RV, Rd), Side(CV, Cd)  # V (terms, directions, d), d (terms, d)
+        self.m, self._errors = LowRank(mB, mA), (0.0, 0.0, 0.0, 0.0)
+
+    @classmethod
+    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room) -> KroneckerPast:
+        R, C = (Side.of(x, room.directions) for x in (fisher.R, fisher.C))
+        m = LowRank(R.times(theta.B)[0], C.times(theta.A.T)[0].T / R.traces()[0].clamp(min=TINY).to(theta.A))
+        lost_S = total_S = 0.0
+        if past is not None:
+            R, C, m = past.R.with_terms(R), past.C.with_terms(C), lowrank.add(past.m, m)
+            if len(R.d) > room.pairs:
+                lost_S, total_S, i, j = _least_changed(R, C)
+                R, C = R.joined(i, j, room.directions), C.joined(i, j, room.directions)
+        roots = [inverse_root(side.diagonals().sum(0)) for side in (R, C)]
+        m, lost_m, total_m = lowrank.truncate(m, room.rank, *roots)
+        made = cls(R.V, R.d, C.V, C.d, m.B, m.A)
+        made._errors = (lost_S, total_S, lost_m, total_m)
+        return made
+
+    def along(self, delta: LowRank) -> float:
+        return self._inner(delta, delta)
+
+    def pull(self, running: LowRank, delta: LowRank) -> float:
+        return lowrank.inner(self.m, delta) - self._inner(running, delta)
+
+    def _inner(self, x: LowRank, y: LowRank) -> float:
+        """`<S x, y>` in float64."""
+        R, C = self.R.to(torch.float64), self.C.to(torch.float64)
+        each = (R.form(x.B.double(), y.B.double()) * C.form(x.A.double().T, y.A.double().T)).sum((1, 2))
+        return float((each / R.traces().clamp(min=TINY)).sum())
+
+    def penalty(self, running: LowRank) -> Penalty:
+        traces = self.R.traces().clamp(min=TINY)
+        slope = self.m.scale(-1.0)
+        for b, a, trace in zip(self.R.times(running.B), self.C.times(running.A.T), traces, strict=True):
+            slope = lowrank.add(slope, LowRank(b, a.T / trace))
+        R, C = self.R, self.C
+
+        def of(live: LowRank) -> Tensor:
+            nonlocal R, C, slope, traces
+            if R.d.device != live.B.device:
+                R, C, traces = R.to(live.B.device), C.to(live.B.device), traces.to(live.B.device)
+                slope = LowRank(slope.B.to(live.B.device), slope.A.to(live.B.device))
+            each = (R.form(live.B, live.B) * C.form(live.A.T, live.A.T)).sum((1, 2))
+            return (each / traces).sum() / 2 + ((slope.B.T @ live.B) * (slope.A @ live.A.T)).sum()
+
+        return of
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        return self.R.diagonals().sum(0), self.C.diagonals().sum(0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"RV": self.R.V, "Rd": self.R.d, "CV": self.C.V, "Cd": self.C.d, "mB": self.m.B, "mA": self.m.A}
+
+    def errors(self) -> tuple[float, float, float, float]:
+        return self._errors
+
+
+class Kronecker(Diagonal):
+    """`R` (d_out, d_out) and `C` (d_in, d_in)."""
+
+    form = "kronecker"
+    past = KroneckerPast
+
+    def __init__(self, R: Tensor, C: Tensor) -> None:
+        self.R, self.C = R, C
+
+    @staticmethod
+    def blank(layer: Layer, zeros: Zeros) -> dict[str, Tensor]:
+        d_out, d_in = layer.shape
+        return {"R": zeros(d_out, d_out), "C": zeros(d_in, d_in)}
+
+    @staticmethod
+    def add(sums: dict[str, Tensor], x: Tensor, g: Tensor, layer: Layer) -> None:
+        sums["R"] += (g.mT @ (x @ x.mT @ g)).sum(dim=0).cpu()
+        sums["C"] += (x.mT @ (g @ g.mT @ x)).sum(dim=0).cpu()
+
+    def divided(self, size: float) -> Kronecker:
+        return self if size == 1 else Kronecker(self.R / size, self.C / size)
+
+    def inner(self, x: LowRank, y: LowRank) -> float:
+        total = self.trace()
+        left, right = x.B.double().T @ self.R.double() @ y.B.double(), x.A.double() @ self.C.double() @ y.A.double().T
+        return float((left * right).sum()) / total if total > 0 else 0.0
+
+    def trace(self) -> float:
+        return float(self.R.double().trace())
+
+    def count(self) -> int:
+        return len(self.R) * len(self.C)
+
+
+class Side:
+    """Several matrices `V_k' V_k + diag(d_k)`: V (terms, directions, d), d (terms, d), none of it negative."""
+
+    def __init__(self, V: Tensor, d: Tensor) -> None:
+        self.V, self.d = V, d
+
+    @classmethod
+    def of(cls, whole: Tensor, directions: int) -> Side:
+        """One matrix, (d, d) and positive semidefinite: its leading directions, and the diagonal of the rest."""
+        values, vectors = torch.linalg.eigh(whole.double())
+        V = (values.clamp(min=0).sqrt() * vectors).T.flip(0)[:directions]
+        d = (whole.double().diagonal() - V.square().sum(0)).clamp(min=0)
+        return cls(V[None].float().contiguous(), d[None].float())
+
+    def to(self, where: Any) -> Side:
+        """On another device, or in another type."""
+        return Side(self.V.to(where), self.d.to(where))
+
+    def form(self, x: Tensor, y: Tensor) -> Tensor:
+        """`X' M_k Y` for each k: (terms, n, m) of X (d, n) and Y (d, m)."""
+        return (self.V @ x).mT @ (self.V @ y) + x.T @ (self.d[..., None] * y)
+
+    def times(self, x: Tensor) -> Tensor:
+        """`M_k X` for each k: (terms, d, n) of X (d, n)."""
+        return self.V.mT @ (self.V @ x) + self.d[..., None] * x
+
+    def diagonals(self) -> Tensor:
+        """(terms, d)"""
+        return self.V.square().sum(1) + self.d
+
+    def traces(self) -> Tensor:
+        """(terms)"""
+        return self.diagonals().sum(1)
+
+    def products(self) -> Tensor:
+        """The matrices' inner products, (terms, terms), in float64."""
+        V, d = self.V.double(), self.d.double()
+        low = torch.einsum("kad,lbd->klab", V, V).square().sum((2, 3))
+        mixed = d @ V.square().sum(1).T
+        return low + mixed + mixed.T + d @ d.T
+
+    def with_terms(self, other: Side) -> Side:
+        """Those of both; V is filled with zeros where one has fewer directions."""
+        most = max(self.V.shape[1], other.V.shape[1])
+        filled = [torch.nn.functional.pad(V, (0, 0, 0, most - V.shape[1])) for V in (self.V, other.V)]
+        return Side(torch.cat(filled), torch.cat([self.d, other.d]))
+
+    def joined(self, i: int, j: int, directions: int) -> Side:
+        """With the sum of the matrices i and j in their place, as the last."""
+        _, s, vh = torch.linalg.svd(torch.cat([self.V[i], self.V[j]]).double(), full_matrices=False)
+        whole = (s[:, None] * vh).square().sum(0)
+        V = (s[:, None] * vh)[:directions]
+        d = self.d[i] + self.d[j] + (whole - V.square().sum(0)).clamp(min=0).float()
+        others = [k for k in range(len(self.d)) if k not in (i, j)]
+        return Side(self.V[others], self.d[others]).with_terms(Side(V[None].float(), d[None]))
+
+
+def _least_changed(R: Side, C: Side) -> tuple[float, float, int, int]:
+    """The two terms that are best joined: the squared norm of what it changes in S, that of S, and which they are."""
+    t = R.traces().double().clamp(min=TINY)
+    rows, columns = R.products(), C.products()
+    whole = rows * columns / (t[:, None] * t)
+    tried = []
+    for i, j in combinations(range(len(t)), 2):
+        two = [i, j]
+        before = float(whole[two][:, two].sum())
+        after = float(rows[two][:, two].sum() * columns[two][:, two].sum() / t[two].sum() ** 2)
+        both = float((rows[two].sum(0)[two] * columns[two].sum(0)[two] / t[two]).sum() / t[two].sum())
+        tried.append((max(0.0, before + after - 2 * both), i, j))
+    lost, i, j = min(tried)
+    return lost, float(whole.sum()), i, j
