@@ -185,6 +185,10 @@ class RunConfig:
                 raise PmLlmError("space factors needs merge optimal, or another merge of the factors themselves.")
         merge.check(start)
         constraints = {choice.name: choice.build("constrain") for choice in method.constrain}
+        if len(constraints) < len(method.constrain):
+            raise PmLlmError(
+                f"constrain names one twice: {', '.join(c.name for c in method.constrain)}. Leave one out."
+            )
         for name, constraint in constraints.items():
             constraint.check(start, merge)
             if start.offset and constraint.from_zero:
@@ -218,7 +222,7 @@ class RunConfig:
                 f"constrain {whole[0]} trains the base weights, which cannot be in 4 bits. Unset load_in_4bit."
             )
         if start.offset and self.load_in_4bit:
-            raise PmLlmError("start subspace with pissa or olora needs base weights that are not in 4 bits. Use eva.")
+            raise PmLlmError("start subspace needs base weights that are not in 4 bits, but for init eva. Use that.")
         if self.truncation == "fisher" and (method.merge.name != "optimal" or merge.in_factors):
             raise PmLlmError("truncation fisher needs merge optimal in the space of the weights. Set it to plain.")
 

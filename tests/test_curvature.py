@@ -159,6 +159,7 @@ VARIANTS = {
         "constrain": ["perturb", "curvature"],
         "max_rank": 6,
     },
+    "kronecker": {"fisher.form": "kronecker", "merge": {"name": "optimal", "current": "line"}},
     "factors": {"space": "factors", "merge": {"name": "optimal", "fisher_scale": "measured", "current": "exact"}},
 }
 

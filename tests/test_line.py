@@ -70,20 +70,27 @@ def test_a_loss_that_is_its_own_quadratic_gives_the_closed_form(space: str, scal
 
 def test_the_lowest_point_of_a_parabola_and_of_what_falls() -> None:
     assert lowest(POINTS, [(x - 0.3) ** 2 for x in POINTS]) == pytest.approx(0.3)
+    for least in (0.02, 0.06, 1 / 17, 0.3, 0.95, 0.99):
+        assert lowest(POINTS, [(x - least) ** 2 for x in POINTS]) == pytest.approx(least)
+    for beyond, end in ((-0.3, 0.0), (1.4, 1.0)):
+        assert lowest(POINTS, [(x - beyond) ** 2 for x in POINTS]) == end
     assert lowest(POINTS, [-x for x in POINTS]) == 1.0
     assert lowest(POINTS, list(POINTS)) == 0.0
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(PmLlmError, match="one alpha for the model"):
-        Optimal(current="line", granularity="layer")
+    for options in ({"granularity": "layer"}, {"clip": False}):
+        with pytest.raises(PmLlmError, match="one alpha for the model"):
+            Optimal(current="line", **options)
     adapters, fishers, _ = pair("weights")
     merger = Merger("optimal", current="line")
     running = merger.fold(None, adapters[0], fishers[0])
     with pytest.raises(PmLlmError, match="probe"):
         merger.fold(running, adapters[1], fishers[1])
+    before = {key: x.clone() for key, x in merger.state().items()}
     with pytest.raises(PmLlmError, match="loss between"):
-        coefficient("weights", "raw", "line", lambda at: float("nan"))
+        merger.fold(running, adapters[1], fishers[1], probe=SimpleNamespace(loss=lambda at: float("nan")))
+    assert all(torch.equal(x, merger.state()[key]) for key, x in before.items())  # as if nothing had been asked
 
 
 @pytest.mark.parametrize("family", FAMILIES)

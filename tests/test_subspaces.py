@@ -148,6 +148,7 @@ def test_osft_leaves_the_large_directions_alone(family: str, tmp_path) -> None:
     """What goes in along them comes out as before, though the optimizer is Adam; all the rest may move."""
     osft, context, kept = trained_with_osft(family, str(tmp_path), steps=3, rate=1.0, rank=1000)
     before = {name: layer.get_delta_weight("default").detach() for name, layer in osft._layers.items()}
+    assert all(not context.live.weights(name)[1].any() for name in before)  # A and B were not trained
     originals = {name: layer.base_layer for name, layer in osft._layers.items()}
     batch = batch_of(family, features(family, 2))
     context.model.eval()
@@ -164,7 +165,6 @@ def test_osft_leaves_the_large_directions_alone(family: str, tmp_path) -> None:
         assert delta.abs().max() > 1e-3
         assert (delta @ vh.T).abs().max() < 1e-4
         assert (u.T @ delta).abs().max() < 1e-4
-        assert not context.live.weights(name)[1].grad
         weight = layer.base_layer.weight.detach() + delta
         torch.testing.assert_close(weight @ vh.T, u * s, atol=1e-4, rtol=1e-3)
 
@@ -183,6 +183,33 @@ def test_osft_hands_on_the_best_adapter_of_its_rank(tmp_path) -> None:
             float(torch.linalg.svdvals(x)[3:].square().sum()), rel=1e-2
         )
     assert not any("osf" in name for name, _ in context.model.named_parameters())
+
+
+def test_osft_trains_on_what_it_hands_on_in_bfloat16(tmp_path) -> None:
+    """Under autocast, too, where the products of U, S and V are rounded."""
+    osft, *_ = trained_with_osft("llama", str(tmp_path), steps=1, rate=0.01)
+    for name, layer in osft._layers.items():
+        x = torch.randn(4, layer.in_features)
+        exact = layer.get_delta_weight("default").detach().double()
+        nothing = layer.base_layer
+        layer.base_layer = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+        torch.nn.init.zeros_(layer.base_layer.weight)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found = layer(x).double()
+        layer.base_layer = nothing
+        expected = x.double() @ exact.T
+        assert (found - expected).norm() < 0.02 * expected.norm(), name
+
+
+def test_osft_takes_modules_outside_of_blocks() -> None:
+    model = make_peft("t5", target_modules=["q", "lm_head"])
+    rows = [batch_of("t5", [row]) for row in features("t5", 2)]
+    chosen = SimpleNamespace(one_by_one=lambda _: iter(rows))
+    osft = Osft()
+    osft.prepare(Context(1, live=Live(lora_layers(model), "default"), model=model, chosen=chosen))
+    head = next(layer for name, layer in osft._layers.items() if "lm_head" in name)
+    small = min(head.in_features, head.out_features)
+    assert small - len(head.osf_svd_params["default"]["S_low"]) == round(0.8 * small)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,6 +253,7 @@ def test_osft_refuses_company_and_four_bits() -> None:
         ({"load_in_4bit": True}, "cannot be in 4 bits"),
         ({"start": "continue"}, "a start that is fresh"),
         ({"start": "subspace"}, "begins at zero"),
+        ({"constrain": ["osft", "osft"]}, "twice"),
     ):
         with pytest.raises(PmLlmError, match=expected):
             load_config(None, {"method": "osft", **keys}).check()

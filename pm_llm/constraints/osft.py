@@ -12,12 +12,12 @@ import torch
 from peft import OSFConfig
 from peft.tuners.osf.layer import Linear as OsfLinear
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, linear
 
 from pm_llm.adapters import Adapter, set_active
 from pm_llm.constraints import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
-from pm_llm.lowrank import from_dense, truncate
+from pm_llm.lowrank import LowRank, truncate
 from pm_llm.merges import Merge
 from pm_llm.processes import total
 from pm_llm.starts import RUNNING, Start, check_fresh
@@ -25,12 +25,35 @@ from pm_llm.starts import RUNNING, Start, check_fresh
 SIDES = ("U_low", "S_low", "V_low")
 
 
+class _Layer(OsfLinear):
+    """PEFT's layer with `U S V' - U0 S0 V0' = (U S - U0 S0) V' + U0 S0 (V' - V0')`: the differences are small, and
+    would be lost where the products are rounded, as under autocast to bfloat16, before they are subtracted."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (d_out, 2 n) and A (2 n, d_in) of the change."""
+        layers: Any = self.osf_svd_params
+        ((name, now),) = layers.items()
+        began = self._osf_U_low_init[name] * self._osf_S_low_init[name]
+        B = torch.cat([now["U_low"] * now["S_low"] - began, began], dim=1)
+        return B, torch.cat([now["V_low"], now["V_low"] - self._osf_V_low_init[name]])
+
+    def change(self) -> LowRank:
+        """The same, detached and on CPU."""
+        return LowRank(*(x.detach().float().cpu() for x in self.factors()))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        B, A = self.factors()
+        return result + linear(linear(x.to(A.dtype), A), B).to(result.dtype)
+
+
 @dataclass
 class Osft(Constraint):
     """`W = W0 + M_{t-1} = U S V'` of each adapted module is trained whole, but for its k largest singular directions:
     U, S and V of the others move, U and V only orthogonally to what stays. So `W_new x = W x` for every x in the span
     of the k right directions. The layer that does it is PEFT's `osf`; it projects the gradients, and as Adam's rates
-    lead away from there again, what the optimizer did is projected here too.
+    lead away from there again, what the optimizer did is projected here too. Weight decay draws U, S and V to 0, not
+    back to the base weights: leave it at 0.
 
     `k / min(d_out, d_in) = minimum + I (target - minimum)` adapts to the layer: I is the mean cosine of what goes into
     and comes out of the module's block, divided by its mean over the blocks. (The paper's I compares inputs and
@@ -70,12 +93,12 @@ class Osft(Constraint):
     def prepare(self, context: Context) -> None:
         assert context.live is not None
         live, importance = context.live, block_importance(context)
-        mean = sum(importance.values()) / len(importance)
+        mean = sum(importance.values()) / max(len(importance), 1)
         for name, layer in live.layers.items():
             base = layer.get_base_layer()
             if type(base) is not nn.Linear:
                 raise PmLlmError(f"osft: {name} is a {type(base).__name__}; it needs plain linear layers.")
-            relative = importance[_block(name)] / mean if mean > 0 else 1.0
+            relative = importance.get(_block(name), mean) / mean if mean > 0 else 1.0
             share = self.minimum + relative * (self.target - self.minimum)
             small = min(base.weight.shape)
             kept = min(max(round(share * small), 1), small - 1)
@@ -84,7 +107,7 @@ class Osft(Constraint):
                 weight = weight + layer.get_delta_weight(RUNNING).float()
             carrier = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
             carrier.weight = nn.Parameter(weight, requires_grad=False)
-            wrapped = OsfLinear(carrier, live.adapter, OSFConfig(), effective_rank=kept)
+            wrapped = _Layer(carrier, live.adapter, OSFConfig(), effective_rank=kept)
             wrapped.base_layer = layer.base_layer
             layer.base_layer = self._layers[name] = wrapped
 
@@ -103,8 +126,7 @@ class Osft(Constraint):
         lost = whole = 0.0
         factors = {}
         for name, wrapped in self._layers.items():
-            change = from_dense(wrapped.get_delta_weight(context.live.adapter).detach().cpu())
-            factors[name], missed, size = truncate(change, self.rank)
+            factors[name], missed, size = truncate(wrapped.change(), self.rank)
             lost, whole = lost + missed, whole + size
             context.live.layers[name].base_layer = wrapped.base_layer
         self._layers = {}
@@ -142,17 +164,20 @@ def off_kept(layer: Any, side: str, adapter: str, move: Tensor) -> Tensor:
 
 def block_importance(context: Context) -> dict[str, float]:
     """For each block with an adapted module the mean cosine, at least 0, of its input and output states (d,) over all
-    positions of the chosen rows; a block is named as its modules are up to the first number, e.g. `model.layers.3`."""
+    positions of the chosen rows; a block is named as its modules are up to the first number, e.g. `model.layers.3`.
+    Modules outside of blocks, such as a head, have none."""
     assert context.live is not None
     assert context.chosen is not None
-    blocks = {_block(name) for name in context.live.layers}
+    blocks = {block for block in map(_block, context.live.layers) if block}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in sorted(blocks)}
     was_training = context.model.training
     context.model.eval()
-    with torch.no_grad(), _comparing(context.model.get_base_model(), sums):
-        for row in context.chosen.one_by_one(context.model):
-            context.model(**row)
-    context.model.train(was_training)
+    try:
+        with torch.no_grad(), _comparing(context.model.get_base_model(), sums):
+            for row in context.chosen.one_by_one(context.model):
+                context.model(**row)
+    finally:
+        context.model.train(was_training)
     found = {name: total(x).tolist() for name, x in sums.items()}
     return {name: max(cosines / max(count, 1.0), 0.0) for name, (cosines, count) in found.items()}
 
@@ -176,6 +201,6 @@ def _comparing(base: nn.Module, sums: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _block(name: str) -> str:
-    """A module's block; outside blocks, as a module of its own, itself."""
+    """A module's block; "" outside of blocks."""
     found = re.match(r".*?\.\d+(?=\.)", name)
-    return found.group() if found else name
+    return found.group() if found else ""

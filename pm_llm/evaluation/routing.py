@@ -23,6 +23,7 @@ from pm_llm.tasks import Example, Task, distinct, load_tasks
 from pm_llm.tasks.encode import Encoder, encoders_for
 
 ROUTERS = ("nearest", "arrow")
+ROUTER = "arrow_router"  # by this name PEFT knows which adapter is none of those that are mixed
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def arrow(base: Base, folders: Sequence[Path]) -> PeftModel:
     settings = ArrowConfig(top_k=min(3, len(names)), rng_seed=0)
     settings.task_adapter_names, settings.gks_adapter_names = names, []
     modules = list(lora_layers(model))
-    model.add_adapter("router", LoraConfig(r=ranks.pop(), target_modules=modules, arrow_config=settings))
-    model.set_adapter("router")
+    model.add_adapter(ROUTER, LoraConfig(r=ranks.pop(), target_modules=modules, arrow_config=settings))
+    model.set_adapter(ROUTER)
     return model
 
 

@@ -47,7 +47,7 @@ class Optimal(Merge):
             `E[(g . Delta)^2]`, with nothing left out between weights. `line`: not at all; alpha in [0, 1] minimises
             `L_t(M_{t-1} + alpha Delta) + 1/2 alpha^2 <S_{t-1} o Delta, Delta> - alpha <m_{t-1} - S_{t-1} o M_{t-1},
             Delta>`, with the loss itself on the rows that the Fisher is measured on, at nine points, and a parabola
-            through the best of them and its neighbours. Then `granularity` must be `model`.
+            through the best of them and its neighbours. Then there is one alpha for the model, in [0, 1].
         space: `weights` (the paper), or `factors`: of the LoRA factors, for an adapter that continues. Delta is then
             the change of (B, A), and `M_t = M_{t-1} + alpha_t Delta_t` holds for B and for A.
         pairs: Of a factored or Kronecker Fisher, how many terms the sum S keeps.
@@ -79,8 +79,10 @@ class Optimal(Merge):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be a whole number from 1.")
 
-        if self.current == "line" and self.granularity != "model":
-            raise PmLlmError(f"optimal: current line gives one alpha for the model, not one a {self.granularity}.")
+        if self.current == "line" and (self.granularity != "model" or not self.clip):
+            raise PmLlmError(
+                "optimal: current line gives one alpha for the model, in [0, 1]. Unset granularity and clip."
+            )
         self.in_factors, self.needs_probe = self.space == "factors", self.current == "line"
         self.needs_direction, self.needs_losses = self.current == "exact", self.fisher_scale == "measured"
 
@@ -106,12 +108,12 @@ class Optimal(Merge):
             q = (whole if self.granularity == "model" else sum(own[name] for name in names)) / size
             raw |= dict.fromkeys(names, _divide(pull + q, along + q, group))
         raw = {name: raw[name] for name in found}
+        if self.current == "line" and fold.running:
+            pull, along = (size * sum(numbers) for numbers in zip(*(x[1:] for x in found.values()), strict=True))
+            raw = dict.fromkeys(raw, self._on_line(fold, pull, along))
         self.past = {name: past for name, (past, _, _) in found.items()}
         if not fold.running:
             return Coefficients.same(1.0, fold.new)  # theta*_1 = Delta_1: numerator and denominator are one sum
-        if self.current == "line":
-            pull, along = (size * sum(numbers) for numbers in zip(*(x[1:] for x in found.values()), strict=True))
-            return Coefficients.same(self._on_line(fold, pull, along), fold.new)
         used = {name: min(1.0, max(0.0, value)) if self.clip else value for name, value in raw.items()}
         return Coefficients(used, raw)
 
@@ -214,12 +216,16 @@ class Optimal(Merge):
 
 
 def lowest(points: Sequence[float], values: Sequence[float]) -> float:
-    """Where the parabola through the least of the values and its neighbours is lowest; at an end, that end."""
-    best = min(range(len(values)), key=lambda i: values[i])
-    if best in (0, len(values) - 1):
-        return points[best]
-    before, here, after = values[best - 1 : best + 2]
-    return points[best] + (points[1] - points[0]) / 2 * (before - after) / (before - 2 * here + after)
+    """Where the parabola through the least of the values and its neighbours (at an end, through the last three) is
+    lowest, no further than a step from that least one; the points are evenly spaced."""
+    least = min(range(len(values)), key=lambda i: values[i])
+    middle, step = min(max(least, 1), len(values) - 2), points[1] - points[0]
+    before, here, after = values[middle - 1 : middle + 2]
+    bend = before - 2 * here + after
+    if bend <= 0:
+        return points[least]
+    found = points[middle] + step / 2 * (before - after) / bend
+    return min(max(found, points[0], points[least] - step), points[-1], points[least] + step)
 
 
 def _divide(above: float, below: float, where: str) -> float:
