@@ -46,6 +46,7 @@ def main() -> None:
     from pm_llm.config import load_config
     from pm_llm.methods import PRESETS
     from pm_llm.report.data import open_run
+    from pm_llm.resume import changes
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="embedded:llama")
@@ -84,8 +85,12 @@ def main() -> None:
                 config = load_config(None, {**keys, **({"order": order} if order else {})})
                 if not (given.out / name / "results.json").exists():
                     Sequence(config).run()
-                found.append(records.record(method, str(order or "given"), seed, open_run(given.out / name)))
-                records.write(given.out / "records.jsonl", found)
+                run = open_run(given.out / name)
+                differing = changes(run.results["config"], config.plain())
+                if differing:
+                    parser.error(f"{given.out / name} was run with other settings: {'; '.join(differing)}")
+                found.append(records.record(method, str(order or "given"), seed, run))
+                records.add(given.out / "records.jsonl", found[-1])
     print(records.table(found))
 
 

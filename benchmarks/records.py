@@ -3,8 +3,9 @@
     python benchmarks/records.py docs/results/FILE.jsonl        # print its table
     python benchmarks/records.py --write docs/results.md        # renew every table of a page, where its marker is
 
-Intervals are 95 % percentile bootstrap: test rows are drawn anew within each task, the same for all methods and
-orders, and with several seeds the seeds too. Differences are paired.
+Intervals are of 95 %. With one seed: percentile bootstrap over the test rows, drawn anew within each task and the same
+for all methods and orders; they say nothing of other seeds. With several: Student's t over the seeds' means (of all
+orders), whose spread holds that of their test rows too where these were drawn by seed. Differences are paired.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 import numpy as np
 
 DRAWS = 2000
-MARKER = re.compile(r"<!-- table of (\S+) -->\n(?:\|.*\n)*")
+# 97.5 % points of Student's t, for 1, 2, ... degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MARKER = re.compile(r"<!-- table of (\S+) -->\n(?:\|.*(?:\n|$))*")
 PATHS = ("model", "data_dir", "output_dir")  # of the configuration; of no use elsewhere
 RESULTS = (
     *("method", "versions", "tasks", "stages", "matrix", "coefficients", "raw_coefficients", "truncation_errors"),
@@ -41,6 +44,7 @@ def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
         final = [run.predictions[i][task] for i, task in enumerate(results["stages"])]
     return {
         **{"name": name, "order": order, "seed": seed, "model": Path(results["config"]["model"]).name},
+        "task_id": PRESETS[results["config"]["method"]].task_id,
         "config": config,
         **{key: results[key] for key in RESULTS if key in results},
         "state_bytes": state_bytes(run.path),
@@ -48,7 +52,7 @@ def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
             one.task: {
                 "scorer": one.scorer,
                 "key": hashlib.sha256("".join(one.keys).encode()).hexdigest()[:16],
-                "numbers": [[int(x) if x == int(x) else x for x in row] for row in one.numbers.tolist()],
+                "numbers": [[int(x) if float(x).is_integer() else x for x in row] for row in one.numbers.tolist()],
             }
             for one in final
         },
@@ -56,8 +60,8 @@ def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
 
 
 def state_bytes(path: Path) -> int:
-    """What a run must keep to go on with another task: the adapter, the merge's and the constraints' memory, and the
-    last or all task adapters where they are needed."""
+    """What a run must keep to go on with another task: the adapter, the merge's memory (with old adapters, where it
+    needs them) and the constraints', and the last task adapter where it is needed."""
     from pm_llm.config import Method
     from pm_llm.run_dir import ADAPTER, CURVATURE, MEMORY, STAGES, TASK_ADAPTER, RunDir
 
@@ -68,8 +72,6 @@ def state_bytes(path: Path) -> int:
     kept = [run.path / ADAPTER, stages[-1] / CURVATURE, stages[-1] / MEMORY]
     if method.start.name == "alone" and method.merge.name == "replace" and not method.constrain:
         kept = [stage / TASK_ADAPTER for stage in stages]  # a model of its own for each task
-    elif method.merge.build("merge").old_adapters:
-        kept += [stage / TASK_ADAPTER for stage in stages]
     elif method.start.build("start").needs_last:
         kept.append(stages[-1] / TASK_ADAPTER)
     files = [file for place in kept for file in ([place] if place.is_file() else place.rglob("*"))]
@@ -86,20 +88,30 @@ def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(one, separators=(",", ":")) + "\n" for one in records))
 
 
+def add(path: Path, one: dict[str, Any]) -> None:
+    """Put a record into a file, in place of one of the same name, order and seed."""
+    before = read(path) if path.exists() else []
+    others = [other for other in before if _key(other) != _key(one)]
+    write(path.with_suffix(".tmp"), [*others, one])
+    path.with_suffix(".tmp").replace(path)
+
+
+def _key(one: dict[str, Any]) -> tuple[str, str, int]:
+    return one["name"], one["order"], one["seed"]
+
+
 def averages(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Each name's final average over its orders and seeds, shape (1 + DRAWS,): as it is, then of each draw.
+    """Each name's final average over its orders, (1 + DRAWS, seeds): as it is, then of each draw of rows.
 
     Raises:
-        ValueError: If runs were scored on different rows, or a name lacks a run that another one has.
+        ValueError: If runs were scored on different rows, one is there twice, or a name lacks a run that another has.
     """
     from pm_llm.evaluation.scorers import scorer_named
 
-    runs = {(one["name"], one["order"], one["seed"]): one for one in records}
+    runs = {_key(one): one for one in records}
+    if len(runs) < len(records):
+        raise ValueError("two records are of one name, order and seed. Give one file only, or other ones.")
     names, orders, seeds = (list(dict.fromkeys(key[i] for key in runs)) for i in range(3))
-    rng = np.random.default_rng(0)
-    weights = np.full((1 + DRAWS, len(seeds)), 1 / len(seeds))
-    if len(seeds) > 1:
-        weights[1:] = rng.multinomial(len(seeds), weights[0], size=DRAWS) / len(seeds)
     times: dict[str, np.ndarray] = {}  # a set of rows -> how often each of them is drawn
     keys: dict[tuple[str, int], str] = {}
     for (_, _, seed), one in runs.items():
@@ -121,27 +133,39 @@ def averages(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         if missing:
             raise ValueError(f"{name} was not run for {missing}.")
         by_seed = [np.mean([average(runs[name, o, s]) for o in orders], axis=0) for s in seeds]
-        found[name] = (weights * np.stack(by_seed, axis=1)).sum(axis=1)
+        found[name] = np.stack(by_seed, axis=1)
     return found
 
 
+def interval(found: np.ndarray) -> tuple[float, float, float]:
+    """The mean of what :func:`averages` gives, or of a difference of two such, with its interval."""
+    by_seed = found[0]
+    if len(by_seed) == 1:
+        low, high = np.quantile(found[1:, 0], [0.025, 0.975])
+        return float(by_seed[0]), float(low), float(high)
+    half = (T + (1.96,) * len(by_seed))[len(by_seed) - 2] * by_seed.std(ddof=1) / len(by_seed) ** 0.5
+    return float(by_seed.mean()), float(by_seed.mean() - half), float(by_seed.mean() + half)
+
+
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table, a line a name, the best first; differences are to seqlora, the gap to joint."""
+    """A Markdown table, a line a name, the best first; differences are to seqlora, the gap to joint. Coefficients are
+    of the first order and seed, all else is the mean over orders and seeds."""
     found = averages(records)
+    means = {name: float(x[0].mean()) for name, x in found.items()}
+    gap = means["joint"] - means["seqlora"] if {"joint", "seqlora"} <= set(means) else 0.0
     header = ["method", "final average", "less seqlora", "gap closed", "backward transfer", "plasticity"]
     header += ["coefficients", "minutes", "state, MiB"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * 5 + "---|---:|---:|"]
-    for name in sorted(found, key=lambda name: -found[name][0]):
+    for name in sorted(found, key=lambda name: -means[name]):
         runs = [one for one in records if one["name"] == name]
         less = found[name] - found["seqlora"] if "seqlora" in found and name != "seqlora" else None
-        gap = None if less is None or "joint" not in found else less[0] / (found["joint"] - found["seqlora"])[0]
-        alone = not np.isclose(found[name][0], fmean(one["average_accuracy"] for one in runs))
+        alone = runs[0]["task_id"]
         seconds = [sum(sum(stage.values()) for stage in one["seconds"]) for one in runs]
         cells = [
             name,
-            _interval(found[name], ""),
-            "-" if less is None else _interval(less, "+"),
-            "-" if gap is None else f"{100 * gap:.0f} %",
+            _shown(found[name], ""),
+            "-" if less is None else _shown(less, "+"),
+            "-" if less is None or not gap else f"{100 * float(less[0].mean()) / gap:.0f} %",
             "-" if alone else f"{fmean(one['backward_transfer'] for one in runs):+.1f}",
             "-" if alone else f"{fmean(one['plasticity'] for one in runs):.1f}",
             "-" if alone else ", ".join(f"{c:.2f}" for c in runs[0]["coefficients"]),
@@ -152,9 +176,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _interval(draws: np.ndarray, sign: str) -> str:
-    low, high = np.quantile(draws[1:], [0.025, 0.975])
-    return f"{draws[0]:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+def _shown(found: np.ndarray, sign: str) -> str:
+    value, low, high = interval(found)
+    return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def renewed(text: str, folder: Path) -> str:

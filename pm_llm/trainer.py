@@ -206,8 +206,16 @@ class ConstraintMixin:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._same_activation():
-            super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        try:
+            with self._same_activation():
+                super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise PmLlmError(
+                f"the checkpoint is of an adapter with other sizes: {error} What is kept of the weights (constrain "
+                "osft) is measured and may come out otherwise on other hardware. Redo the task with --restart-from."
+            ) from error
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)  # type: ignore[misc]

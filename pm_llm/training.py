@@ -108,6 +108,7 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
         "use_cpu": cpu,
         "remove_unused_columns": False,
         "dataloader_pin_memory": not cpu,
+        "ddp_broadcast_buffers": False,  # no module here changes one, and those of OSFT are as large as weights
     }
     if not seq2seq:
         fields["max_length"] = None  # rows are cut inside their frame already

@@ -91,13 +91,18 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
     runs = [open_run(tmp_path / f"runs/{name}-sentiment,topic-0") for name in ("seqlora", "pm")]
     averages = records.averages(found)
     for name, run in zip(averages, runs, strict=True):
-        assert averages[name][0] == pytest.approx(run.results["average_accuracy"])
         expected = mean_interval(run.final)
-        assert np.quantile(averages[name][1:], [0.025, 0.975]) == pytest.approx([expected.low, expected.high], abs=4)
+        assert expected.value == pytest.approx(run.results["average_accuracy"])
+        given = (expected.value, expected.low, expected.high)
+        assert records.interval(averages[name]) == pytest.approx(given, abs=4)
     expected = difference(runs[1], runs[0])
-    less = averages["pm"] - averages["seqlora"]
+    less = records.interval(averages["pm"] - averages["seqlora"])
+    assert less == pytest.approx((expected.value, expected.low, expected.high), abs=4)
     assert less[0] == pytest.approx(expected.value)
-    assert np.quantile(less[1:], [0.025, 0.975]) == pytest.approx([expected.low, expected.high], abs=4)
+    monkeypatch.setattr(sys, "argv", ["methods", *words.split(), "--train.learning_rate", "0.5"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
+    assert "other settings: lora" in capsys.readouterr().err  # [1] is not among these words, and the rate is another
     assert "/" not in json.dumps({key: found[0][key] for key in ("model", "config", "versions")})
 
     words = ["flatness", "runs/pm-sentiment,topic-0", "--samples", "8", "--out", "flat.json"]
@@ -122,27 +127,31 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     def one(name: str, seed: int, right: list[int], key: str = "k") -> dict:
         rows = {"t": {"scorer": "exact_match", "key": f"{key}{seed}", "numbers": [[float(x)] for x in right]}}
         more = {"order": "t", "backward_transfer": -1.0, "plasticity": 50.0, "coefficients": [1.0]}
-        more |= {"seconds": [{"train": 60.0}], "state_bytes": 2**20, "average_accuracy": 100 * sum(right) / len(right)}
+        more |= {"task_id": False, "seconds": [{"train": 60.0}], "state_bytes": 2**20}
         return {"name": name, "seed": seed, "rows": rows, **more}
 
     right, wrong = [1] * 30 + [0] * 10, [1] * 10 + [0] * 30
-    scale = records.averages([one("seqlora", 0, right)])["seqlora"][0] / 0.75
+    scale = records.averages([one("seqlora", 0, right)])["seqlora"][0, 0] / 0.75
     runs = [one("seqlora", 0, wrong), one("joint", 0, [1] * 40), one("pm", 0, right), one("same", 0, right)]
     found = records.averages(runs)
     assert (found["pm"] == found["same"]).all()
-    assert found["pm"][0] == pytest.approx(0.75 * scale)
+    assert found["pm"][0] == pytest.approx([0.75 * scale])
     assert "67 %" in next(line for line in records.table(runs).splitlines() if line.startswith("| pm "))
-    narrow = np.ptp(np.quantile(found["pm"][1:], [0.025, 0.975]))
-    assert 0.2 * scale < narrow < 0.32 * scale  # 1.96 * 2 * sqrt(.75 * .25 / 40) = .268
-    seeds = records.averages([one("pm", 0, right), one("pm", 1, wrong)])["pm"]
-    assert seeds[0] == pytest.approx(0.5 * scale)
-    assert np.ptp(np.quantile(seeds[1:], [0.025, 0.975])) > 0.5 * scale  # 0.25 to 0.75 by the seeds alone
+    _, low, high = records.interval(found["pm"])
+    assert 0.2 * scale < high - low < 0.32 * scale  # 1.96 * 2 * sqrt(.75 * .25 / 40) = .268
+    seeds = records.averages([one("pm", 0, right), one("pm", 1, wrong), one("pm", 2, right)])["pm"]
+    mean, half = 1.75 / 3, 4.303 * np.std([0.75, 0.25, 0.75], ddof=1) / 3**0.5
+    assert records.interval(seeds / scale) == pytest.approx((mean, mean - half, mean + half))
+    with pytest.raises(ValueError, match="two records"):
+        records.averages([one("pm", 0, right), one("pm", 0, wrong)])
     with pytest.raises(ValueError, match="other rows"):
         records.averages([one("pm", 0, right), one("seqlora", 0, right, key="other")])
     with pytest.raises(ValueError, match="was not run"):
         records.averages([one("pm", 0, right), one("pm", 1, right), one("seqlora", 0, right)])
     records.write(tmp_path / "found.jsonl", runs)
+    records.add(tmp_path / "found.jsonl", runs[-1])
     assert records.read(tmp_path / "found.jsonl") == runs
+    assert records.renewed("<!-- table of found.jsonl -->\n| old |", tmp_path).count("| method") == 1
     page = "before\n<!-- table of found.jsonl -->\n| old |\n|---|\n\nafter\n"
     new = records.renewed(page, tmp_path)
     assert new == f"before\n<!-- table of found.jsonl -->\n{records.table(runs)}\n\nafter\n"

@@ -155,6 +155,26 @@ def test_subspace_begins_at_the_running_model_and_leaves_the_base(family: str, i
     assert all(torch.equal(after[name], p) for name, p in before.items())
 
 
+def test_corda_refuses_what_it_cannot_do_and_leaves_the_model_as_it_was() -> None:
+    alone = SimpleNamespace(num_processes=1)
+    rows = [batch_of("llama", [row]) for row in features("llama", 4)]
+    for rank, given, expected in ((17, rows, "the rank 17"), (4, None, "cannot make 'corda'"), (4, [], "needs a row")):
+        start = Subspace("corda")
+        model = start.prepare(make_model("llama"), None, LoraSection(r=rank), False)
+        model.train()
+        if given is None:  # a state that is not a number
+            model.get_base_model().model.embed_tokens.weight.data.fill_(float("nan"))
+        seen = SimpleNamespace(one_by_one=lambda _, g=given: rows if g is None else g, state=alone)
+        seen.count = 4 if given is None else len(given)
+        with pytest.raises(PmLlmError, match=expected):
+            start.look(model, seen)
+        assert model.training
+        for layer in lora_layers(model).values():
+            linear = layer.get_base_layer()
+            assert not linear._forward_hooks
+            assert not hasattr(linear, "covariance_matrix")
+
+
 def test_subspace_refuses_what_it_cannot_do() -> None:
     with pytest.raises(PmLlmError, match="pissa, olora"):
         Subspace("loftq")

@@ -35,11 +35,12 @@ class Subspace(Start):
     (arXiv 2406.01775), as PEFT makes them. PEFT puts `- s B0 A0` into the base weights. Here these stay as they are:
     it goes into the frozen running adapter while the task trains, and the task vector is `s B A - s B0 A0`, of twice
     the rank. `corda` takes `B0 A0 s = [W0 C]_r C^-1`, where `[.]_r` keeps the r leading singular directions and C is
-    the second moments of the task's inputs (arXiv 2406.05223, its instruction-previewed mode; the other mode wants
-    rows of the knowledge to be kept, and old rows are gone). `eva` takes A0 from the principal directions of the
-    task's inputs, with B0 = 0 (arXiv 2410.07170); they come from second moments, because PEFT's loop does not end on
-    rows with fewer tokens than the rank, and no ranks are moved between modules. Inputs are those of the rows that the
-    Fisher is measured on.
+    the second moments of the task's inputs, each row of which PEFT divides by its largest entry, and damps them by a
+    hundredth (arXiv 2406.05223, its instruction-previewed mode; the other mode wants rows of the knowledge to be kept,
+    and old rows are gone). That takes `4 d_in^2` bytes a module, of all modules at once, where the model is. `eva`
+    takes A0 from the principal directions of the task's inputs, with B0 = 0 (arXiv 2410.07170); they come from second
+    moments, because PEFT's loop does not end on rows with fewer tokens than the rank, and no ranks are moved between
+    modules. Inputs are those of the rows that the Fisher is measured on.
 
     Args:
         init: `pissa`, `pissa_niter_N` (a fast SVD in N steps), `olora`, `corda` or `eva`.
@@ -132,6 +133,12 @@ def _measure(model: PeftModel, layers: dict[str, Any], chosen: ChosenRows) -> No
             f"the task gives {chosen.count}. Give more."
         )
     ranks = {f"{name}.base_layer": layer.r[TASK] for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if layer.r[TASK] > min(layer.in_features, layer.out_features):
+            raise PmLlmError(
+                f"start subspace: corda cannot give {name}, {layer.out_features} by {layer.in_features}, the rank "
+                f"{layer.r[TASK]}. Lower lora.r, or set lora.rank_pattern for this module."
+            )
     settings = CordaConfig(corda_method="ipm", verbose=False)
     config = LoraConfig(
         target_modules=list(ranks), rank_pattern=ranks, init_lora_weights="corda", corda_config=settings
@@ -141,17 +148,24 @@ def _measure(model: PeftModel, layers: dict[str, Any], chosen: ChosenRows) -> No
         for row in chosen.one_by_one(model):
             model(**row)
 
-    was_training = model.training
-    corda.calib_cov_distribution(model, config, pass_rows, None, None)
-    model.train(was_training)
     linears: list[Any] = [layer.get_base_layer() for layer in layers.values()]
-    for linear, rank in zip(linears, ranks.values(), strict=True):
-        linear.covariance_matrix = total(linear.covariance_matrix * linear.sample_count) / chosen.count
-        linear.rank, linear.corda_method = rank, settings.corda_method
-    corda.collect_eigens(model, config, False)
-    corda.crop_corda_eigens(model, config)
-    for linear in linears:
-        del linear.covariance_matrix, linear.sample_count, linear.rank, linear.corda_method
+    was_training, hooks = model.training, [dict(linear._forward_hooks) for linear in linears]
+    try:
+        corda.calib_cov_distribution(model, config, pass_rows, None, None)
+        for linear, rank in zip(linears, ranks.values(), strict=True):
+            linear.covariance_matrix = total(linear.covariance_matrix * linear.sample_count) / chosen.count
+            linear.rank, linear.corda_method = rank, settings.corda_method
+        corda.collect_eigens(model, config, False)
+        corda.crop_corda_eigens(model, config)
+    except (ValueError, ZeroDivisionError, torch.linalg.LinAlgError) as error:
+        raise PmLlmError(f"start subspace: PEFT cannot make 'corda' of the task's inputs: {error}") from error
+    finally:
+        model.train(was_training)
+        for linear, before in zip(linears, hooks, strict=True):
+            for key in set(linear._forward_hooks) - set(before):
+                del linear._forward_hooks[key]
+            for name in ("covariance_matrix", "sample_count", "rank", "corda_method"):
+                linear.__dict__.pop(name, None)
 
 
 @contextmanager
