@@ -196,9 +196,10 @@ def _kept(config: RunConfig, n: int, m: int, r: int) -> int:
         return 0
     if merge.space == "factors":
         return 2 * (n + m) * r
-    if config.fisher.form == "dense":
+    form = merge.form or config.fisher.form
+    if form == "dense":
         return 2 * n * m
-    each = merge.directions + 1 if config.fisher.form == "kronecker" else 1
+    each = merge.directions + 1 if form == "kronecker" else 1
     return (n + m) * (merge.pairs * each + merge.rank)
 
 

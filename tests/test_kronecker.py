@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pm_llm import Merger
+from pm_llm import ContinualSequence, Merger
 from pm_llm.adapters import Adapter, lora_layers
+from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher, Room, past_of
 from pm_llm.fisher.kronecker import Kronecker, KroneckerPast, Side
 from pm_llm.fisher.measure import answer_loss, sum_fisher
 from pm_llm.lowrank import LowRank
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.test_closed_form import random_adapter
+from tests.test_sequence import config_for
 
 OUT, IN = 6, 5  # of random_adapter's modules
 
@@ -168,3 +170,13 @@ def test_adapters_of_a_model_fold(family: str) -> None:
     merger.fold(running, new, fisher)
     assert merger.report.raw_coefficient < 0.6
     assert merger.report.curvature_errors["m"] > 0
+
+
+def test_the_merge_may_name_its_form(pico_folders, tmp_path) -> None:
+    found = []
+    for i, keys in enumerate(({"fisher.form": "kronecker"}, {"merge": {"name": "optimal", "form": "kronecker"}}, {})):
+        config = config_for(pico_folders["llama"], tmp_path / str(i), **{"evaluate": "final", **keys})
+        found.append(ContinualSequence(config).run()["raw_coefficients"])
+    assert found[0] == found[1] != found[2]
+    with pytest.raises(PmLlmError, match="None or dense or factored or kronecker"):
+        Merger("optimal", form="diagonal")

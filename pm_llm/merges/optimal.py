@@ -22,6 +22,7 @@ OPTIONS = {
     "fisher_scale": ("raw", "trace", "own", "measured"),
     "current": ("diagonal", "exact", "line"),
     "space": ("weights", "factors"),
+    "form": (None, "dense", "factored", "kronecker"),
 }
 POINTS = [i / 8 for i in range(9)]  # of `current: line`
 
@@ -50,6 +51,7 @@ class Optimal(Merge):
             through the best of them and its neighbours. Then there is one alpha for the model, in [0, 1].
         space: `weights` (the paper), or `factors`: of the LoRA factors, for an adapter that continues. Delta is then
             the change of (B, A), and `M_t = M_{t-1} + alpha_t Delta_t` holds for B and for A.
+        form: The Fisher's form in the space of the weights; None: `fisher.form` of the configuration.
         pairs: Of a factored or Kronecker Fisher, how many terms the sum S keeps.
         rank: The rank that m is cut to there.
         directions: Of a Kronecker Fisher, how many directions each side of a term keeps.
@@ -63,6 +65,7 @@ class Optimal(Merge):
     fisher_scale: str = "raw"
     current: str = "diagonal"
     space: str = "weights"
+    form: str | None = None
     pairs: int = 4
     rank: int = 32
     directions: int = 32
@@ -74,7 +77,8 @@ class Optimal(Merge):
     def __post_init__(self) -> None:
         for name, allowed in OPTIONS.items():
             if getattr(self, name) not in allowed:
-                raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
+                names = " or ".join(str(one) for one in allowed)
+                raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be {names}.")
         for name in ("pairs", "rank", "directions"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be a whole number from 1.")
