@@ -26,6 +26,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/curvature_memory.py
 	$(BIN)/python benchmarks/methods.py --out runs/methods
+	$(BIN)/python benchmarks/flatness.py runs/methods/pm-given-0
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -80,7 +80,9 @@ def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, 
         assert torch.isfinite(alone(**batch_of(family, features(family, 2))).logits).all()
 
 
-@pytest.mark.parametrize("preset", ["ewc", "inflora", "coso", "frank_wolfe", "replay", "pissa", "corda"])
+@pytest.mark.parametrize(
+    "preset", ["pm_curvature", "ewc", "inflora", "coso", "frank_wolfe", "replay", "pissa", "corda"]
+)
 def test_restarting_from_a_task_repeats_it(preset: str, pico_folders, tmp_path) -> None:
     """From what the constraints and the merge remembered after the task before."""
     keys = {}
