@@ -24,11 +24,17 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 def show(rows: list[dict[str, Any]], out: Path | None) -> None:
     """Print rows as one table, and write them."""
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
+    print(plain(rows))
     if out:
         out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def plain(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
+    return "\n".join(lines)
 
 
 def keys_of(words: list[str]) -> dict[str, Any]:

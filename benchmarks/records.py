@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from common import plain
 
 DRAWS = 2000
 # 97.5 % points of Student's t, for 1, 2, ... degrees of freedom
@@ -182,8 +183,14 @@ def _shown(found: np.ndarray, sign: str) -> str:
 
 
 def renewed(text: str, folder: Path) -> str:
-    """A page with the table of each marked file, a path relative to `folder`, as its records give it."""
-    return MARKER.sub(lambda m: f"<!-- table of {m[1]} -->\n{table(read(folder / m[1]))}\n", text)
+    """A page with the table of each marked file, a path relative to `folder`: of records (JSONL), or of plain rows."""
+
+    def made(match: re.Match[str]) -> str:
+        path = folder / match[1]
+        found = table(read(path)) if path.suffix == ".jsonl" else plain(json.loads(path.read_text()))
+        return f"<!-- table of {match[1]} -->\n{found}\n"
+
+    return MARKER.sub(made, text)
 
 
 def main() -> None:
