@@ -45,10 +45,18 @@ class Forker:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def __call__(self, *argv: object, kill: float | None = None, number: int = signal.SIGKILL) -> Ended:
-        """Run `pm-llm ARGV`, and send a signal after `kill` seconds."""
+    def __call__(
+        self, *argv: object, kill: float | None = None, when: str = "", number: int = signal.SIGKILL
+    ) -> Ended:
+        """Run `pm-llm ARGV`, and send a signal after `kill` seconds, or as soon as a path like `when` is there."""
         self.log.write_text("")
-        job = {"argv": [str(word) for word in argv], "log": str(self.log), "kill": kill, "signal": int(number)}
+        job = {
+            "argv": [str(word) for word in argv],
+            "log": str(self.log),
+            "kill": kill,
+            "when": when,
+            "signal": int(number),
+        }
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")

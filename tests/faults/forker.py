@@ -5,6 +5,7 @@ Answers `{"status": ..., "seconds": ...}`, the status as `os.waitstatus_to_exitc
 """
 
 import contextlib
+import glob
 import json
 import os
 import sys
@@ -49,6 +50,8 @@ def serve() -> None:
             while time.monotonic() - started < job["kill"] and not os.waitid(
                 os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
             ):
+                if job["when"] and glob.glob(job["when"]):
+                    break
                 time.sleep(0.0005)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, job["signal"])

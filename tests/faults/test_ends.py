@@ -206,11 +206,11 @@ def test_a_restart_that_is_stopped_goes_on(forker, pico_folders, tmp_path) -> No
     assert forker(*argv).status == 0
     again = [*argv, "--restart-from", "topic"]
     length = forker(*again).seconds
-    seen = False
-    for part in (0.3, 0.4, 0.5, 0.6, 0.7):
-        ended = forker(*again, kill=part * length)
+    seen, checkpoint = False, "work/02-topic/checkpoint-*"
+    for when in ({"kill": 0.3 * length}, {"kill": 0.5 * length}, {"kill": 60.0, "when": str(run / checkpoint)}):
+        ended = forker(*again, **when)
         assert "topic: going on from" not in ended.said  # nothing is left of the training before
-        stopped = bool(list(run.glob("work/02-topic/checkpoint-*")))
+        stopped = bool(list(run.glob(checkpoint)))
         done = forker(*again)
         assert done.status == 0
         assert ("topic: going on from" in done.said) == stopped
