@@ -157,8 +157,8 @@ def _preset(
 
 PRESETS: dict[str, Method] = {
     "pm": _preset("fresh", "perturb", "optimal", "P&M, arXiv 2505.22389"),
-    # P&M's objective while training, not along one line after it, with a Fisher that sees which inputs tasks share:
-    # what would be taken back is not learnt, and the coefficient comes out near 1
+    # a quadratic like P&M's while training, not along one line after it, with a Fisher that sees which inputs tasks
+    # share: what would be taken back is not learnt, and the coefficient comes out near 1
     "pm_curvature": _preset(
         "fresh",
         Choice("curvature", {"weight": 10.0}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 
@@ -36,7 +37,7 @@ def test_every_choice_has_a_source_and_is_where_the_registry_says() -> None:
     for kind, registry in REGISTRIES.items():
         for name, place in registry.items():
             module, _, attribute = place.partition(":")
-            found = getattr(sys.modules[module], attribute)
+            found = getattr(importlib.import_module(module), attribute)
             assert found.__doc__, (kind, name)
             assert (sys.modules[module].__doc__ or "").partition(":")[2].strip(), (kind, name)
 

@@ -5,14 +5,16 @@ For one example with inputs `x` (T, d_in) and output gradients `g` (T, d_out) th
 
     R = E[G G'] = E[g' (x x') g]        C = E[G' G] = E[x' (g g') x]
 
-the empirical Fisher is taken as `F ~ R (x) C / tr R`, as Shampoo does (arXiv 1802.09568; K-FAC, arXiv 1503.05671,
-takes the moments of g and of x by themselves). Its diagonal is the factored form's. For a low-rank update `B A`
+the empirical Fisher is taken as `F ~ R (x) C / tr R`, the product of Shampoo's two moments (arXiv 1802.09568) with the
+trace of F; K-FAC (arXiv 1503.05671) takes the moments of g and of x by themselves. Its diagonal is the factored
+one. For a low-rank update `B A`
 
     <F B1 A1, B2 A2> = sum((B1' R B2) o (A1 C A2')) / tr R,
 
 which is 0 where the rows of A1 are orthogonal to all past inputs, whatever the size of its entries. While a task's
-rows are seen R and C are whole, `4 (d_in^2 + d_out^2)` bytes a module; of past tasks their leading directions are
-kept, and the diagonal of what is left.
+rows are seen R and C are whole, `4 (d_in^2 + d_out^2)` bytes a module and process; of past tasks their leading
+directions are kept, and the diagonal of what is left, which charges unseen directions again. That cut is not in the
+errors that are told, and the task's own quadratic is taken without it.
 """
 
 from __future__ import annotations
@@ -117,8 +119,8 @@ class Kronecker(Diagonal):
 
     @staticmethod
     def add(sums: dict[str, Tensor], x: Tensor, g: Tensor, layer: Layer) -> None:
-        sums["R"] += (g.mT @ (x @ x.mT @ g)).sum(dim=0).cpu()
-        sums["C"] += (x.mT @ (g @ g.mT @ x)).sum(dim=0).cpu()
+        sums["R"] += (g.flatten(0, 1).T @ (x @ x.mT @ g).flatten(0, 1)).cpu()  # summed over the batch at once
+        sums["C"] += (x.flatten(0, 1).T @ (g @ g.mT @ x).flatten(0, 1)).cpu()
 
     def divided(self, size: float) -> Kronecker:
         return self if size == 1 else Kronecker(self.R / size, self.C / size)
