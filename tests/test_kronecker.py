@@ -7,6 +7,7 @@ import torch
 
 from pm_llm import ContinualSequence, Merger
 from pm_llm.adapters import Adapter, lora_layers
+from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher, Room, past_of
 from pm_llm.fisher.kronecker import Kronecker, KroneckerPast, Side
@@ -178,5 +179,7 @@ def test_the_merge_may_name_its_form(pico_folders, tmp_path) -> None:
         config = config_for(pico_folders["llama"], tmp_path / str(i), **{"evaluate": "final", **keys})
         found.append(ContinualSequence(config).run()["raw_coefficients"])
     assert found[0] == found[1] != found[2]
+    with pytest.raises(PmLlmError, match="space of the weights"):
+        load_config(None, {"method": "pm_curvature", "space": "factors"}).check()
     with pytest.raises(PmLlmError, match="None or dense or factored or kronecker"):
         Merger("optimal", form="diagonal")

@@ -80,7 +80,7 @@ def sum_fisher(
     Args:
         model: A PeftModel with one trainable adapter; left in the mode it had.
         batches: Model inputs with `labels`, -100 outside the answer.
-        form: `dense`, `factored` or `factors`.
+        form: `dense`, `factored`, `kronecker` or `factors`.
         direction: The task vector of each module, for the exact curvature along it.
         progress: Called with the number of examples after each batch.
         zeros: How the sums are made, see :mod:`pm_llm.accumulators`.
