@@ -7,6 +7,7 @@ into the factors. What cannot be folded exactly (DoRA, biases, saved modules ...
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -242,6 +243,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {
         name.rpartition(_PREFIX)[2]: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
     }
+
+
+def block_of(module: str) -> str:
+    """The block that a module stands in, its name up to the first number (`model.layers.3`); "" outside of blocks."""
+    found = re.match(r".*?\.\d+(?=\.)", module)
+    return found.group() if found else ""
 
 
 def trainable_adapter(model: PeftModel) -> str:

@@ -25,8 +25,6 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-# hooks in which a constraint acts on the adapter that is trained
-ON_FACTORS = ("scale", "before_pass", "around", "penalty", "before_update", "after_update")
 ALLOWED = {
     "dtype": ("float32", "bfloat16"),
     "bad_rows": ("error", "drop"),
@@ -212,7 +210,7 @@ class RunConfig:
                 "that are merged or compared. Set max_rank to none."
             )
         whole = [name for name, one in constraints.items() if one.trains_weights]
-        others = [name for name, one in constraints.items() if name not in whole and one.fills(*ON_FACTORS)]
+        others = [name for name, one in constraints.items() if name not in whole and one.acts()]
         if whole and others:
             raise PmLlmError(
                 f"constrain {whole[0]} trains no adapter, and {', '.join(others)} acts on one. Leave one out."

@@ -22,13 +22,22 @@ def second_moments(model: Any, layers: Mapping[str, Any], chosen: ChosenRows) ->
     a 7B model.
     """
     sums = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in layers.items()}
+    with _taking(layers, sums):
+        pass_rows(model, chosen)
+    return {name: total(moments).cpu() for name, moments in sums.items()}
+
+
+def pass_rows(model: Any, chosen: ChosenRows) -> None:
+    """The chosen rows through the model, for hooks to look at: one by one without padding, so that every position
+    counts, in evaluation mode and without gradients."""
     was_training = model.training
     model.eval()
-    with torch.no_grad(), _taking(layers, sums):
-        for row in chosen.one_by_one(model):  # without padding, so that every position counts
-            model(**row)
-    model.train(was_training)
-    return {name: total(moments).cpu() for name, moments in sums.items()}
+    try:
+        with torch.no_grad():
+            for row in chosen.one_by_one(model):
+                model(**row)
+    finally:
+        model.train(was_training)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from trl.trainer import utils as trl_utils
 
 from pm_llm.adapters import factors_of, lora_layers, scaled, set_active, stretched, trainable_adapter
 from pm_llm.checkpoints import Checkpoints
-from pm_llm.constraints import Constraint, Live, Step
+from pm_llm.constraints import UPDATE, WHOLE, Constraint, Live, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.lowrank import LowRank
 from pm_llm.sharding import is_sharded
@@ -37,11 +37,6 @@ class AlreadyTrainedError(Exception):
     The Trainer looks at the number of steps after a step only, and would train one too many where the last step is not
     at the end of an epoch.
     """
-
-
-# hooks that look at, or change, whole parameters; the last three also their gradients, which DeepSpeed keeps to itself
-WHOLE = ("penalty", "around", "before_pass", "before_update", "after_update")
-UPDATE = ("before_pass", "before_update", "after_update")
 
 
 def refuse_sharding(constraints: Sequence[Constraint], sharded: bool, deepspeed: bool) -> None:

@@ -57,10 +57,14 @@ def test_frequent_directions_keeps_its_bound() -> None:
         assert error <= tails[k:].sum() / (5 - k) + 1e-2
 
 
+def chosen_rows(family: str, task: str = "sentiment") -> tuple[SimpleNamespace, list[dict[str, torch.Tensor]]]:
+    rows = [batch_of(family, [row]) for row in features(family, 4, task)]
+    return SimpleNamespace(one_by_one=lambda _: iter(rows)), rows
+
+
 def context_for(family: str, task: int) -> tuple[Context, list[dict[str, torch.Tensor]]]:
     model = make_peft(family)
-    rows = [batch_of(family, [row]) for row in features(family, 4, ("sentiment", "question")[task - 1])]
-    chosen = SimpleNamespace(one_by_one=lambda _: iter(rows))
+    chosen, rows = chosen_rows(family, ("sentiment", "question")[task - 1])
     return Context(task, live=Live(lora_layers(model), "default"), model=model, chosen=chosen), rows
 
 
@@ -128,8 +132,7 @@ def trained_with_osft(family: str, folder: str, steps: int, **options) -> tuple[
     torch.manual_seed(1)
     settings = {"model": make_peft(family), "max_steps": steps, "learning_rate": 1e-2, "optim": "adamw_torch"}
     trainer = make_trainer(family, folder, 16, 1, (), **settings)
-    rows = [batch_of(family, [row]) for row in features(family, 4)]
-    chosen = SimpleNamespace(one_by_one=lambda _: iter(rows))
+    chosen, _ = chosen_rows(family)
     context = Context(1, live=trainer.live, model=trainer.model, chosen=chosen)
     osft = Osft(**options)
     osft.prepare(context)
@@ -216,8 +219,7 @@ def test_osft_takes_modules_outside_of_blocks() -> None:
 def test_osft_keeps_more_where_a_block_changes_little(family: str, tmp_path) -> None:
     """The share follows the mean cosine of the block's states before and after it."""
     trainer = make_trainer(family, str(tmp_path), 16, 1, (), model=make_peft(family))
-    rows = [batch_of(family, [row]) for row in features(family, 4)]
-    chosen = SimpleNamespace(one_by_one=lambda _: iter(rows))
+    chosen, rows = chosen_rows(family)
     context = Context(1, live=trainer.live, model=trainer.model, chosen=chosen)
     if family == "llama":
         stack, states = trainer.model.get_base_model().model, "hidden_states"

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pm_llm.merges import Merge
     from pm_llm.starts import Start
 
+# hooks that look at, or change, whole parameters, and of these the ones that do so with their gradients
+UPDATE = ("before_pass", "before_update", "after_update")
+WHOLE = ("penalty", "around", *UPDATE)
 Row = dict[str, list[int]]  # an encoded training row: `input_ids` and `labels`
 
 
@@ -181,6 +184,11 @@ class Constraint:
     def logs(self, state: dict[str, list[float]]) -> dict[str, float]:
         """What to add to the Trainer's log line, from :meth:`state` summed over processes."""
         return {}
+
+    @classmethod
+    def acts(cls) -> bool:
+        """Whether it does anything to the adapter, or the loss, while a task is trained."""
+        return cls.fills("scale", *WHOLE)
 
     @classmethod
     def fills(cls, *hooks: str) -> bool:

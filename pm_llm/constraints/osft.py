@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +13,10 @@ from peft.tuners.osf.layer import Linear as OsfLinear
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
 
-from pm_llm.adapters import Adapter, set_active
+from pm_llm.adapters import Adapter, block_of, set_active
 from pm_llm.constraints import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
+from pm_llm.inputs import pass_rows
 from pm_llm.lowrank import LowRank, truncate
 from pm_llm.merges import Merge
 from pm_llm.processes import total
@@ -98,7 +98,7 @@ class Osft(Constraint):
             base = layer.get_base_layer()
             if type(base) is not nn.Linear:
                 raise PmLlmError(f"osft: {name} is a {type(base).__name__}; it needs plain linear layers.")
-            relative = importance.get(_block(name), mean) / mean if mean > 0 else 1.0
+            relative = importance.get(block_of(name), mean) / mean if mean > 0 else 1.0
             share = self.minimum + relative * (self.target - self.minimum)
             small = min(base.weight.shape)
             kept = min(max(round(share * small), 1), small - 1)
@@ -164,20 +164,13 @@ def off_kept(layer: Any, side: str, adapter: str, move: Tensor) -> Tensor:
 
 def block_importance(context: Context) -> dict[str, float]:
     """For each block with an adapted module the mean cosine, at least 0, of its input and output states (d,) over all
-    positions of the chosen rows; a block is named as its modules are up to the first number, e.g. `model.layers.3`.
-    Modules outside of blocks, such as a head, have none."""
+    positions of the chosen rows. Modules outside of blocks, such as a head, have none."""
     assert context.live is not None
     assert context.chosen is not None
-    blocks = {block for block in map(_block, context.live.layers) if block}
+    blocks = {block for block in map(block_of, context.live.layers) if block}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in sorted(blocks)}
-    was_training = context.model.training
-    context.model.eval()
-    try:
-        with torch.no_grad(), _comparing(context.model.get_base_model(), sums):
-            for row in context.chosen.one_by_one(context.model):
-                context.model(**row)
-    finally:
-        context.model.train(was_training)
+    with _comparing(context.model.get_base_model(), sums):
+        pass_rows(context.model, context.chosen)
     found = {name: total(x).tolist() for name, x in sums.items()}
     return {name: max(cosines / max(count, 1.0), 0.0) for name, (cosines, count) in found.items()}
 
@@ -198,9 +191,3 @@ def _comparing(base: nn.Module, sums: Mapping[str, Tensor]) -> Iterator[None]:
             handle = base.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
         yield
-
-
-def _block(name: str) -> str:
-    """A module's block; "" outside of blocks."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found.group() if found else ""

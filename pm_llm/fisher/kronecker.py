@@ -146,9 +146,10 @@ class Side:
     @classmethod
     def of(cls, whole: Tensor, directions: int) -> Side:
         """One matrix, (d, d) and positive semidefinite: its leading directions, and the diagonal of the rest."""
-        values, vectors = torch.linalg.eigh(whole.double())
+        whole = whole.double()
+        values, vectors = torch.linalg.eigh(whole)
         V = (values.clamp(min=0).sqrt() * vectors).T.flip(0)[:directions]
-        d = (whole.double().diagonal() - V.square().sum(0)).clamp(min=0)
+        d = (whole.diagonal() - V.square().sum(0)).clamp(min=0)
         return cls(V[None].float().contiguous(), d[None].float())
 
     def to(self, where: Any) -> Side:
@@ -187,9 +188,8 @@ class Side:
     def joined(self, i: int, j: int, directions: int) -> Side:
         """With the sum of the matrices i and j in their place, as the last."""
         _, s, vh = torch.linalg.svd(torch.cat([self.V[i], self.V[j]]).double(), full_matrices=False)
-        whole = (s[:, None] * vh).square().sum(0)
-        V = (s[:, None] * vh)[:directions]
-        d = self.d[i] + self.d[j] + (whole - V.square().sum(0)).clamp(min=0).float()
+        V, rest = (s[:, None] * vh).tensor_split([directions])
+        d = self.d[i] + self.d[j] + rest.square().sum(0).float()
         others = [k for k in range(len(self.d)) if k not in (i, j)]
         return Side(self.V[others], self.d[others]).with_terms(Side(V[None].float(), d[None]))
 

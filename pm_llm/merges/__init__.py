@@ -85,6 +85,8 @@ class Merge:
     """A merge rule. Most rules only choose the coefficient of `M_t = M_{t-1} + alpha_t Delta_t`."""
 
     needs_fisher = False
+    space = "weights"  # where that Fisher lives
+    form: str | None = None  # of a Fisher of the weights; None: the configuration's
     needs_direction = False  # whether that Fisher must hold the exact curvature along the task vector
     needs_losses = False  # whether it must hold the loss before and after training
     needs_probe = False  # whether `fold.probe` must be there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor
 
+from pm_llm.adapters import block_of
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher, Past, Room, past_of, scale_of
 from pm_llm.lowrank import LowRank
@@ -184,8 +184,8 @@ class Optimal(Merge):
             return {"the model": list(names)}
         groups: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            layer = re.match(r".*?\.\d+(?=\.)", name) if self.granularity == "layer" else None
-            groups[f"layer {layer[0]}" if layer else f"module {name}"].append(name)
+            layer = block_of(name) if self.granularity == "layer" else ""
+            groups[f"layer {layer}" if layer else f"module {name}"].append(name)
         return groups
 
     def _own(self, fold: Fold, fisher: Fisher) -> tuple[dict[str, float], float]:

@@ -17,7 +17,7 @@ from pm_llm.adapters import Adapter, lora_layers, set_active
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.task import ChosenRows
-from pm_llm.inputs import second_moments
+from pm_llm.inputs import pass_rows, second_moments
 from pm_llm.lowrank import LowRank
 from pm_llm.models import add_task_adapter
 from pm_llm.processes import total
@@ -144,14 +144,10 @@ def _measure(model: PeftModel, layers: dict[str, Any], chosen: ChosenRows) -> No
         target_modules=list(ranks), rank_pattern=ranks, init_lora_weights="corda", corda_config=settings
     )
 
-    def pass_rows() -> None:
-        for row in chosen.one_by_one(model):
-            model(**row)
-
     linears: list[Any] = [layer.get_base_layer() for layer in layers.values()]
     was_training, hooks = model.training, [dict(linear._forward_hooks) for linear in linears]
     try:
-        corda.calib_cov_distribution(model, config, pass_rows, None, None)
+        corda.calib_cov_distribution(model, config, lambda: pass_rows(model, chosen), None, None)
         for linear, rank in zip(linears, ranks.values(), strict=True):
             linear.covariance_matrix = total(linear.covariance_matrix * linear.sample_count) / chosen.count
             linear.rank, linear.corda_method = rank, settings.corda_method
