@@ -6,7 +6,8 @@
 Without a model and a folder: the embedded ones. Runs that are in the folder are not repeated, one that was stopped
 goes on. A method is a preset or a name in `variants.yaml`. Any key of the configuration may follow, e.g.
 `--train.max_steps 200`; all runs of a folder must agree. Hidden states below the first adapted layer are computed once
-a row (`trunk.py`). Records go to `FOLDER/records.jsonl`, and their table (`records.py`) is printed.
+a row (`trunk.py`, and `guesses.py` for answers). Records go to `FOLDER/records.jsonl`, and their table (`records.py`)
+is printed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import guesses
 import records
 import trunk
 import yaml
@@ -44,6 +46,8 @@ def main() -> None:
     """Run what is missing, write the records and print their table."""
     from pm_llm import ContinualSequence
     from pm_llm.config import load_config
+    from pm_llm.evaluation import run as evaluation
+    from pm_llm.evaluation.generate import generate
     from pm_llm.methods import PRESETS
     from pm_llm.report.data import open_run
     from pm_llm.resume import changes
@@ -70,8 +74,10 @@ def main() -> None:
         def _load(self) -> None:
             super()._load()
             layers = self.config.lora.layers_to_transform or [0]
-            if min(layers) > 0 and not self.config.load_in_4bit:
+            looked_up = min(layers) > 0 and not self.config.load_in_4bit
+            if looked_up:
                 trunk.install(self.base.model, min(layers), self.config.model)
+            evaluation.generate = guesses.generate if looked_up else generate
 
     methods = list(PRESETS) if given.methods == ["all"] else given.methods
     variants = yaml.safe_load((Path(__file__).parent / "variants.yaml").read_text())

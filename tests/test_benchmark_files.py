@@ -16,7 +16,11 @@ from transformers import set_seed
 
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import mean_interval
+from pm_llm.evaluation.generate import generate
+from pm_llm.models import load_base, load_tokenizer
 from pm_llm.report.data import difference, open_run
+from pm_llm.tasks import Example
+from pm_llm.tasks.encode import Encoder
 from tests.conftest import FAMILIES, ROOT, batch_of, features, make_model, make_peft, targets
 
 
@@ -197,6 +201,29 @@ def test_the_trunk_gives_what_the_layers_give(monkeypatch) -> None:
     said = [model.generate(input_ids=prompt, max_new_tokens=5, do_sample=False) for model in (whole, cached)]
     assert torch.equal(*said)
     assert len(trunk.CACHE) == 5
+
+
+def test_checked_guesses_are_what_the_model_generates(monkeypatch) -> None:
+    """Whatever is guessed: right answers, wrong ones, answers that end at once or not within the limit."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import guesses
+
+    tokenizer, _ = load_tokenizer("embedded:llama")
+    model = load_base("embedded:llama", "float32", False).model
+    set_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    answers = ["joy", "sad news", "a b c d e f g"]
+    rows = [Example("a film about rain " * (i % 4 + 1) + str(i), answers[i % 3]) for i in range(12)]
+    encoder = Encoder(tokenizer, False, 96, 4)
+    expected = generate(adapted, encoder, rows, 4)
+    assert guesses.generate(adapted, encoder, rows, 4) == expected
+    ids = adapted.generate(input_ids=torch.tensor([encoder.prompt(rows[0])]), max_new_tokens=3, do_sample=False)
+    end = int(ids[0, -1])  # from now on what ends an answer
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    adapted.generation_config.eos_token_id = end
+    ended = generate(adapted, encoder, rows, 4)
+    assert guesses.generate(adapted, encoder, rows, 4) == ended != expected
 
 
 @pytest.mark.slow
