@@ -44,8 +44,8 @@ def generate(
                 right = next((j for j in range(sure, len(guess)) if guess[j] != tokens[j]), len(guess))
                 known[i] = (*guess[:right], tokens[right])
                 if end in known[i] or len(known[i]) >= limit:
-                    known[i] = known[i][: known[i].index(end)] if end in known[i] else known[i][:limit]
-                    seen.setdefault((*known[i], end))
+                    known[i] = known[i][: known[i].index(end) + 1] if end in known[i] else known[i][:limit]
+                    seen.setdefault(known[i])
                 else:
                     guesses[i] = next((one for one in seen if one[: right + 1] == known[i]), known[i])
         texts = encoder.tokenizer.batch_decode([list(known[i]) for i in batch], skip_special_tokens=True)

@@ -211,19 +211,21 @@ def test_checked_guesses_are_what_the_model_generates(monkeypatch) -> None:
     tokenizer, _ = load_tokenizer("embedded:llama")
     model = load_base("embedded:llama", "float32", False).model
     set_seed(0)
-    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, lora_alpha=256, target_modules=["v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     answers = ["joy", "sad news", "a b c d e f g"]
     rows = [Example("a film about rain " * (i % 4 + 1) + str(i), answers[i % 3]) for i in range(12)]
     encoder = Encoder(tokenizer, False, 96, 4)
     expected = generate(adapted, encoder, rows, 4)
+    assert len(set(expected)) > 1
     assert guesses.generate(adapted, encoder, rows, 4) == expected
     ids = adapted.generate(input_ids=torch.tensor([encoder.prompt(rows[0])]), max_new_tokens=3, do_sample=False)
     end = int(ids[0, -1])  # from now on what ends an answer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     adapted.generation_config.eos_token_id = end
     ended = generate(adapted, encoder, rows, 4)
-    assert guesses.generate(adapted, encoder, rows, 4) == ended != expected
+    assert guesses.generate(adapted, encoder, rows, 4) == ended
+    assert ended != expected
 
 
 @pytest.mark.slow
