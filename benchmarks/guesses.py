@@ -42,9 +42,9 @@ def generate(
             for i, tokens in said.items():
                 guess, sure = guesses.pop(i), len(known[i])
                 right = next((j for j in range(sure, len(guess)) if guess[j] != tokens[j]), len(guess))
-                known[i] = (*guess[:right], tokens[right])
-                if end in known[i] or len(known[i]) >= limit:
-                    known[i] = known[i][: known[i].index(end) + 1] if end in known[i] else known[i][:limit]
+                known[i] = (*guess[:right], tokens[right])[:limit]
+                if end in known[i] or len(known[i]) == limit:
+                    known[i] = known[i][: known[i].index(end) + 1] if end in known[i] else known[i]
                     seen.setdefault(known[i])
                 else:
                     guesses[i] = next((one for one in seen if one[: right + 1] == known[i]), known[i])
