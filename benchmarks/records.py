@@ -29,7 +29,7 @@ MARKER = re.compile(r"<!-- table of (\S+) -->\n(?:\|.*(?:\n|$))*")
 PATHS = ("model", "data_dir", "output_dir")  # of the configuration; of no use elsewhere
 RESULTS = (
     *("method", "versions", "tasks", "stages", "matrix", "coefficients", "raw_coefficients", "truncation_errors"),
-    *("ranks", "curvatures", "losses", "constraint_reports", "seconds", "peak_memory_bytes"),
+    *("ranks", "curvatures", "curvature_errors", "losses", "constraint_reports", "seconds", "peak_memory_bytes"),
     *("average_accuracy", "backward_transfer", "plasticity"),
 )
 

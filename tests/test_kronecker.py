@@ -161,6 +161,38 @@ def test_few_directions_keep_the_leading_ones_and_the_diagonal() -> None:
     torch.testing.assert_close(both.diagonals()[0], 3 * M.diagonal(), rtol=1e-4, atol=1e-3)
 
 
+def test_the_cut_to_directions_is_told_and_the_tasks_own_quadratic_is_taken_with_it() -> None:
+    fisher, theta = fisher_like(0), random_adapter(0).factors["one"]
+    past = KroneckerPast.plus(None, fisher, theta, Room(directions=1))
+    lost, total, _, _ = past.errors()
+    assert lost == pytest.approx(float((matrix(fisher) - whole(past)).square().sum()), rel=1e-4)
+    assert total == pytest.approx(float(whole(past).square().sum()), rel=1e-4)
+    assert lost > 0.01 * total
+    half = KroneckerPast.plus(None, fisher.divided(2.0), theta, Room(directions=1)).errors()
+    of_half = KroneckerPast.plus(None, fisher.kept(Room(directions=1)).divided(2.0), theta, Room()).errors()
+    for one in (half, of_half):
+        assert one[:2] == pytest.approx((lost / 4, total / 4))
+    merger, running = Merger("optimal", directions=1), None
+    for t in range(1, 6):  # equal Fishers, of which little is kept, still give 1/t
+        new = random_adapter(t)
+        running = merger.fold(running, new, Fisher(dict.fromkeys(new.factors, fisher)))
+        assert merger.report.raw_coefficient == pytest.approx(1 / t, rel=1e-3)
+        assert merger.report.curvature_errors["S"] > 0.1 / t
+
+
+def test_a_large_matrix_is_cut_without_its_decomposition() -> None:
+    """As well as with it, to a thousandth, where eigenvalues fall as 1 / k; twice the same."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(300, 300))[0]
+    M = basis @ torch.diag(1 / torch.arange(1.0, 301)) @ basis.T
+    side, again = Side.of(M, 8), Side.of(M, 8)
+    assert torch.equal(side.V, again.V)
+    values, vectors = torch.linalg.eigh(M.double())
+    best = (values.sqrt() * vectors).T.flip(0)[:8]
+    assert float((M - side.V[0].T @ side.V[0]).norm()) < 1.001 * float((M - best.T @ best).norm())
+    torch.testing.assert_close(side.diagonals()[0], M.diagonal(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_a_model_fold(family: str) -> None:
     model = make_peft(family, random_b=True)

@@ -72,6 +72,10 @@ class Diagonal:
         """
         raise NotImplementedError
 
+    def kept(self, room: Room) -> Diagonal:
+        """What a sum of past quadratics takes of it: itself, but for a form that is cut on the way there."""
+        return self
+
     def divided(self, size: float) -> Diagonal:
         """The Fisher divided by a number."""
         raise NotImplementedError

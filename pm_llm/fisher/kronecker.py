@@ -12,14 +12,14 @@ one. For a low-rank update `B A`
     <F B1 A1, B2 A2> = sum((B1' R B2) o (A1 C A2')) / tr R,
 
 which is 0 where the rows of A1 are orthogonal to all past inputs, whatever the size of its entries. While a task's
-rows are seen R and C are whole, `4 (d_in^2 + d_out^2)` bytes a module and process; of past tasks their leading
-directions are kept, and the diagonal of what is left, which charges unseen directions again. That cut is not in the
-errors that are told, and the task's own quadratic is taken without it.
+rows are seen R and C are whole, `4 (d_in^2 + d_out^2)` bytes a module and process; then their leading directions are
+kept, and the diagonal of what is left, which charges unseen directions again.
 """
 
 from __future__ import annotations
 
 from itertools import combinations
+from math import prod
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from pm_llm.fisher.factored import inverse_root
 from pm_llm.lowrank import LowRank
 
 TINY = torch.finfo(torch.float32).tiny
+MORE, ITERATIONS = 16, 8  # of the subspace iteration: columns besides those that are kept, and turns
 
 
 class KroneckerPast(Past):
@@ -50,14 +51,16 @@ class KroneckerPast(Past):
 
     @classmethod
     def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room) -> KroneckerPast:
-        R, C = (Side.of(x, room.directions) for x in (fisher.R, fisher.C))
+        one = fisher.kept(room)
+        R, C, lost_S = one.R, one.C, one.lost
         m = LowRank(R.times(theta.B)[0], C.times(theta.A.T)[0].T / R.traces()[0].clamp(min=TINY).to(theta.A))
-        lost_S = total_S = 0.0
         if past is not None:
             R, C, m = past.R.with_terms(R), past.C.with_terms(C), lowrank.add(past.m, m)
-            if len(R.d) > room.pairs:
-                lost_S, total_S, i, j = _least_changed(R, C)
-                R, C = R.joined(i, j, room.directions), C.joined(i, j, room.directions)
+        total_S = float(_products(R, C).sum())
+        if len(R.d) > room.pairs:
+            lost, i, j = _least_changed(R, C)
+            lost_S += lost
+            R, C = R.joined(i, j, room.directions), C.joined(i, j, room.directions)
         roots = [inverse_root(side.diagonals().sum(0)) for side in (R, C)]
         m, lost_m, total_m = lowrank.truncate(m, room.rank, *roots)
         made = cls(R.V, R.d, C.V, C.d, m.B, m.A)
@@ -71,10 +74,7 @@ class KroneckerPast(Past):
         return lowrank.inner(self.m, delta) - self._inner(running, delta)
 
     def _inner(self, x: LowRank, y: LowRank) -> float:
-        """`<S x, y>` in float64."""
-        R, C = self.R.to(torch.float64), self.C.to(torch.float64)
-        each = (R.form(x.B.double(), y.B.double()) * C.form(x.A.double().T, y.A.double().T)).sum((1, 2))
-        return float((each / R.traces().clamp(min=TINY)).sum())
+        return _inner(self.R, self.C, x, y)
 
     def penalty(self, running: LowRank) -> Penalty:
         traces = self.R.traces().clamp(min=TINY)
@@ -103,6 +103,28 @@ class KroneckerPast(Past):
         return self._errors
 
 
+class Kept(Diagonal):
+    """A Kronecker Fisher whose sides are cut, which changes it by the squared Frobenius norm `lost`."""
+
+    form = "kronecker"
+    past = KroneckerPast
+
+    def __init__(self, R: Side, C: Side, lost: float) -> None:
+        self.R, self.C, self.lost = R, C, lost
+
+    def divided(self, size: float) -> Kept:
+        return self if size == 1 else Kept(self.R.divided(size), self.C.divided(size), self.lost / size**2)
+
+    def inner(self, x: LowRank, y: LowRank) -> float:
+        return _inner(self.R, self.C, x, y)
+
+    def trace(self) -> float:
+        return float(self.C.traces())
+
+    def count(self) -> int:
+        return self.R.d.numel() * self.C.d.numel()
+
+
 class Kronecker(Diagonal):
     """`R` (d_out, d_out) and `C` (d_in, d_in)."""
 
@@ -121,6 +143,13 @@ class Kronecker(Diagonal):
     def add(sums: dict[str, Tensor], x: Tensor, g: Tensor, layer: Layer) -> None:
         sums["R"] += (g.flatten(0, 1).T @ (x @ x.mT @ g).flatten(0, 1)).cpu()  # summed over the batch at once
         sums["C"] += (x.flatten(0, 1).T @ (g @ g.mT @ x).flatten(0, 1)).cpu()
+
+    def kept(self, room: Room) -> Kept:
+        """Its leading directions. What that changes: `|R|^2 |C|^2 - 2 <R, R'> <C, C'> + |R'|^2 |C'|^2` over tr^2."""
+        R, C = Side.of(self.R, room.directions), Side.of(self.C, room.directions)
+        before = prod(float(x.double().square().sum()) for x in (self.R, self.C))
+        lost = before - 2 * R.product_with(self.R) * C.product_with(self.C) + float(R.products() * C.products())
+        return Kept(R, C, max(0.0, lost) / max(self.trace(), TINY) ** 2)
 
     def divided(self, size: float) -> Kronecker:
         return self if size == 1 else Kronecker(self.R / size, self.C / size)
@@ -145,9 +174,18 @@ class Side:
 
     @classmethod
     def of(cls, whole: Tensor, directions: int) -> Side:
-        """One matrix, (d, d) and positive semidefinite: its leading directions, and the diagonal of the rest."""
-        whole = whole.double()
-        values, vectors = torch.linalg.eigh(whole)
+        """One matrix, (d, d) and positive semidefinite: its leading directions, and the diagonal of the rest.
+
+        Where the matrix is large, by subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4).
+        """
+        small, basis = whole, None
+        if 4 * (directions + MORE) < len(whole):
+            basis = torch.randn(len(whole), directions + MORE, generator=torch.Generator().manual_seed(0))
+            for _ in range(ITERATIONS):
+                basis = torch.linalg.qr(whole @ basis)[0]
+            small = basis.T @ (whole @ basis)
+        values, vectors = torch.linalg.eigh(small.double())
+        vectors = vectors if basis is None else basis.double() @ vectors
         V = (values.clamp(min=0).sqrt() * vectors).T.flip(0)[:directions]
         d = (whole.diagonal() - V.square().sum(0)).clamp(min=0)
         return cls(V[None].float().contiguous(), d[None].float())
@@ -155,6 +193,14 @@ class Side:
     def to(self, where: Any) -> Side:
         """On another device, or in another type."""
         return Side(self.V.to(where), self.d.to(where))
+
+    def divided(self, size: float) -> Side:
+        return Side(self.V / size**0.5, self.d / size)
+
+    def product_with(self, whole: Tensor) -> float:
+        """The inner product of a matrix (d, d) and these, added up, in float64."""
+        V, whole = self.V.double(), whole.double()
+        return float((V @ whole * V).sum() + (self.d.double() * whole.diagonal()).sum())
 
     def form(self, x: Tensor, y: Tensor) -> Tensor:
         """`X' M_k Y` for each k: (terms, n, m) of X (d, n) and Y (d, m)."""
@@ -194,11 +240,23 @@ class Side:
         return Side(self.V[others], self.d[others]).with_terms(Side(V[None].float(), d[None]))
 
 
-def _least_changed(R: Side, C: Side) -> tuple[float, float, int, int]:
-    """The two terms that are best joined: the squared norm of what it changes in S, that of S, and which they are."""
+def _inner(R: Side, C: Side, x: LowRank, y: LowRank) -> float:
+    """`sum_k <R_k (x) C_k x, y> / tr R_k` in float64."""
+    R, C = R.to(torch.float64), C.to(torch.float64)
+    each = (R.form(x.B.double(), y.B.double()) * C.form(x.A.double().T, y.A.double().T)).sum((1, 2))
+    return float((each / R.traces().clamp(min=TINY)).sum())
+
+
+def _products(R: Side, C: Side) -> Tensor:
+    """The terms' inner products, (terms, terms), in float64; their sum is the squared norm of S."""
     t = R.traces().double().clamp(min=TINY)
-    rows, columns = R.products(), C.products()
-    whole = rows * columns / (t[:, None] * t)
+    return R.products() * C.products() / (t[:, None] * t)
+
+
+def _least_changed(R: Side, C: Side) -> tuple[float, int, int]:
+    """The two terms that are best joined: the squared norm of what it changes in S, and which they are."""
+    t = R.traces().double().clamp(min=TINY)
+    rows, columns, whole = R.products(), C.products(), _products(R, C)
     tried = []
     for i, j in combinations(range(len(t)), 2):
         two = [i, j]
@@ -207,4 +265,4 @@ def _least_changed(R: Side, C: Side) -> tuple[float, float, int, int]:
         both = float((rows[two].sum(0)[two] * columns[two].sum(0)[two] / t[two]).sum() / t[two].sum())
         tried.append((max(0.0, before + after - 2 * both), i, j))
     lost, i, j = min(tried)
-    return lost, float(whole.sum()), i, j
+    return lost, i, j

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
 
 import torch
@@ -93,10 +93,11 @@ class Optimal(Merge):
         self.needs_direction, self.needs_losses = self.current == "exact", self.fisher_scale == "measured"
 
     def coefficients(self, fold: Fold) -> Coefficients:
+        room = Room(self.zeros, self.pairs, self.rank, self.directions)
         fisher = self._checked(fold)
+        fisher = replace(fisher, modules=each(lambda name: fisher.modules[name].kept(room), fold.new))
         own, whole = self._own(fold, fisher)
         size = scale_of(fisher, self.fisher_scale, whole)
-        room = Room(self.zeros, self.pairs, self.rank, self.directions)
 
         def module(name: str) -> tuple[Past, float, float]:
             past, pull, along = self.past.get(name), 0.0, 0.0
