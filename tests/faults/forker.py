@@ -5,6 +5,7 @@ Answers `{"status": ..., "seconds": ...}`, the status as `os.waitstatus_to_exitc
 """
 
 import contextlib
+import gc
 import glob
 import json
 import os
@@ -40,6 +41,8 @@ def child(argv: list[str], log: str) -> None:
 def serve() -> None:
     """Answer until the input ends."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # or every collection in a child goes through all that is imported, and copies its pages
     for line in sys.stdin:
         job = json.loads(line)
         started = time.monotonic()
