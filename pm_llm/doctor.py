@@ -38,7 +38,7 @@ class Finding:
 
 def examine(config: RunConfig) -> list[Finding]:
     """Everything that can be known before a run of `config` begins."""
-    checks = (_versions, _devices, _precision, _quantisation, _disk, _hub)
+    checks = (_versions, _devices, _precision, _quantisation, _room, _hub)
     return [finding for check in checks for finding in check(config)]
 
 
@@ -133,22 +133,31 @@ def _quantisation(config: RunConfig) -> Iterator[Finding]:
         yield Finding(FAILURE, "4-bit weights", f"do not work: {reason}", 'pip install -U "pm_llm[qlora]"')
 
 
-def _disk(config: RunConfig) -> Iterator[Finding]:
+def _room(config: RunConfig) -> Iterator[Finding]:
+    """Disk for what a run writes, and memory for the Fisher's sums while a task's rows are seen."""
     folder = Path(config.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     yield from _folder(folder)
     free = shutil.disk_usage(folder).free
     try:
-        need, tasks = expected_bytes(config)
+        need, sums, tasks = expected_bytes(config)
     except PmLlmError as error:
         yield Finding(WARNING, "disk", f"{size_of(free)} free in {folder}; what is needed is not known: {error}")
         return
+    if config.fisher.storage == "disk":
+        need, sums = need + sums, 0
     found = f"{size_of(free)} free in {folder}, about {size_of(need)} needed for {tasks} tasks"
     if free < need:
         yield Finding(FAILURE, "disk", found, "Make room, choose another --output_dir, or a method without curvature")
     else:
         yield Finding(OK, "disk", found)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = f"{size_of(sums)} of {size_of(memory)} for a process's sums of the Fisher"
+    if sums > memory / 2:
+        yield Finding(WARNING, "memory", found, "Use --fisher.storage disk, or the factored form")
+    elif sums:
+        yield Finding(OK, "memory", found)
 
 
 def _folder(folder: Path) -> Iterator[Finding]:
@@ -166,11 +175,12 @@ def _folder(folder: Path) -> Iterator[Finding]:
         yield Finding(OK, "folder", f"{folder} takes files, locks and links")
 
 
-def expected_bytes(config: RunConfig) -> tuple[int, int]:
-    """What a run will write at most at one time, from the shapes of the adapted layers; and its number of tasks.
+def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
+    """What a run will write at most at one time, from the shapes of the adapted layers; what a process's sums of the
+    Fisher take while rows are seen; and the number of tasks.
 
-    Adapters of every task (merged and as trained), the curvature of two tasks while one replaces the other, a
-    checkpoint with two moments, and the one that replaces it. In bytes of float32.
+    Written are: adapters of every task (merged and as trained), the curvature of two tasks while one replaces the
+    other, a checkpoint with two moments, and the one that replaces it. In bytes of float32.
 
     Raises:
         PmLlmError: If the model or the tasks cannot be had.
@@ -186,17 +196,30 @@ def expected_bytes(config: RunConfig) -> tuple[int, int]:
     trained = sum((n + m) * r for n, m, r in shapes)
     merged = sum((n + m) * min(n, m, config.max_rank or tasks * r) for n, m, r in shapes)
     kept = sum(_kept(config, n, m, r) for n, m, r in shapes)
-    return 4 * (tasks * (merged + trained) + 2 * kept + 2 * (3 * trained + merged)), tasks
+    sums = sum(_sums(config, n, m, r) for n, m, r in shapes)
+    return 4 * (tasks * (merged + trained) + 2 * kept + 2 * (3 * trained + merged)), 4 * sums, tasks
+
+
+def _form(config: RunConfig) -> tuple[Any, str]:
+    """The merge, and its Fisher's form ("": it wants none)."""
+    merge = config.parsed_method().merge.build("merge")
+    form = "factors" if merge.space == "factors" else merge.form or config.fisher.form
+    return merge, form if merge.needs_fisher else ""
+
+
+def _sums(config: RunConfig, n: int, m: int, r: int) -> int:
+    """Numbers that a process sums up of one (n, m) matrix with an adapter of rank r."""
+    sizes = {"dense": n * m, "factored": n + m, "kronecker": n * n + m * m, "factors": (n + m) * r}
+    return sizes.get(_form(config)[1], 0)
 
 
 def _kept(config: RunConfig, n: int, m: int, r: int) -> int:
     """Numbers that the merge remembers of one (n, m) matrix with an adapter of rank r."""
-    merge = config.parsed_method().merge.build("merge")
-    if not merge.needs_fisher:
+    merge, form = _form(config)
+    if not form:
         return 0
-    if merge.space == "factors":
+    if form == "factors":
         return 2 * (n + m) * r
-    form = merge.form or config.fisher.form
     if form == "dense":
         return 2 * n * m
     each = merge.directions + 1 if form == "kronecker" else 1

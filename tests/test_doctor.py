@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 from collections import namedtuple
 
@@ -10,13 +11,17 @@ import pytest
 
 from pm_llm import ContinualSequence
 from pm_llm.cli import main
+from pm_llm.config import load_config
 from pm_llm.doctor import expected_bytes
-from tests.conftest import FAMILIES, pm_llm
+from pm_llm.durable import size_of
+from pm_llm.fisher.measure import sum_fisher
+from tests.conftest import FAMILIES, make_peft, pm_llm
 from tests.hub_server import TOKEN, HubServer
 from tests.test_hub import environment
 from tests.test_sequence import config_for
 
 TASKS = ["--benchmark", "embedded", "--order", "sentiment,topic"]
+ORDER = {"benchmark": "embedded", "order": "sentiment,topic"}
 
 
 def test_a_machine_that_will_do(pico_folders, tmp_path, capsys) -> None:
@@ -34,12 +39,30 @@ def test_a_machine_that_will_do(pico_folders, tmp_path, capsys) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_room_it_asks_for_is_what_a_run_takes(family: str, pico_folders, tmp_path) -> None:
     config = config_for(pico_folders[family], tmp_path / "run")
-    need, tasks = expected_bytes(config)
+    need, _, tasks = expected_bytes(config)
     assert tasks == 3
     ContinualSequence(config).run()
     tensors = [*(tmp_path / "run").rglob("stages/*/*adapter/*.safetensors"), *(tmp_path / "run").rglob("curv*")]
     used = sum(path.stat().st_size for path in tensors)
     assert 0.7 * used < need < 4 * used  # at its end a run has one copy of the curvature and no checkpoint
+
+
+@pytest.mark.parametrize("form", ["dense", "factored", "kronecker"])
+def test_the_memory_it_asks_for_is_that_of_the_sums(form: str, pico_folders, tmp_path, capsys, monkeypatch) -> None:
+    keys = ["--model", pico_folders["llama"], *TASKS, "--fisher.form", form, "--output_dir", str(tmp_path / "run")]
+    assert main(["doctor", *keys]) == 0
+    need, sums, _ = expected_bytes(load_config(None, {"model": pico_folders["llama"], "fisher.form": form, **ORDER}))
+    model = make_peft("llama")
+    blank = sum_fisher(model, [], form).modules.values()
+    assert sums == sum(4 * x.numel() for tensors in blank for x in tensors.values())
+    assert f"{size_of(sums)} of" in capsys.readouterr().out
+    monkeypatch.setattr(os, "sysconf", lambda name: sums if name == "SC_PHYS_PAGES" else 1)
+    assert main(["doctor", *keys]) == 0
+    assert "Use --fisher.storage disk" in capsys.readouterr().out
+    assert main(["doctor", *keys, "--fisher.storage", "disk"]) == 0
+    said = capsys.readouterr().out
+    assert "sums of the Fisher" not in said
+    assert f"about {size_of(need + sums)} needed" in said
 
 
 def test_a_full_disk_and_a_missing_package(pico_folders, tmp_path, capsys, monkeypatch) -> None:
