@@ -7,12 +7,13 @@ Without a model and a folder: the embedded ones. Runs that are in the folder are
 goes on. A method is a preset or a name in `variants.yaml`. Any key of the configuration may follow, e.g.
 `--train.max_steps 200`; all runs of a folder must agree. Hidden states below the first adapted layer are computed once
 a row (`trunk.py`, and `guesses.py` for answers). Records go to `FOLDER/records.jsonl`, and their table (`records.py`)
-is printed.
+is printed. Of `joint` only the last stage is trained to its end: every stage begins anew, with all rows so far.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ def main() -> None:
             if looked_up:
                 trunk.install(self.base.model, min(layers), self.config.model)
             evaluation.generate = guesses.generate if looked_up else generate
+
+        def _train(self, number: int, *args: Any) -> Any:
+            whole = self.config
+            if whole.method == "joint" and number < len(self.tasks):  # each stage begins anew: the last one counts
+                self.config = replace(whole, train=replace(whole.train, max_steps=1))
+            try:
+                return super()._train(number, *args)
+            finally:
+                self.config = whole
 
     methods = list(PRESETS) if given.methods == ["all"] else given.methods
     variants = yaml.safe_load((Path(__file__).parent / "variants.yaml").read_text())

@@ -160,16 +160,16 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for name in sorted(found, key=lambda name: -means[name]):
         runs = [one for one in records if one["name"] == name]
         less = found[name] - found["seqlora"] if "seqlora" in found and name != "seqlora" else None
-        alone = runs[0]["task_id"]
+        bound = runs[0]["task_id"] or name == "joint"  # of `joint` the last stage alone is trained to its end
         seconds = [sum(sum(stage.values()) for stage in one["seconds"]) for one in runs]
         cells = [
             name,
             _shown(found[name], ""),
             "-" if less is None else _shown(less, "+"),
             "-" if less is None or not gap else f"{100 * float(less[0].mean()) / gap:.0f} %",
-            "-" if alone else f"{fmean(one['backward_transfer'] for one in runs):+.1f}",
-            "-" if alone else f"{fmean(one['plasticity'] for one in runs):.1f}",
-            "-" if alone else ", ".join(f"{c:.2f}" for c in runs[0]["coefficients"]),
+            "-" if bound else f"{fmean(one['backward_transfer'] for one in runs):+.1f}",
+            "-" if bound else f"{fmean(one['plasticity'] for one in runs):.1f}",
+            "-" if bound else ", ".join(f"{c:.2f}" for c in runs[0]["coefficients"]),
             f"{fmean(seconds) / 60:.1f}",
             f"{fmean(one['state_bytes'] for one in runs) / 2**20:.1f}",
         ]

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import set_seed
 
+from pm_llm import ContinualSequence
+from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import mean_interval
 from pm_llm.evaluation.generate import generate
@@ -121,6 +124,21 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
     monkeypatch.setattr(sys, "argv", ["flatness", "runs/seqlora-sentiment,topic-0"])
     with pytest.raises(PmLlmError, match="do not start fresh"):
         runpy.run_path(str(ROOT / "benchmarks/flatness.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_joint_trained_in_its_last_stage_alone_ends_the_same(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    words = "--methods joint --orders sentiment,topic --max_test_samples 8 --train.max_steps 3 --out runs".split()
+    monkeypatch.setattr(sys, "argv", ["methods", *words, "--max_train_samples", "16"])
+    runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
+    run = open_run("runs/joint-sentiment,topic-0")
+    plain = ContinualSequence(load_config(None, {**run.results["config"], "output_dir": "plain"}))
+    assert plain.run()["matrix"][-1] == run.results["matrix"][-1]
+    one, other = (load_file(f"{folder}/adapter/adapter_model.safetensors") for folder in (run.path, "plain"))
+    assert all(torch.equal(x, other[name]) for name, x in one.items())
+    assert "| - | - |" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| joint"))
 
 
 def test_a_table_of_records(monkeypatch, tmp_path) -> None:
