@@ -18,7 +18,7 @@ from common import parser, show
 
 def main() -> None:
     """Print and write a row for each run and task."""
-    from pm_llm.progress import quiet_libraries
+    from pm_llm.quiet import quiet_libraries
 
     arguments = parser(__doc__)
     arguments.add_argument("runs", nargs="+", type=Path, metavar="RUN")

@@ -17,6 +17,7 @@ import yaml
 from pm_llm import __version__
 from pm_llm.config import RunConfig, flags, load_config
 from pm_llm.errors import PmLlmError
+from pm_llm.quiet import quiet_libraries, quiet_notices
 
 # what a disk may say at any time; whatever was being written, what is committed stays as it is
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
@@ -146,11 +147,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     given, rest = parser.parse_known_args(arguments)
+    quiet_notices()
     try:
         if given.command in ("run", "evaluate", "tasks", "doctor"):
             files = list(takewhile(lambda word: not word.startswith("-"), rest)) if given.command == "tasks" else []
             overrides = parse_overrides(rest[len(files) :]) | ({"tasks": files} if files else {})
             config = load_config(given.config, overrides).check()
+            quiet_libraries()
             configured = {"run": run, "evaluate": evaluate, "tasks": check_tasks, "doctor": doctor}
             return configured[given.command](given, config)
         if rest:
@@ -207,10 +210,8 @@ def _yaml(text: str) -> Any:
 
 def run(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm run`: train, then print the matrix and what follows from it."""
-    from pm_llm.progress import quiet_libraries, say
-
-    quiet_libraries()
     from pm_llm.processes import shut_down
+    from pm_llm.progress import say
     from pm_llm.report import describe
     from pm_llm.sequence import ContinualSequence
     from pm_llm.stopping import Stopped
@@ -246,11 +247,9 @@ def status(given: argparse.Namespace) -> int:
 
 def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm evaluate`: one line a task with its 95 % bootstrap interval, and their mean."""
-    from pm_llm.progress import quiet_libraries, say
-
-    quiet_libraries()
     from pm_llm.evaluation.run import evaluate_adapter
     from pm_llm.processes import process_state, shut_down
+    from pm_llm.progress import say
     from pm_llm.run_dir import RunDir, jsonl
 
     keep = Path(given.predictions) if given.predictions else None
@@ -281,9 +280,6 @@ def _score_lines(found: Sequence[Any], scorer: str | None = None) -> list[str]:
 
 def doctor(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm doctor`: a line for each thing that was looked at."""
-    from pm_llm.progress import quiet_libraries
-
-    quiet_libraries()
     from pm_llm.doctor import main_text
 
     text, status = main_text(config)
@@ -293,9 +289,6 @@ def doctor(given: argparse.Namespace, config: RunConfig) -> int:
 
 def check_tasks(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm tasks check`: what a run would train on."""
-    from pm_llm.progress import quiet_libraries
-
-    quiet_libraries()
     from pm_llm.tasks.check import describe_tasks
 
     print(describe_tasks(config))
@@ -361,9 +354,6 @@ def compress(given: argparse.Namespace) -> int:
 
 def route(given: argparse.Namespace) -> int:
     """`pm-llm route`: one line a task with the share that went to its own adapter, the mean, and the memory."""
-    from pm_llm.progress import quiet_libraries
-
-    quiet_libraries()
     from pm_llm.durable import size_of
     from pm_llm.evaluation.routing import route
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.errors import PmLlmError, check_number, unknown_name
 from pm_llm.methods import PRESETS, Choice, Method
 from pm_llm.values import convert
 
@@ -37,6 +38,14 @@ ALLOWED = {
     "evaluation.mode": ("generate", "labels"),
     "evaluation.split": ("test", "validation"),
 }
+AT_LEAST_ONE = (
+    *("max_rank", "max_train_samples", "max_test_samples", "max_length", "max_new_tokens", "repeat", "lora.r"),
+    *("fisher.samples", "fisher.batch_size", "evaluation.batch_size", "evaluation.batch_tokens"),
+    *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
+    *("train.logging_steps", "train.save_steps"),
+)
+ABOVE_ZERO = ("train.learning_rate", "train.num_train_epochs", "lora.lora_alpha")
+NOT_NEGATIVE = ("train.warmup_steps", "train.weight_decay", "train.max_grad_norm", "lora.lora_dropout")
 
 
 @dataclass
@@ -157,20 +166,17 @@ class RunConfig:
                 raise PmLlmError("fuar needs scores before training and after every task: set evaluate to all.")
         if not 0 <= self.blur < 1:
             raise PmLlmError(f"blur is {self.blur}; it is a share from 0 to below 1.")
-        for name in (
-            *("max_rank", "max_train_samples", "max_test_samples", "max_length", "max_new_tokens", "lora.r"),
-            *("fisher.samples", "fisher.batch_size", "evaluation.batch_size", "train.per_device_train_batch_size"),
-            *(
-                "train.gradient_accumulation_steps",
-                "train.logging_steps",
-                "train.save_steps",
-                "evaluation.batch_tokens",
-                "repeat",
-            ),
-        ):
+        for name in AT_LEAST_ONE:
             value = _get(self, name)
             if value is not None and value < 1:
                 raise PmLlmError(f"{name} is {value}; it must be at least 1.")
+        for name in ABOVE_ZERO:
+            if not 0 < _get(self, name) < inf:
+                raise PmLlmError(f"{name} is {_get(self, name)}; it must be a number above 0.")
+        for name in NOT_NEGATIVE:
+            check_number(name, _get(self, name), low=0)
+        if self.train.max_steps != -1 and self.train.max_steps < 1:
+            raise PmLlmError(f"train.max_steps is {self.train.max_steps}; it must be at least 1, or -1 for epochs.")
         self._check_method(self.parsed_method())
         return self
 

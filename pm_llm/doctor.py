@@ -143,7 +143,8 @@ def _room(config: RunConfig) -> Iterator[Finding]:
     try:
         need, sums, tasks = expected_bytes(config)
     except PmLlmError as error:
-        yield Finding(WARNING, "disk", f"{size_of(free)} free in {folder}; what is needed is not known: {error}")
+        yield Finding(FAILURE, "model and tasks", str(error))
+        yield Finding(WARNING, "disk", f"{size_of(free)} free in {folder}; what is needed is not known")
         return
     if config.fisher.storage == "disk":
         need, sums = need + sums, 0

@@ -42,9 +42,13 @@ def check_number(what: str, value: Any, low: float = -inf, high: float = inf, wh
         raise PmLlmError(f"{what} is {value!r}; it must be {' '.join([kind, *bounds])}.")
 
 
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """A question with the name that is nearest to what was given; "" where none is near."""
+    near = difflib.get_close_matches(given, list(names), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> PmLlmError:
     """The error for a name that is not among `allowed`, with the nearest one that is."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return PmLlmError(f"unknown {kind} {given!r}.{hint} Allowed: {', '.join(names)}.")
+    return PmLlmError(f"unknown {kind} {given!r}.{did_you_mean(given, names)} Allowed: {', '.join(names)}.")

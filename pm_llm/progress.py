@@ -42,16 +42,3 @@ class TrainingBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own bars and notices out of ours; warnings stay."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    # an argument's new name in transformers 5.20, which its older versions do not know
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()

@@ -162,6 +162,22 @@ def test_wrong_columns(run, tmp_path) -> None:
     one_line(*run("--tasks", jsonl(tmp_path / "t.jsonl", rows)), "t.jsonl:1", "story, moral", "`completion`")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        *(("train.learning_rate", value, "above 0") for value in ("-0.001", "0.0")),
+        *(("train.num_train_epochs", value, "above 0") for value in ("-1.0", "0.0")),
+        *(("train.max_steps", value, "at least 1, or -1") for value in ("0", "-2")),
+        ("train.weight_decay", "-0.1", "from 0"),
+        ("train.warmup_steps", "-3.0", "from 0"),
+        ("lora.lora_alpha", "0", "above 0"),
+    ],
+)
+def test_numbers_of_training(key: str, value: str, allowed: str, run, tmp_path) -> None:
+    one_line(*run(f"--{key}", value), f"{key} is {value}", allowed)
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_folder_of_another_configuration(run, tmp_path) -> None:
     assert run()[0] == 0
     before = sorted((tmp_path / "run").rglob("*"))

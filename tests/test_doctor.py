@@ -65,6 +65,16 @@ def test_the_memory_it_asks_for_is_that_of_the_sums(form: str, pico_folders, tmp
     assert f"about {size_of(need + sums)} needed" in said
 
 
+def test_a_model_or_a_task_that_is_not_there(pico_folders, tmp_path, capsys) -> None:
+    folder = ["--output_dir", str(tmp_path / "run")]
+    assert main(["doctor", "--model", str(tmp_path / "no-model"), *TASKS, *folder]) == 1
+    assert "no-model" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILURE"))
+    assert main(["doctor", "--model", pico_folders["llama"], "--tasks", "suport.jsonl", *folder]) == 1
+    said = capsys.readouterr().out
+    assert "FAILURE  model and tasks: suport.jsonl: does not exist" in said
+    assert "1 thing will not work" in said
+
+
 def test_a_full_disk_and_a_missing_package(pico_folders, tmp_path, capsys, monkeypatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))

@@ -63,6 +63,20 @@ def test_all_bad_rows_are_told_at_once_and_nothing_is_trained(folder, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_wrong_with_every_row_is_told_once(tmp_path) -> None:
+    rows = [json.dumps({**GOOD, "id": i, "prompt": "x"}).replace("prompt", "promt") + "\n" for i in range(40)]
+    (tmp_path / "t.jsonl").write_text("".join(rows))
+    entry = {"data": str(tmp_path / "t.jsonl"), "prompt": "prompt", "completion": "completion"}
+    with pytest.raises(PmLlmError) as raised:
+        load_tasks(RunConfig(tasks=[entry]))
+    lines = [line for line in str(raised.value).splitlines() if "column 'prompt' is missing" in line]
+    assert len(lines) == 1
+    assert "t.jsonl:1: " in lines[0]
+    assert "Did you mean 'promt'?" in lines[0]
+    assert "(also 2, 3, 4, " in lines[0]
+    assert lines[0].endswith("21 and 19 more)")
+
+
 def test_bad_rows_can_be_left_out(folder, capsys) -> None:
     entry = {"data": str(folder / "train.jsonl"), "labels": ["yes", "no"]}
     (task,) = load_tasks(RunConfig(tasks=[entry], bad_rows="drop"))
@@ -105,9 +119,11 @@ def test_rows_of_one_line_are_told_apart(tmp_path, capsys) -> None:
     with pytest.raises(PmLlmError) as error:
         load_tasks(RunConfig(tasks=[str(tmp_path / "a.json")]))
     said = [line for line in str(error.value).splitlines() if "a.json:1" in line]
-    rows_said = sorted(int(re.search(r"a\.json:1 \(row (\d+)\): ", line)[1]) for line in said)
-    assert len(rows_said) == len(set(rows_said)) == 11  # all but one of those with an answer
-    assert sum("its id '7' is that of" in line for line in said) == 8
+    alone = [int(re.search(r"a\.json:1 \(row (\d+)\): ", line)[1]) for line in said]
+    (same,) = [line for line in said if "its id '7' is that of" in line]
+    others = [int(n) for n in re.search(r"\(also ([\d, ]+)\)", same)[1].split(", ")]
+    assert len([*alone, *others]) == len({*alone, *others}) == 11  # all but one of those with an answer
+    assert len(others) == 7
     with pytest.raises(PmLlmError, match="has no t"):  # one good row is left, and one split is empty
         load_tasks(RunConfig(tasks=[str(tmp_path / "a.json")], bad_rows="drop"))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pm_llm.errors import PmLlmError
 
 SHOWN = 200
+ALONE, LISTED = 3, 20  # rows of a file with the same thing wrong: told one by one; told by their numbers
 
 
 @dataclass
@@ -48,8 +49,9 @@ class Problems:
         advice = " Mend the rows, or leave them out with --bad_rows drop." if self.rows else ""
         if len(self.found) == 1:
             raise PmLlmError(self.found[0] + advice)
-        lines = "\n  ".join(sorted(self.found, key=_by_file_and_line)[:SHOWN])
-        more = f"\n  and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
+        told = _together(sorted(self.found, key=_by_file_and_line))
+        lines = "\n  ".join(told[:SHOWN])
+        more = f"\n  and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
         raise PmLlmError(f"{len(self.found)} things are wrong with the tasks.{advice}\n  {lines}{more}")
 
     def summary(self) -> list[str]:
@@ -57,6 +59,23 @@ class Problems:
         return [f"{file}: {len(rows)} bad row{'s' * (len(rows) > 1)} left out" for file, rows in self.dropped.items()]
 
 
+PLACE = re.compile(r"(.+?):(?:row )?(\d+)(?: \(row (\d+)\))?: ")
+
+
 def _by_file_and_line(line: str) -> tuple[str, int]:
-    found = re.match(r"(.+?):(?:row )?(\d+)(?: \(row (\d+)\))?: ", line)
+    found = PLACE.match(line)
     return (found[1], int(found[3] or found[2])) if found else (line, 0)
+
+
+def _together(lines: list[str]) -> list[str]:
+    """What is said of many rows of a file in the same words is said once, with the others' numbers."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        found = PLACE.match(line)
+        groups.setdefault((found[1], line[found.end() :]) if found else (line, ""), []).append(line)
+    told = []
+    for same in groups.values():
+        others = [str(_by_file_and_line(line)[1]) for line in same[1:]]
+        more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
+        told += same if len(same) <= ALONE else [f"{same[0]} (also {', '.join(others[:LISTED])}{more})"]
+    return told

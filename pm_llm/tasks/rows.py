@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pm_llm.errors import did_you_mean
 from pm_llm.tasks.problems import Problems
 
 _BETWEEN = re.compile(r"[\s,]*")
@@ -28,8 +29,11 @@ class Row:
     def text(self, column: str, problems: Problems) -> str | None:
         """The text in `column`; None, with the reason in `problems`, if there is none that can be used."""
         if column not in self.values:
-            there = ", ".join(map(str, self.values)) or "none"
-            problems.row(self.place, f"column {column!r} is missing; the row has {there}.")
+            names = list(map(str, self.values))
+            there = ", ".join(names) or "none"
+            problems.row(
+                self.place, f"column {column!r} is missing; the row has {there}.{did_you_mean(column, names)}"
+            )
             return None
         return self.check_text(self.values[column], column, problems)
 
