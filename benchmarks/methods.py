@@ -102,7 +102,8 @@ def main() -> None:
                 if not (given.out / name / "results.json").exists():
                     Sequence(config).run()
                 run = open_run(given.out / name)
-                differing = changes(run.results["config"], config.plain())
+                old = {**run.results["config"], "words": run.results["method"]}  # a preset may have changed
+                differing = changes(old, {**config.plain(), "words": config.parsed_method().plain()})
                 if differing:
                     parser.error(f"{given.out / name} was run with other settings: {'; '.join(differing)}")
                 found.append(records.record(method, str(order or "given"), seed, run))

@@ -20,6 +20,7 @@ from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import mean_interval
 from pm_llm.evaluation.generate import generate
+from pm_llm.methods import PRESETS
 from pm_llm.models import load_base, load_tokenizer
 from pm_llm.report.data import difference, open_run
 from pm_llm.tasks import Example
@@ -111,6 +112,12 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
         runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
     assert "other settings: lora" in capsys.readouterr().err  # [1] is not among these words, and the rate is another
     assert "/" not in json.dumps({key: found[0][key] for key in ("model", "config", "versions")})
+
+    monkeypatch.setitem(PRESETS, "pm", PRESETS["pm_gaussian"])
+    monkeypatch.setattr(sys, "argv", ["methods", *words.split(), "--lora.layers_to_transform", "[1]"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
+    assert "other settings: words.constrain" in capsys.readouterr().err
 
     words = ["flatness", "runs/pm-sentiment,topic-0", "--samples", "8", "--out", "flat.json"]
     monkeypatch.setattr(sys, "argv", words)
