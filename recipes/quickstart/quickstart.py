@@ -1,9 +1,9 @@
-"""Plain sequential LoRA and Perturb-and-Merge on five generated tasks, side by side, on two CPU cores.
+"""Plain sequential LoRA, Perturb-and-Merge, and P&M with its quadratic as a penalty, on five generated tasks.
 
     python recipes/quickstart/quickstart.py [--model t5] [--out runs/quickstart]
 
-Runs the two recipes beside this file, prints both accuracy matrices, then loads the final P&M adapter in a fresh
-process that has nothing but transformers and peft, and checks that it gives the very same answers.
+Runs the three recipes beside this file on two CPU cores, prints their accuracy matrices, then loads the last run's final
+adapter in a fresh process that has nothing but transformers and peft, and checks that it gives the very same answers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 HERE = Path(__file__).parent
-METHODS = ("seqlora", "pm")
+METHODS = ("seqlora", "pm", "pm_curvature")
 
 
 def main() -> None:
@@ -51,7 +51,9 @@ def main() -> None:
         results[method] = sequence.run()
         sequence.run_dir.write("matrix.png", matrix_png(results[method]))
     print()
-    print_side_by_side([describe(results[method]) for method in METHODS])
+    texts = [describe(results[method]) for method in METHODS]
+    print_side_by_side(texts[:2])
+    print("\n" + texts[2])
     print("\n" + compare(list(results.values())))
     runs = [open_run(given.out / given.model / method) for method in METHODS]
     print(f"\nreport with intervals and figures: {write_report(runs, given.out / given.model)}")
