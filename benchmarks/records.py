@@ -1,6 +1,7 @@
 """Records of runs, one JSON line each, and the table they give: what `methods.py` writes and the docs show.
 
     python benchmarks/records.py docs/results/FILE.jsonl        # print its table
+    python benchmarks/records.py docs/results/FILE.jsonl --lead pm_curvature    # by how much it is ahead, paired
     python benchmarks/records.py --write docs/results.md        # renew every table of a page, where its marker is
 
 Intervals are of 95 %. With one seed: percentile bootstrap over the test rows, drawn anew within each task and the same
@@ -25,7 +26,7 @@ from common import plain
 DRAWS = 2000
 # 97.5 % points of Student's t, for 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-MARKER = re.compile(r"<!-- table of (\S+) -->\n(?:\|.*(?:\n|$))*")
+MARKER = re.compile(r"<!-- table of ([^\s,]+)(?:, lead of (\S+))? -->\n(?:\|.*(?:\n|$))*")
 PATHS = ("model", "data_dir", "output_dir")  # of the configuration; of no use elsewhere
 RESULTS = (
     *("method", "versions", "tasks", "stages", "matrix", "coefficients", "raw_coefficients", "truncation_errors"),
@@ -177,18 +178,45 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def lead(records: Sequence[dict[str, Any]], name: str) -> str:
+    """A Markdown table: how far `name` is ahead of each other one, in all, in each order and on each task.
+
+    Raises:
+        ValueError: If there is no record of that name.
+    """
+    orders = list(dict.fromkeys(one["order"] for one in records))
+    tasks = list(dict.fromkeys(task for one in records for task in one["rows"]))
+    parts = {"all": list(records)}
+    parts |= {order: [one for one in records if one["order"] == order] for order in orders if len(orders) > 1}
+    for task in tasks:
+        parts[task] = [{**one, "rows": {task: one["rows"][task]}} for one in records if task in one["rows"]]
+    found = {part: averages(some) for part, some in parts.items()}
+    if name not in found["all"]:
+        raise ValueError(f"there is no record of {name}; there are {', '.join(found['all'])}.")
+    lines = [f"| {name} less | " + " | ".join(parts) + " |", "|---|" + "---:|" * len(parts)]
+    for other in sorted(found["all"], key=lambda other: -float(found["all"][other][0].mean())):
+        if other != name:
+            cells = [_shown(one[name] - one[other], "+") for one in found.values()]
+            lines.append(f"| {other} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _shown(found: np.ndarray, sign: str) -> str:
     value, low, high = interval(found)
     return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def renewed(text: str, folder: Path) -> str:
-    """A page with the table of each marked file, a path relative to `folder`: of records (JSONL), or of plain rows."""
+    """A page with the table of each marked file, a path relative to `folder`: of records (JSONL; with `, lead of NAME`
+    that of :func:`lead`), or of plain rows."""
 
     def made(match: re.Match[str]) -> str:
         path = folder / match[1]
-        found = table(read(path)) if path.suffix == ".jsonl" else plain(json.loads(path.read_text()))
-        return f"<!-- table of {match[1]} -->\n{found}\n"
+        if path.suffix == ".jsonl":
+            found = lead(read(path), match[2]) if match[2] else table(read(path))
+        else:
+            found = plain(json.loads(path.read_text()))
+        return f"{match[0].partition(chr(10))[0]}\n{found}\n"
 
     return MARKER.sub(made, text)
 
@@ -197,12 +225,14 @@ def main() -> None:
     """Print a file's table, or renew a page's."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("records", type=Path, nargs="*", metavar="RECORDS.jsonl")
+    parser.add_argument("--lead", metavar="NAME", help="how far this method is ahead of the others")
     parser.add_argument("--write", type=Path, metavar="PAGE.md", help="renew the tables of this page instead")
     given = parser.parse_args()
     if given.write:
         given.write.write_text(renewed(given.write.read_text(), given.write.parent))
     else:
-        print(table([one for path in given.records for one in read(path)]))
+        found = [one for path in given.records for one in read(path)]
+        print(lead(found, given.lead) if given.lead else table(found))
 
 
 if __name__ == "__main__":

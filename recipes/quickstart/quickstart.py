@@ -2,8 +2,9 @@
 
     python recipes/quickstart/quickstart.py [--model t5] [--out runs/quickstart]
 
-Runs the three recipes beside this file on two CPU cores, prints their accuracy matrices, then loads the last run's final
-adapter in a fresh process that has nothing but transformers and peft, and checks that it gives the very same answers.
+Runs the three recipes beside this file on two CPU cores, prints their accuracy matrices, then loads the last run's
+final adapter in a fresh process that has nothing but transformers and peft, and checks that it gives the very same
+answers.
 """
 
 from __future__ import annotations
