@@ -186,10 +186,10 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     assert new == f"before\n<!-- table of found.jsonl -->\n{records.table(runs)}\n\nafter\n"
     assert records.renewed(new, tmp_path) == new
 
-    other = [{**run, "order": "u", "rows": {"v": run["rows"]["t"]}} for run in (one("pm", 0, wrong), runs[1])]
-    records.write(tmp_path / "both.jsonl", [runs[2], runs[1], *other])
+    other = [{**run, "order": "second", "rows": {"v": run["rows"]["t"]}} for run in (one("pm", 0, wrong), runs[1])]
+    records.write(tmp_path / "both.jsonl", [{**run, "order": "first"} for run in (runs[2], runs[1])] + other)
     found = records.renewed("<!-- table of both.jsonl, lead of pm -->\n| old |\n", tmp_path).splitlines()
-    assert found[1] == "| pm less | all | t | u | t | v |"
+    assert found[1] == "| pm less | all | first | second | t | v |"
     values = [float(cell.split()[0]) / scale for cell in found[3].split("|")[2:-1]]
     assert values == pytest.approx([-0.5, -0.25, -0.75, -0.25, -0.75], abs=1e-3)
     with pytest.raises(ValueError, match="no record of olora"):
