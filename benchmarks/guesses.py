@@ -28,7 +28,8 @@ def generate(
     A guess is passed with its prompt. Where the model would have said something else, that token is kept and the next
     guess begins so: an answer seen before, if one does. A pass gives at least one token, a right guess all of them.
     """
-    limit, end = encoder.max_new_tokens, encoder.tokenizer.eos_token_id
+    limit, last = encoder.max_new_tokens, model.generation_config.eos_token_id
+    ends = set(last if isinstance(last, list) else [last])
     prompts = [encoder.prompt(example) for example in examples]
     answers = [tuple(encoder.answer(example)) for example in examples]
     seen = dict.fromkeys(answers)  # guesses are made of these; no answer depends on them
@@ -43,8 +44,9 @@ def generate(
                 guess, sure = guesses.pop(i), len(known[i])
                 right = next((j for j in range(sure, len(guess)) if guess[j] != tokens[j]), len(guess))
                 known[i] = (*guess[:right], tokens[right])[:limit]
-                if end in known[i] or len(known[i]) == limit:
-                    known[i] = known[i][: known[i].index(end) + 1] if end in known[i] else known[i]
+                ended = next((j for j, token in enumerate(known[i]) if token in ends), None)
+                if ended is not None or len(known[i]) == limit:
+                    known[i] = known[i][: limit if ended is None else ended + 1]
                     seen.setdefault(known[i])
                 else:
                     guesses[i] = next((one for one in seen if one[: right + 1] == known[i]), known[i])

@@ -354,6 +354,7 @@ def compress(given: argparse.Namespace) -> int:
 
 def route(given: argparse.Namespace) -> int:
     """`pm-llm route`: one line a task with the share that went to its own adapter, the mean, and the memory."""
+    quiet_libraries()
     from pm_llm.durable import size_of
     from pm_llm.evaluation.routing import route
 

@@ -44,8 +44,8 @@ AT_LEAST_ONE = (
     *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
     *("train.logging_steps", "train.save_steps"),
 )
-ABOVE_ZERO = ("train.learning_rate", "train.num_train_epochs", "lora.lora_alpha")
-NOT_NEGATIVE = ("train.warmup_steps", "train.weight_decay", "train.max_grad_norm", "lora.lora_dropout")
+ABOVE_ZERO = ("train.learning_rate", "lora.lora_alpha")
+NOT_NEGATIVE = ("train.warmup_steps", "train.weight_decay", "train.max_grad_norm")
 
 
 @dataclass
@@ -170,6 +170,11 @@ class RunConfig:
             value = _get(self, name)
             if value is not None and value < 1:
                 raise PmLlmError(f"{name} is {value}; it must be at least 1.")
+        for pattern, rank in self.lora.rank_pattern.items():
+            check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, whole=True)
+        check_number("lora.lora_dropout", self.lora.lora_dropout, 0, 1)
+        if self.train.max_steps == -1 and not 0 < self.train.num_train_epochs < inf:
+            raise PmLlmError(f"train.num_train_epochs is {self.train.num_train_epochs}; it must be a number above 0.")
         for name in ABOVE_ZERO:
             if not 0 < _get(self, name) < inf:
                 raise PmLlmError(f"{name} is {_get(self, name)}; it must be a number above 0.")

@@ -140,6 +140,9 @@ def _room(config: RunConfig) -> Iterator[Finding]:
         folder = folder.parent
     yield from _folder(folder)
     free = shutil.disk_usage(folder).free
+    if not config.tasks and config.benchmark is None:
+        yield Finding(WARNING, "disk", f"{size_of(free)} free in {folder}; there are no tasks to tell what is needed")
+        return
     try:
         need, sums, tasks = expected_bytes(config)
     except PmLlmError as error:
@@ -209,8 +212,9 @@ def _form(config: RunConfig) -> tuple[Any, str]:
 
 
 def _sums(config: RunConfig, n: int, m: int, r: int) -> int:
-    """Numbers that a process sums up of one (n, m) matrix with an adapter of rank r."""
-    sizes = {"dense": n * m, "factored": n + m, "kronecker": n * n + m * m, "factors": (n + m) * r}
+    """Numbers that a process sums up of one (n, m) matrix with an adapter of rank r; dense ones are met by the sums of
+    past tasks, before and after the merge."""
+    sizes = {"dense": 5 * n * m, "factored": n + m, "kronecker": n * n + m * m, "factors": (n + m) * r}
     return sizes.get(_form(config)[1], 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import lru_cache
 from math import inf, isfinite
 from typing import Any
 
@@ -44,7 +45,12 @@ def check_number(what: str, value: Any, low: float = -inf, high: float = inf, wh
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
     """A question with the name that is nearest to what was given; "" where none is near."""
-    near = difflib.get_close_matches(given, list(names), n=1, cutoff=0.5)
+    return _nearest(given, tuple(names))
+
+
+@lru_cache
+def _nearest(given: str, names: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -165,6 +165,7 @@ class ContinualSequence:
             "task": task.name,
             "seed": self.config.seed * 1000 + number,
             "config": {key: value for key, value in self.config.plain().items() if key != "output_dir"},
+            "words": self.method.plain(),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
             "processes": self.state.num_processes,
             "coefficient": report.coefficient,

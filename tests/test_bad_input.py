@@ -21,6 +21,7 @@ from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.merges import Merger
+from pm_llm.methods import PRESETS
 from pm_llm.sequence import ContinualSequence
 from pm_llm.tasks import Example, Task, checked
 from tests.conftest import ROOT, make_peft, pm_llm, small_tasks
@@ -171,19 +172,29 @@ def test_wrong_columns(run, tmp_path) -> None:
         ("train.weight_decay", "-0.1", "from 0"),
         ("train.warmup_steps", "-3.0", "from 0"),
         ("lora.lora_alpha", "0", "above 0"),
+        ("lora.lora_dropout", "1.5", "to 1"),
     ],
 )
 def test_numbers_of_training(key: str, value: str, allowed: str, run, tmp_path) -> None:
-    one_line(*run(f"--{key}", value), f"{key} is {value}", allowed)
+    steps = ["--train.max_steps", "-1"] if key.endswith("epochs") else []
+    one_line(*run(f"--{key}", value, *steps), f"{key} is {value}", allowed)
     assert not (tmp_path / "run").exists()
 
 
-def test_run_folder_of_another_configuration(run, tmp_path) -> None:
+def test_epochs_do_not_count_where_steps_are_given() -> None:
+    load_config(None, {"train.max_steps": 5, "train.num_train_epochs": 0.0}).check()
+    with pytest.raises(PmLlmError, match="'q_proj' is 0; it must be a whole number from 1"):
+        load_config(None, {"lora.rank_pattern": {"q_proj": 0}}).check()
+
+
+def test_run_folder_of_another_configuration(run, tmp_path, monkeypatch) -> None:
     assert run()[0] == 0
     before = sorted((tmp_path / "run").rglob("*"))
     one_line(*run("--train.learning_rate", "0.5"), "another configuration", "train.learning_rate: 0.001 -> 0.5")
     assert sorted((tmp_path / "run").rglob("*")) == before
     assert run()[0] == 0  # the same configuration is welcome
+    monkeypatch.setitem(PRESETS, "pm", PRESETS["pm_gaussian"])  # the preset as another version has it
+    one_line(*run(), "another configuration", "constrain: ['perturb'] -> ['gaussian']")
 
 
 def test_a_folder_that_holds_something_else(run, tmp_path) -> None:

@@ -255,8 +255,7 @@ def test_checked_guesses_are_what_the_model_generates(monkeypatch) -> None:
     assert guesses.generate(adapted, encoder, rows, 4) == expected
     ids = adapted.generate(input_ids=torch.tensor([encoder.prompt(rows[0])]), max_new_tokens=1, do_sample=False)
     end = int(ids[0, -1])  # from now on what ends an answer
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    adapted.generation_config.eos_token_id = end
+    adapted.generation_config.eos_token_id = [tokenizer.pad_token_id, end]
     ended = generate(adapted, encoder, rows, 4)
     assert guesses.generate(adapted, encoder, rows, 4) == ended
     assert ended != expected

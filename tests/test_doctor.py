@@ -54,7 +54,8 @@ def test_the_memory_it_asks_for_is_that_of_the_sums(form: str, pico_folders, tmp
     need, sums, _ = expected_bytes(load_config(None, {"model": pico_folders["llama"], "fisher.form": form, **ORDER}))
     model = make_peft("llama")
     blank = sum_fisher(model, [], form).modules.values()
-    assert sums == sum(4 * x.numel() for tensors in blank for x in tensors.values())
+    copies = 5 if form == "dense" else 1  # with S and m, before and after
+    assert sums == copies * sum(4 * x.numel() for tensors in blank for x in tensors.values())
     assert f"{size_of(sums)} of" in capsys.readouterr().out
     monkeypatch.setattr(os, "sysconf", lambda name: sums if name == "SC_PHYS_PAGES" else 1)
     assert main(["doctor", *keys]) == 0
@@ -73,6 +74,8 @@ def test_a_model_or_a_task_that_is_not_there(pico_folders, tmp_path, capsys) -> 
     said = capsys.readouterr().out
     assert "FAILURE  model and tasks: suport.jsonl: does not exist" in said
     assert "1 thing will not work" in said
+    assert main(["doctor", *folder]) == 0
+    assert "there are no tasks to tell what is needed" in capsys.readouterr().out
 
 
 def test_a_full_disk_and_a_missing_package(pico_folders, tmp_path, capsys, monkeypatch) -> None:

@@ -73,8 +73,7 @@ def test_what_is_wrong_with_every_row_is_told_once(tmp_path) -> None:
     assert len(lines) == 1
     assert "t.jsonl:1: " in lines[0]
     assert "Did you mean 'promt'?" in lines[0]
-    assert "(also 2, 3, 4, " in lines[0]
-    assert lines[0].endswith("21 and 19 more)")
+    assert lines[0].endswith("(also 2-40)")
 
 
 def test_bad_rows_can_be_left_out(folder, capsys) -> None:
@@ -121,7 +120,8 @@ def test_rows_of_one_line_are_told_apart(tmp_path, capsys) -> None:
     said = [line for line in str(error.value).splitlines() if "a.json:1" in line]
     alone = [int(re.search(r"a\.json:1 \(row (\d+)\): ", line)[1]) for line in said]
     (same,) = [line for line in said if "its id '7' is that of" in line]
-    others = [int(n) for n in re.search(r"\(also ([\d, ]+)\)", same)[1].split(", ")]
+    ranges = [part.split("-") for part in re.search(r"\(also ([\d, -]+)\)", same)[1].split(", ")]
+    others = [n for part in ranges for n in range(int(part[0]), int(part[-1]) + 1)]
     assert len([*alone, *others]) == len({*alone, *others}) == 11  # all but one of those with an answer
     assert len(others) == 7
     with pytest.raises(PmLlmError, match="has no t"):  # one good row is left, and one split is empty

@@ -197,9 +197,11 @@ def scale_of(fisher: Fisher, scale: str, own: float) -> float:
         if fisher.losses is None:
             raise PmLlmError("fisher_scale 'measured' needs the loss before and after training; give Fisher(losses=).")
         before, after = fisher.losses
-        size /= 2 * max(before - after, before / 100)
+        taken = max(before - after, before / 100)
+        size = size / (2 * taken) if taken > 0 else float("inf")
     if not 0 < size < float("inf"):
         raise PmLlmError(
-            f"fisher_scale {scale!r}: the value to divide by is {size}. The adapter did not move or diverged."
+            f"fisher_scale {scale!r}: the value to divide by is {size}. The adapter did not move or diverged, or "
+            "the task was known without it."
         )
     return size

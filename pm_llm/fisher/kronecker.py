@@ -33,6 +33,7 @@ from pm_llm.lowrank import LowRank
 
 TINY = torch.finfo(torch.float32).tiny
 MORE, ITERATIONS = 16, 8  # of the subspace iteration: columns besides those that are kept, and turns
+BLOCK = 512  # rows of a whole matrix that are widened to float64 at a time
 
 
 class KroneckerPast(Past):
@@ -147,7 +148,7 @@ class Kronecker(Diagonal):
     def kept(self, room: Room) -> Kept:
         """Its leading directions. What that changes: `|R|^2 |C|^2 - 2 <R, R'> <C, C'> + |R'|^2 |C'|^2` over tr^2."""
         R, C = Side.of(self.R, room.directions), Side.of(self.C, room.directions)
-        before = prod(float(x.double().square().sum()) for x in (self.R, self.C))
+        before = prod(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in (self.R, self.C))
         lost = before - 2 * R.product_with(self.R) * C.product_with(self.C) + float(R.products() * C.products())
         return Kept(R, C, max(0.0, lost) / max(self.trace(), TINY) ** 2)
 
@@ -178,6 +179,7 @@ class Side:
 
         Where the matrix is large, by subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4).
         """
+        whole = whole.float()
         small, basis = whole, None
         if 4 * (directions + MORE) < len(whole):
             basis = torch.randn(len(whole), directions + MORE, generator=torch.Generator().manual_seed(0))
@@ -199,8 +201,11 @@ class Side:
 
     def product_with(self, whole: Tensor) -> float:
         """The inner product of a matrix (d, d) and these, added up, in float64."""
-        V, whole = self.V.double(), whole.double()
-        return float((V @ whole * V).sum() + (self.d.double() * whole.diagonal()).sum())
+        V = self.V.double().flatten(0, 1)
+        found = torch.zeros_like(V)
+        for block in torch.arange(len(whole)).split(BLOCK):
+            found += V[:, block] @ whole[block].double()
+        return float((found * V).sum() + (self.d.double() * whole.diagonal()).sum())
 
     def form(self, x: Tensor, y: Tensor) -> Tensor:
         """`X' M_k Y` for each k: (terms, n, m) of X (d, n) and Y (d, m)."""

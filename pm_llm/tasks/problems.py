@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pm_llm.errors import PmLlmError
 
 SHOWN = 200
-ALONE, LISTED = 3, 20  # rows of a file with the same thing wrong: told one by one; told by their numbers
+ALONE = 3  # rows of a file with the same thing wrong that are told one by one
 
 
 @dataclass
@@ -72,10 +72,20 @@ def _together(lines: list[str]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         found = PLACE.match(line)
-        groups.setdefault((found[1], line[found.end() :]) if found else (line, ""), []).append(line)
+        groups.setdefault((found[1], line[found.end() :]) if found else (line, str(len(groups))), []).append(line)
     told = []
     for same in groups.values():
-        others = [str(_by_file_and_line(line)[1]) for line in same[1:]]
-        more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
-        told += same if len(same) <= ALONE else [f"{same[0]} (also {', '.join(others[:LISTED])}{more})"]
+        others = _ranges([_by_file_and_line(line)[1] for line in same[1:]])
+        told += same if len(same) <= ALONE else [f"{same[0]} (also {', '.join(others)})"]
     return told
+
+
+def _ranges(numbers: list[int]) -> list[str]:
+    """`[2, 3, 4, 7]` as `["2-4", "7"]`."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return [f"{first}-{last}" if last > first else f"{first}" for first, last in found]
