@@ -56,6 +56,7 @@ def test_every_file_is_in_the_readme() -> None:
         ("step", "--turns 1 --batch 1 --tokens 16", "| plain, running folded |"),
         ("fisher", "--turns 1 --rows 4 --width 64 --model embedded:t5", "| embedded:t5 | factored and exact |"),
         ("fold", "--shapes 7b --peft-modules 0 --repeats 1", "| 7b | 64 |"),
+        ("directions", "--size 256 --turns 1", "| 256 |"),
         ("many_tasks", "--tasks 20 --modules 2 --size 64", "| ratio last / first |"),
         ("coefficient", "--seeds 0 --order sentiment,topic --train.max_steps 2", "mean absolute difference"),
         ("overhead", "--rows 16 --samples 4 --turns 1", "| this run | 16 | 4 |"),
