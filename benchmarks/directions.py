@@ -2,9 +2,9 @@
 
     python benchmarks/directions.py [--size 4096] [--directions 32] [--turns 3] [--out FILE.json]
 
-One square module whose two sides have eigenvalues that fall as 1 / k. The median of the turns, in seconds: of the cut of
-both sides with its error, and of both decompositions. The error is what is left of a side, relative to the least that
-can be.
+One square module whose two sides have eigenvalues that fall as 1 / k. The median of the turns, in seconds: of the cut
+of both sides with its error, and of both decompositions. The error is what is left of a side, relative to the least
+that can be.
 """
 
 from __future__ import annotations
