@@ -24,6 +24,7 @@ import numpy as np
 from common import plain
 
 DRAWS = 2000
+WIDE = 8  # tasks that have a column each
 # 97.5 % points of Student's t, for 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MARKER = re.compile(r"<!-- table of ([^\s,]+)(?:, lead of (\S+))? -->\n(?:\|.*(?:\n|$))*")
@@ -182,7 +183,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def lead(records: Sequence[dict[str, Any]], name: str) -> str:
-    """A Markdown table: how far `name` is ahead of each other one, in all, in each order and on each task.
+    """A Markdown table: how far `name` is ahead of each other one, in all, in each order and on each of a few tasks.
 
     Raises:
         ValueError: If there is no record of that name.
@@ -191,7 +192,7 @@ def lead(records: Sequence[dict[str, Any]], name: str) -> str:
     tasks = list(dict.fromkeys(task for one in records for task in one["rows"]))
     parts = {"all": list(records)}
     parts |= {order: [one for one in records if one["order"] == order] for order in orders if len(orders) > 1}
-    for task in tasks:
+    for task in tasks if len(tasks) <= WIDE else ():
         parts[task] = [{**one, "rows": {task: one["rows"][task]}} for one in records if task in one["rows"]]
     found = {part: averages(some) for part, some in parts.items()}
     if name not in found["all"]:
