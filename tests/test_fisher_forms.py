@@ -262,6 +262,16 @@ def test_joining_keeps_the_sums_and_states_its_error() -> None:
     assert past.m.rank == 4
 
 
+def test_joining_keeps_the_slope_where_the_model_is() -> None:
+    past = None
+    for t in range(6):
+        theta, delta = random_adapter(t).factors["one"], random_adapter(10 + t).factors["one"]
+        before = past.pull(theta, delta) if past is not None else 0.0
+        past = FactoredPast.plus(past, pair(t).modules["one"], theta, Room(pairs=2, rank=40))
+        assert past.pull(theta, delta) == pytest.approx(before, rel=1e-3, abs=1e-3)
+    assert past.errors()[0] > 1e-4 * past.errors()[1]
+
+
 def test_cut_of_m_bounds_the_error_of_the_coefficient() -> None:
     """|<m - m_cut, Delta>|^2 <= (what was cut, weighted) * (<S o Delta, Delta> with S's row and column sums)."""
     torch.manual_seed(0)

@@ -144,6 +144,17 @@ def test_joining_keeps_the_diagonal_sums_and_states_its_error() -> None:
     assert past.m.rank == 4
 
 
+def test_joining_keeps_the_slope_where_the_model_is() -> None:
+    """What is cut from S, times the whole adapter, would be a slope that the past tasks do not have."""
+    past, room = None, Room(pairs=2, rank=40, directions=8)
+    for t in range(6):
+        theta, delta = random_adapter(t).factors["one"], random_adapter(10 + t).factors["one"]
+        before = past.pull(theta, delta) if past is not None else 0.0
+        past = KroneckerPast.plus(past, fisher_like(t), theta, room)  # whose own slope is none at its theta
+        assert past.pull(theta, delta) == pytest.approx(before, rel=1e-3, abs=1e-3)
+    assert past.errors()[0] > 1e-3 * past.errors()[1]
+
+
 def test_few_directions_keep_the_leading_ones_and_the_diagonal() -> None:
     torch.manual_seed(0)
     x = torch.randn(40, IN) * torch.tensor([10.0, 5, 1, 0.5, 0.1])

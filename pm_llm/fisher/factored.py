@@ -26,7 +26,8 @@ class FactoredPast(Past):
     """`S = sum_k r_k c_k' / sum(r_k)` with at most `pairs` pairs, and m as a low-rank matrix of at most rank `rank`.
 
     One pair too many: the two are joined whose sum is changed least by it. Their row and column sums are added, which
-    is the factored Fisher of both tasks' examples together. The rank of m is cut where it matters least to the
+    is the factored Fisher of both tasks' examples together. What that adds to S is added to m, times theta, so that
+    the slope `S theta - m` stays what it was where the model is. The rank of m is cut where it matters least to the
     coefficient: with rows and columns weighted by the inverse roots of S's row and column sums r and c. What was cut
     then changes `<m, Delta>` by no more than its norm times `<(r c') o Delta, Delta>^(1/2)`.
     """
@@ -43,7 +44,12 @@ class FactoredPast(Past):
         r, c = fisher.r[None], fisher.c[None]
         if past is not None:
             r, c, m = torch.cat([past.r, r]), torch.cat([past.c, c]), lowrank.add(past.m, m)
-        r, c, lost_S, total_S = _joined(r, c, room.pairs)
+        if len(r) > room.pairs:
+            two, r, c, lost_S, total_S = _joined(r, c)
+            for x in (Factored(r[-1], c[-1]).times(theta), *(one.times(theta).scale(-1.0) for one in two)):
+                m = lowrank.add(m, x)
+        else:
+            lost_S = total_S = 0.0
         m, lost_m, total_m = lowrank.truncate(m, room.rank, inverse_root(r.sum(0)), inverse_root(c.sum(0)))
         made = cls(r, c, m.B, m.A)
         made._errors = (lost_S, total_S, lost_m, total_m)
@@ -124,10 +130,9 @@ class Factored(Diagonal):
         return self.r.numel() * self.c.numel()
 
 
-def _joined(r: Tensor, c: Tensor, pairs: int) -> tuple[Tensor, Tensor, float, float]:
-    """At most `pairs` pairs; the squared norms of what that changes in S, and of S."""
-    if len(r) <= pairs:
-        return r, c, 0.0, 0.0
+def _joined(r: Tensor, c: Tensor) -> tuple[list[Factored], Tensor, Tensor, float, float]:
+    """The two pairs that are joined, all with their sum as the last; the squared norms of what that changes in S, and
+    of S."""
     whole = _sum_of_pairs(r, c)
     tried = []
     for i, j in combinations(range(len(r)), 2):
@@ -135,10 +140,10 @@ def _joined(r: Tensor, c: Tensor, pairs: int) -> tuple[Tensor, Tensor, float, fl
         change = lowrank.add(two, one.scale(-1.0))
         tried.append((max(0.0, lowrank.inner(change, change)), i, j))
     lost, i, j = min(tried)
-    others = [k for k in range(len(r)) if k not in (i, j)]
+    taken, others = [Factored(r[k], c[k]) for k in (i, j)], [k for k in range(len(r)) if k not in (i, j)]
     r = torch.cat([r[others], r[[i]] + r[[j]]])
     c = torch.cat([c[others], c[[i]] + c[[j]]])
-    return r, c, lost, lowrank.inner(whole, whole)
+    return taken, r, c, lost, lowrank.inner(whole, whole)
 
 
 def _sum_of_pairs(r: Tensor, c: Tensor) -> LowRank:

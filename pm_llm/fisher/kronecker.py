@@ -41,7 +41,9 @@ class KroneckerPast(Past):
     `directions` rows in V, and m as a low-rank matrix of at most rank `rank`.
 
     One term too many: the two are joined whose sum is changed least by it; their sides are added, which is the Fisher
-    of both tasks' examples together. The rank of m is cut as in the factored form.
+    of both tasks' examples together. What that adds to S is added to m, times theta, so that the quadratics' slope
+    `S theta - m` stays what it was where the model is: it is small beside S theta, and would drown in what was cut.
+    The rank of m is cut as in the factored form.
     """
 
     names = ("RV", "Rd", "CV", "Cd", "mB", "mA")
@@ -54,14 +56,17 @@ class KroneckerPast(Past):
     def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room) -> KroneckerPast:
         one = fisher.kept(room)
         R, C, lost_S = one.R, one.C, one.lost
-        m = LowRank(R.times(theta.B)[0], C.times(theta.A.T)[0].T / R.traces()[0].clamp(min=TINY).to(theta.A))
+        (m,) = _times(R, C, theta)
         if past is not None:
             R, C, m = past.R.with_terms(R), past.C.with_terms(C), lowrank.add(past.m, m)
         total_S = float(_products(R, C).sum())
         if len(R.d) > room.pairs:
             lost, i, j = _least_changed(R, C)
             lost_S += lost
+            two = R.terms([i, j]), C.terms([i, j])
             R, C = R.joined(i, j, room.directions), C.joined(i, j, room.directions)
+            for x in _times(R.terms([-1]), C.terms([-1]), theta) + _times(*two, theta.scale(-1.0)):
+                m = lowrank.add(m, x)
         roots = [inverse_root(side.diagonals().sum(0)) for side in (R, C)]
         m, lost_m, total_m = lowrank.truncate(m, room.rank, *roots)
         made = cls(R.V, R.d, C.V, C.d, m.B, m.A)
@@ -78,11 +83,9 @@ class KroneckerPast(Past):
         return _inner(self.R, self.C, x, y)
 
     def penalty(self, running: LowRank) -> Penalty:
-        traces = self.R.traces().clamp(min=TINY)
-        slope = self.m.scale(-1.0)
-        for b, a, trace in zip(self.R.times(running.B), self.C.times(running.A.T), traces, strict=True):
-            slope = lowrank.add(slope, LowRank(b, a.T / trace))
-        R, C = self.R, self.C
+        R, C, traces, slope = self.R, self.C, self.R.traces().clamp(min=TINY), self.m.scale(-1.0)
+        for x in _times(R, C, running):
+            slope = lowrank.add(slope, x)
 
         def of(live: LowRank) -> Tensor:
             nonlocal R, C, slope, traces
@@ -196,6 +199,10 @@ class Side:
         """On another device, or in another type."""
         return Side(self.V.to(where), self.d.to(where))
 
+    def terms(self, which: list[int]) -> Side:
+        """Those of them."""
+        return Side(self.V[which], self.d[which])
+
     def divided(self, size: float) -> Side:
         return Side(self.V / size**0.5, self.d / size)
 
@@ -250,6 +257,12 @@ def _inner(R: Side, C: Side, x: LowRank, y: LowRank) -> float:
     R, C = R.to(torch.float64), C.to(torch.float64)
     each = (R.form(x.B.double(), y.B.double()) * C.form(x.A.double().T, y.A.double().T)).sum((1, 2))
     return float((each / R.traces().clamp(min=TINY)).sum())
+
+
+def _times(R: Side, C: Side, x: LowRank) -> list[LowRank]:
+    """`R_k (x) C_k x / tr R_k` for each k, of the rank of x."""
+    sides = zip(R.times(x.B), C.times(x.A.T), R.traces().clamp(min=TINY), strict=True)
+    return [LowRank(b, a.T / trace) for b, a, trace in sides]
 
 
 def _products(R: Side, C: Side) -> Tensor:
