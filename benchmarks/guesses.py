@@ -44,9 +44,9 @@ def generate(
                 guess, sure = guesses.pop(i), len(known[i])
                 right = next((j for j in range(sure, len(guess)) if guess[j] != tokens[j]), len(guess))
                 known[i] = (*guess[:right], tokens[right])[:limit]
-                ended = next((j for j, token in enumerate(known[i]) if token in ends), None)
-                if ended is not None or len(known[i]) == limit:
-                    known[i] = known[i][: limit if ended is None else ended + 1]
+                length = next((j + 1 for j, token in enumerate(known[i]) if token in ends), limit)
+                if len(known[i]) >= length:
+                    known[i] = known[i][:length]
                     seen.setdefault(known[i])
                 else:
                     guesses[i] = next((one for one in seen if one[: right + 1] == known[i]), known[i])

@@ -165,7 +165,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for name in sorted(found, key=lambda name: -means[name]):
         runs = [one for one in records if one["name"] == name]
         less = found[name] - found["seqlora"] if "seqlora" in found and name != "seqlora" else None
-        bound = runs[0]["task_id"] or name == "joint"  # of `joint` the last stage alone is trained to its end
+        bound = runs[0]["task_id"] or "plasticity" not in runs[0]
         seconds = [sum(sum(stage.values()) for stage in one["seconds"]) for one in runs]
         cells = [
             name,

@@ -173,14 +173,13 @@ class RunConfig:
         for pattern, rank in self.lora.rank_pattern.items():
             check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, whole=True)
         check_number("lora.lora_dropout", self.lora.lora_dropout, 0, 1)
-        if self.train.max_steps == -1 and not 0 < self.train.num_train_epochs < inf:
-            raise PmLlmError(f"train.num_train_epochs is {self.train.num_train_epochs}; it must be a number above 0.")
-        for name in ABOVE_ZERO:
+        by_epochs = self.train.max_steps == -1
+        for name in (*ABOVE_ZERO, *(["train.num_train_epochs"] if by_epochs else [])):
             if not 0 < _get(self, name) < inf:
                 raise PmLlmError(f"{name} is {_get(self, name)}; it must be a number above 0.")
         for name in NOT_NEGATIVE:
             check_number(name, _get(self, name), low=0)
-        if self.train.max_steps != -1 and self.train.max_steps < 1:
+        if not by_epochs and self.train.max_steps < 1:
             raise PmLlmError(f"train.max_steps is {self.train.max_steps}; it must be at least 1, or -1 for epochs.")
         self._check_method(self.parsed_method())
         return self

@@ -89,12 +89,16 @@ def _devices(config: RunConfig) -> Iterator[Finding]:
             WARNING, "launch", f"{count} GPUs", "Use accelerate launch, or CUDA_VISIBLE_DEVICES for one of them"
         )
     if not count:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        found = f"none; {os.cpu_count()} CPU cores, {memory / 2**30:.0f} GiB of memory"
+        found = f"none; {os.cpu_count()} CPU cores, {_memory() / 2**30:.0f} GiB of memory"
         yield Finding(WARNING, "GPU", found, "Small models train on CPU; for others use a machine with a GPU")
     if shutil.which("mpirun") is None and not count:
         remedy = "Use accelerate_configs/ddp_cpu.yaml, which needs none"
         yield Finding(WARNING, "mpirun", "not found: accelerate's MULTI_CPU would start one process only", remedy)
+
+
+def _memory() -> int:
+    """The machine's, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _precision(config: RunConfig) -> Iterator[Finding]:
@@ -156,7 +160,7 @@ def _room(config: RunConfig) -> Iterator[Finding]:
         yield Finding(FAILURE, "disk", found, "Make room, choose another --output_dir, or a method without curvature")
     else:
         yield Finding(OK, "disk", found)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = _memory()
     found = f"{size_of(sums)} of {size_of(memory)} for a process's sums of the Fisher"
     if sums > memory / 2:
         yield Finding(WARNING, "memory", found, "Use --fisher.storage disk, or the factored form")
@@ -199,28 +203,22 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     shapes = [(layer.out_features, layer.in_features, layer.r["task"]) for layer in layers]
     trained = sum((n + m) * r for n, m, r in shapes)
     merged = sum((n + m) * min(n, m, config.max_rank or tasks * r) for n, m, r in shapes)
-    kept = sum(_kept(config, n, m, r) for n, m, r in shapes)
-    sums = sum(_sums(config, n, m, r) for n, m, r in shapes)
+    merge = config.parsed_method().merge.build("merge")
+    form = merge.fisher_form(config.fisher.form) if merge.needs_fisher else ""
+    kept = sum(_kept(merge, form, n, m, r) for n, m, r in shapes)
+    sums = sum(_sums(form, n, m, r) for n, m, r in shapes)
     return 4 * (tasks * (merged + trained) + 2 * kept + 2 * (3 * trained + merged)), 4 * sums, tasks
 
 
-def _form(config: RunConfig) -> tuple[Any, str]:
-    """The merge, and its Fisher's form ("": it wants none)."""
-    merge = config.parsed_method().merge.build("merge")
-    form = "factors" if merge.space == "factors" else merge.form or config.fisher.form
-    return merge, form if merge.needs_fisher else ""
-
-
-def _sums(config: RunConfig, n: int, m: int, r: int) -> int:
-    """Numbers that a process sums up of one (n, m) matrix with an adapter of rank r; dense ones are met by the sums of
-    past tasks, before and after the merge."""
+def _sums(form: str, n: int, m: int, r: int) -> int:
+    """Numbers that a process sums up of one (n, m) matrix with an adapter of rank r, for a Fisher of this form ("":
+    none is wanted); dense ones are met by the sums of past tasks, before and after the merge."""
     sizes = {"dense": 5 * n * m, "factored": n + m, "kronecker": n * n + m * m, "factors": (n + m) * r}
-    return sizes.get(_form(config)[1], 0)
+    return sizes.get(form, 0)
 
 
-def _kept(config: RunConfig, n: int, m: int, r: int) -> int:
+def _kept(merge: Any, form: str, n: int, m: int, r: int) -> int:
     """Numbers that the merge remembers of one (n, m) matrix with an adapter of rank r."""
-    merge, form = _form(config)
     if not form:
         return 0
     if form == "factors":

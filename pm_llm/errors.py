@@ -43,18 +43,14 @@ def check_number(what: str, value: Any, low: float = -inf, high: float = inf, wh
         raise PmLlmError(f"{what} is {value!r}; it must be {' '.join([kind, *bounds])}.")
 
 
-def did_you_mean(given: str, names: Iterable[str]) -> str:
+@lru_cache  # the same may be asked of every row of a file
+def did_you_mean(given: str, names: tuple[str, ...]) -> str:
     """A question with the name that is nearest to what was given; "" where none is near."""
-    return _nearest(given, tuple(names))
-
-
-@lru_cache
-def _nearest(given: str, names: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> PmLlmError:
     """The error for a name that is not among `allowed`, with the nearest one that is."""
-    names = sorted(allowed)
+    names = tuple(sorted(allowed))
     return PmLlmError(f"unknown {kind} {given!r}.{did_you_mean(given, names)} Allowed: {', '.join(names)}.")

@@ -48,11 +48,13 @@ def from_dense(x: Tensor) -> LowRank:
     return LowRank(torch.eye(d_out, dtype=x.dtype), x) if d_out < d_in else LowRank(x, torch.eye(d_in, dtype=x.dtype))
 
 
-def add(x: LowRank, y: LowRank) -> LowRank:
-    """`x + y`, exact, rank(x) + rank(y): `[B_x | B_y] [A_x ; A_y]`."""
-    if x.shape != y.shape:
-        raise ValueError(f"cannot add matrices of shapes {x.shape} and {y.shape}")
-    return LowRank(torch.cat([x.B, y.B], dim=1), torch.cat([x.A, y.A], dim=0))
+def add(x: LowRank, *others: LowRank) -> LowRank:
+    """`x + y + ...`, exact, of the sum of their ranks: `[B_x | B_y | ...] [A_x ; A_y ; ...]`."""
+    for y in others:
+        if x.shape != y.shape:
+            raise ValueError(f"cannot add matrices of shapes {x.shape} and {y.shape}")
+    parts = [x, *others]
+    return LowRank(torch.cat([part.B for part in parts], dim=1), torch.cat([part.A for part in parts], dim=0))
 
 
 def inner(x: LowRank, y: LowRank, rows: Tensor | None = None, columns: Tensor | None = None) -> float:

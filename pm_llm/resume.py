@@ -79,9 +79,8 @@ def take_up(
             return
     else:
         differences = _differences(state, kept, new, restarted=token is not None)
-        words, before = config.parsed_method().plain(), kept[-1].get("words")
-        if not differences and before not in (None, words):  # the same name, of another version of pm_llm
-            differences = [f"{key}: {before[key]!r} -> {words[key]!r}" for key in words if before[key] != words[key]]
+        if not differences and "words" in kept[-1]:  # a method of the same name, of another version of pm_llm
+            differences = changes(kept[-1]["words"], config.parsed_method().plain())
         if differences:
             raise PmLlmError(
                 f"{run_dir.path} holds a run with another configuration ({'; '.join(differences)}). Run as before, "

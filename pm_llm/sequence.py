@@ -270,7 +270,7 @@ class ContinualSequence:
         if rule.needs_direction:
             past, first = running.factors if running is not None else {}, began.factors if began is not None else {}
             direction = rule.direction(Fold(merger.tasks + 1, past, new.factors, self.start.continues, start=first))
-        form = "factors" if rule.space == "factors" else rule.form or self.config.fisher.form
+        form = rule.fisher_form(self.config.fisher.form)
         return chosen.fisher(self.model, form, direction, loss_before, self.zeros)
 
     def _as_trained(self, new: Adapter) -> None:

@@ -46,8 +46,7 @@ class FactoredPast(Past):
             r, c, m = torch.cat([past.r, r]), torch.cat([past.c, c]), lowrank.add(past.m, m)
         if len(r) > room.pairs:
             two, r, c, lost_S, total_S = _joined(r, c)
-            for x in (Factored(r[-1], c[-1]).times(theta), *(one.times(theta).scale(-1.0) for one in two)):
-                m = lowrank.add(m, x)
+            m = lowrank.add(m, Factored(r[-1], c[-1]).times(theta), *(one.times(theta).scale(-1.0) for one in two))
         else:
             lost_S = total_S = 0.0
         m, lost_m, total_m = lowrank.truncate(m, room.rank, inverse_root(r.sum(0)), inverse_root(c.sum(0)))
@@ -65,9 +64,7 @@ class FactoredPast(Past):
         return lowrank.inner(self.m, delta) - sum(one.inner(running, delta) for one in self._each())
 
     def penalty(self, running: LowRank) -> Penalty:
-        slope = self.m.scale(-1.0)
-        for one in self._each():
-            slope = lowrank.add(slope, one.times(running))
+        slope = lowrank.add(self.m.scale(-1.0), *(one.times(running) for one in self._each()))
         r, c = self.r, self.c / self.c.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
         def of(live: LowRank) -> Tensor:

@@ -59,14 +59,15 @@ class KroneckerPast(Past):
         (m,) = _times(R, C, theta)
         if past is not None:
             R, C, m = past.R.with_terms(R), past.C.with_terms(C), lowrank.add(past.m, m)
-        total_S = float(_products(R, C).sum())
+        traces, rows, columns = R.traces().double().clamp(min=TINY), R.products(), C.products()
+        products = rows * columns / (traces[:, None] * traces)  # of the terms; their sum is the squared norm of S
+        total_S = float(products.sum())
         if len(R.d) > room.pairs:
-            lost, i, j = _least_changed(R, C)
+            lost, i, j = _least_changed(products, rows, columns, traces)
             lost_S += lost
             two = R.terms([i, j]), C.terms([i, j])
             R, C = R.joined(i, j, room.directions), C.joined(i, j, room.directions)
-            for x in _times(R.terms([-1]), C.terms([-1]), theta) + _times(*two, theta.scale(-1.0)):
-                m = lowrank.add(m, x)
+            m = lowrank.add(m, *_times(R.terms([-1]), C.terms([-1]), theta), *_times(*two, theta.scale(-1.0)))
         roots = [inverse_root(side.diagonals().sum(0)) for side in (R, C)]
         m, lost_m, total_m = lowrank.truncate(m, room.rank, *roots)
         made = cls(R.V, R.d, C.V, C.d, m.B, m.A)
@@ -74,18 +75,14 @@ class KroneckerPast(Past):
         return made
 
     def along(self, delta: LowRank) -> float:
-        return self._inner(delta, delta)
+        return _inner(self.R, self.C, delta, delta)
 
     def pull(self, running: LowRank, delta: LowRank) -> float:
-        return lowrank.inner(self.m, delta) - self._inner(running, delta)
-
-    def _inner(self, x: LowRank, y: LowRank) -> float:
-        return _inner(self.R, self.C, x, y)
+        return lowrank.inner(self.m, delta) - _inner(self.R, self.C, running, delta)
 
     def penalty(self, running: LowRank) -> Penalty:
-        R, C, traces, slope = self.R, self.C, self.R.traces().clamp(min=TINY), self.m.scale(-1.0)
-        for x in _times(R, C, running):
-            slope = lowrank.add(slope, x)
+        R, C, traces = self.R, self.C, self.R.traces().clamp(min=TINY)
+        slope = lowrank.add(self.m.scale(-1.0), *_times(R, C, running))
 
         def of(live: LowRank) -> Tensor:
             nonlocal R, C, slope, traces
@@ -183,15 +180,13 @@ class Side:
         Where the matrix is large, by subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4).
         """
         whole = whole.float()
-        small, basis = whole, None
+        basis = torch.eye(len(whole))
         if 4 * (directions + MORE) < len(whole):
             basis = torch.randn(len(whole), directions + MORE, generator=torch.Generator().manual_seed(0))
             for _ in range(ITERATIONS):
                 basis = torch.linalg.qr(whole @ basis)[0]
-            small = basis.T @ (whole @ basis)
-        values, vectors = torch.linalg.eigh(small.double())
-        vectors = vectors if basis is None else basis.double() @ vectors
-        V = (values.clamp(min=0).sqrt() * vectors).T.flip(0)[:directions]
+        values, vectors = torch.linalg.eigh((basis.T @ (whole @ basis)).double())
+        V = (values.clamp(min=0).sqrt() * (basis.double() @ vectors)).T.flip(0)[:directions]
         d = (whole.diagonal() - V.square().sum(0)).clamp(min=0)
         return cls(V[None].float().contiguous(), d[None].float())
 
@@ -265,20 +260,18 @@ def _times(R: Side, C: Side, x: LowRank) -> list[LowRank]:
     return [LowRank(b, a.T / trace) for b, a, trace in sides]
 
 
-def _products(R: Side, C: Side) -> Tensor:
-    """The terms' inner products, (terms, terms), in float64; their sum is the squared norm of S."""
-    t = R.traces().double().clamp(min=TINY)
-    return R.products() * C.products() / (t[:, None] * t)
+def _least_changed(products: Tensor, rows: Tensor, columns: Tensor, t: Tensor) -> tuple[float, int, int]:
+    """The two terms that are best joined: the squared norm of what it changes in S, and which they are.
 
-
-def _least_changed(R: Side, C: Side) -> tuple[float, int, int]:
-    """The two terms that are best joined: the squared norm of what it changes in S, and which they are."""
-    t = R.traces().double().clamp(min=TINY)
-    rows, columns, whole = R.products(), C.products(), _products(R, C)
+    Args:
+        products: The terms' inner products, (terms, terms).
+        rows: Those of their R, and `columns` those of their C.
+        t: The terms' traces, (terms).
+    """
     tried = []
     for i, j in combinations(range(len(t)), 2):
         two = [i, j]
-        before = float(whole[two][:, two].sum())
+        before = float(products[two][:, two].sum())
         after = float(rows[two][:, two].sum() * columns[two][:, two].sum() / t[two].sum() ** 2)
         both = float((rows[two].sum(0)[two] * columns[two].sum(0)[two] / t[two]).sum() / t[two].sum())
         tried.append((max(0.0, before + after - 2 * both), i, j))

@@ -86,7 +86,7 @@ class Merge:
 
     needs_fisher = False
     space = "weights"  # where that Fisher lives
-    form: str | None = None  # of a Fisher of the weights; None: the configuration's
+    form: str | None = None  # of a Fisher of the weights; None: the configuration's, see `fisher_form`
     needs_direction = False  # whether that Fisher must hold the exact curvature along the task vector
     needs_losses = False  # whether it must hold the loss before and after training
     needs_probe = False  # whether `fold.probe` must be there
@@ -95,6 +95,10 @@ class Merge:
     in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
     stores = ""  # what is kept from task to task, besides the running adapter
     zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made
+
+    def fisher_form(self, configured: str) -> str:
+        """The form of that Fisher: `factors` in their space, else its own, else the configuration's."""
+        return "factors" if self.space == "factors" else self.form or configured
 
     def check(self, start: Start) -> None:
         """Raise PmLlmError if the rule means nothing with this start."""

@@ -47,7 +47,4 @@ class FrankWolfe(Stored):
         return self._sum(name)
 
     def _sum(self, name: str) -> LowRank:
-        found = self.vectors[0][name].scale(self.weights_of[0])
-        for vectors, weight in zip(self.vectors[1:], self.weights_of[1:], strict=True):
-            found = lowrank.add(found, vectors[name].scale(weight))
-        return found
+        return lowrank.add(*(v[name].scale(weight) for v, weight in zip(self.vectors, self.weights_of, strict=True)))

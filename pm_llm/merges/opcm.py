@@ -90,7 +90,5 @@ def project(before: LowRank, x: LowRank, threshold: float, variant: str) -> LowR
     else:
         parts = [LowRank(b, a), LowRank(-U[:, :k] @ (U[:, :k].T @ b), (a @ V[:, :k]) @ V[:, :k].T)]
     parts.append(LowRank(-U[:, k:] * diagonal, V[:, k:].T.contiguous()))
-    found = parts[0]
-    for part in parts[1:]:
-        found = lowrank.add(found, part)
+    found = lowrank.add(*parts)
     return LowRank(found.B.to(x.B.dtype), found.A.to(x.A.dtype))

@@ -94,8 +94,8 @@ class Optimal(Merge):
 
     def coefficients(self, fold: Fold) -> Coefficients:
         room = Room(self.zeros, self.pairs, self.rank, self.directions)
-        fisher = self._checked(fold)
-        fisher = replace(fisher, modules=each(lambda name: fisher.modules[name].kept(room), fold.new))
+        given = self._checked(fold)
+        fisher = replace(given, modules=each(lambda name: given.modules[name].kept(room), fold.new))
         own, whole = self._own(fold, fisher)
         size = scale_of(fisher, self.fisher_scale, whole)
 

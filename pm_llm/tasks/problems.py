@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from pm_llm.errors import PmLlmError
 
 SHOWN = 200
+PLACE = re.compile(r"(.+?):(?:row )?(\d+)(?: \(row (\d+)\))?")  # of a row
+Found = tuple[str, str]  # a place, or "", and what is wrong there
 ALONE = 3  # rows of a file with the same thing wrong that are told one by one
 
 
@@ -21,7 +24,7 @@ class Problems:
     """
 
     drop: bool = False
-    found: list[str] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
     dropped: dict[str, set[str]] = field(default_factory=dict)
     rows: int = 0
 
@@ -35,7 +38,7 @@ class Problems:
 
     def add(self, place: str, what: str) -> None:
         """Something wrong that leaving out a row cannot mend."""
-        self.found.append(f"{place}: {what}" if place else what)
+        self.found.append((place, what))
 
     @property
     def whole(self) -> int:
@@ -48,7 +51,7 @@ class Problems:
             return
         advice = " Mend the rows, or leave them out with --bad_rows drop." if self.rows else ""
         if len(self.found) == 1:
-            raise PmLlmError(self.found[0] + advice)
+            raise PmLlmError(_line(self.found[0]) + advice)
         told = _together(sorted(self.found, key=_by_file_and_line))
         lines = "\n  ".join(told[:SHOWN])
         more = f"\n  and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
@@ -59,24 +62,28 @@ class Problems:
         return [f"{file}: {len(rows)} bad row{'s' * (len(rows) > 1)} left out" for file, rows in self.dropped.items()]
 
 
-PLACE = re.compile(r"(.+?):(?:row )?(\d+)(?: \(row (\d+)\))?: ")
+def _line(found: Found) -> str:
+    return ": ".join(part for part in found if part)
 
 
-def _by_file_and_line(line: str) -> tuple[str, int]:
-    found = PLACE.match(line)
-    return (found[1], int(found[3] or found[2])) if found else (line, 0)
+def _by_file_and_line(found: Found) -> tuple[str, int]:
+    row = PLACE.fullmatch(found[0])
+    return (row[1], int(row[3] or row[2])) if row else (_line(found), 0)
 
 
-def _together(lines: list[str]) -> list[str]:
+def _together(all_found: list[Found]) -> list[str]:
     """What is said of many rows of a file in the same words is said once, with the others' numbers."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for line in lines:
-        found = PLACE.match(line)
-        groups.setdefault((found[1], line[found.end() :]) if found else (line, str(len(groups))), []).append(line)
-    told = []
+    groups: dict[Any, list[Found]] = {}
+    for found in all_found:
+        row = PLACE.fullmatch(found[0])
+        groups.setdefault((row[1], found[1]) if row else len(groups), []).append(found)
+    told: list[str] = []
     for same in groups.values():
-        others = _ranges([_by_file_and_line(line)[1] for line in same[1:]])
-        told += same if len(same) <= ALONE else [f"{same[0]} (also {', '.join(others)})"]
+        if len(same) <= ALONE:
+            told += map(_line, same)
+        else:
+            others = _ranges([_by_file_and_line(found)[1] for found in same[1:]])
+            told.append(f"{_line(same[0])} (also {', '.join(others)})")
     return told
 
 

@@ -29,7 +29,7 @@ class Row:
     def text(self, column: str, problems: Problems) -> str | None:
         """The text in `column`; None, with the reason in `problems`, if there is none that can be used."""
         if column not in self.values:
-            names = list(map(str, self.values))
+            names = tuple(map(str, self.values))
             there = ", ".join(names) or "none"
             problems.row(
                 self.place, f"column {column!r} is missing; the row has {there}.{did_you_mean(column, names)}"
