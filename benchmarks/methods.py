@@ -5,9 +5,10 @@
 
 Without a model and a folder: the embedded ones. Runs that are in the folder are not repeated, one that was stopped
 goes on. A method is a preset or a name in `variants.yaml`. Any key of the configuration may follow, e.g.
-`--train.max_steps 200`; all runs of a folder must agree. Hidden states below the first adapted layer are computed once
-a row (`trunk.py`, and `guesses.py` for answers). Records go to `FOLDER/records.jsonl`, and their table (`records.py`)
-is printed. Of `joint` only the last stage is trained to its end: every stage begins anew, with all rows so far.
+`--train.max_steps 200`; all runs of a folder must agree. On a CPU the real model is adapted in its last six layers, on
+a GPU in all. Hidden states below the first adapted layer are computed once a row (`trunk.py`, and `guesses.py` for
+answers). Records go to `FOLDER/records.jsonl`, and their table (`records.py`) is printed. Of `joint` only the last
+stage is trained to its end: every stage begins anew, with all rows so far.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import trunk
 import yaml
 from common import keys_of
 
-# short enough for a core: LoRA on the last six of SmolLM2's layers
+# short enough for a core
+LAST_LAYERS = [24, 25, 26, 27, 28, 29]  # of SmolLM2
 REAL: dict[str, Any] = {
     "benchmark": "long_sequence",
     "dtype": "bfloat16",
@@ -31,7 +33,6 @@ REAL: dict[str, Any] = {
     "max_test_samples": 50,
     "max_length": 128,
     "train.max_steps": 50,
-    "lora.layers_to_transform": [24, 25, 26, 27, 28, 29],
 }
 EMBEDDED: dict[str, Any] = {"benchmark": "embedded", "max_test_samples": 50, "max_length": 96, "train.max_steps": 15}
 ORDER = "agnews,SST-2,QQP,dbpedia"
@@ -45,6 +46,8 @@ BOTH: dict[str, Any] = {
 
 def main() -> None:
     """Run what is missing, write the records and print their table."""
+    import torch
+
     from pm_llm import ContinualSequence
     from pm_llm.config import load_config
     from pm_llm.evaluation import run as evaluation
@@ -68,6 +71,8 @@ def main() -> None:
     given, more = parser.parse_known_args()
 
     settings = {**BOTH, **(REAL if given.data_dir else EMBEDDED), "model": given.model, **keys_of(more)}
+    if given.data_dir and not torch.cuda.is_available():
+        settings.setdefault("lora.layers_to_transform", LAST_LAYERS)
     if given.data_dir:
         settings["data_dir"] = given.data_dir
 

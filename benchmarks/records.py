@@ -2,7 +2,7 @@
 
     python benchmarks/records.py docs/results/FILE.jsonl        # print its table
     python benchmarks/records.py docs/results/FILE.jsonl --lead pm_curvature    # by how much it is ahead, paired
-    python benchmarks/records.py --write docs/results.md        # renew every table of a page, where its marker is
+    python benchmarks/records.py --write docs/results.md        # renew a page: tables at their markers, figures
 
 Intervals are of 95 %. With one seed: percentile bootstrap over the test rows, drawn anew within each task and the same
 for all methods and orders; they say nothing of other seeds. With several: Student's t over the seeds' means (of all
@@ -226,14 +226,17 @@ def renewed(text: str, folder: Path) -> str:
 
 
 def main() -> None:
-    """Print a file's table, or renew a page's."""
+    """Print a file's table, or renew a page's tables and figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("records", type=Path, nargs="*", metavar="RECORDS.jsonl")
     parser.add_argument("--lead", metavar="NAME", help="how far this method is ahead of the others")
-    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="renew the tables of this page instead")
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="renew the tables and figures of this page")
     given = parser.parse_args()
     if given.write:
+        import plot
+
         given.write.write_text(renewed(given.write.read_text(), given.write.parent))
+        plot.redraw(given.write)
     else:
         found = [one for path in given.records for one in read(path)]
         print(lead(found, given.lead) if given.lead else table(found))

@@ -197,13 +197,45 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
         records.lead(runs, "olora")
 
 
-def test_tables_in_the_docs_are_what_their_records_give(monkeypatch) -> None:
+def test_tables_and_figures_in_the_docs_are_what_their_records_give(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import plot
     import records
 
     page = (ROOT / "docs/results.md").read_text()
     assert records.MARKER.search(page)
     assert records.renewed(page, ROOT / "docs") == page
+    figures = list(plot.shown(ROOT / "docs/results.md"))
+    assert figures
+    for data, figure in figures:  # how it is drawn depends on matplotlib's version
+        assert plot.source(data) in figure.read_text()
+
+
+def test_a_figure_of_records(monkeypatch, tmp_path) -> None:
+    """A dot at each final average, a ring where the method has a plasticity; drawn from the file that it names."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import plot
+    import records
+
+    data = ROOT / "docs/results/long-order.jsonl"
+    found = records.read(data)
+    averages = {name: float(x[0].mean()) for name, x in records.averages(found).items()}
+    axes = plot.draw(found).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == sorted(averages, key=lambda name: averages[name])
+    points = {tuple(xy) for line in axes.lines if line.get_marker() == "o" for xy in line.get_xydata()}
+    assert {(averages[name], y) for y, name in enumerate(names)} < points
+    rings = {(one["plasticity"], names.index(one["name"])) for one in found if one["name"] != "joint"}
+    assert len(points) == len(averages) + len(rings)
+    assert rings < points
+
+    (tmp_path / "one.jsonl").write_bytes(data.read_bytes())
+    (tmp_path / "page.md").write_text("![what it shows](one.svg)\n")
+    monkeypatch.setattr(sys, "argv", ["records", "--write", str(tmp_path / "page.md")])
+    records.main()
+    drawn = (tmp_path / "one.svg").read_text()
+    assert plot.source(tmp_path / "one.jsonl") in drawn
+    assert "pm_curvature" in drawn
 
 
 def test_the_trunk_gives_what_the_layers_give(monkeypatch) -> None:
