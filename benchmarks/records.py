@@ -172,8 +172,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             _shown(found[name], ""),
             "-" if less is None else _shown(less, "+"),
             "-" if less is None or not gap else f"{100 * float(less[0].mean()) / gap:.0f} %",
-            "-" if bound else f"{fmean(one['backward_transfer'] for one in runs):+.1f}",
-            "-" if bound else f"{fmean(one['plasticity'] for one in runs):.1f}",
+            "-" if bound else _mean(runs, "backward_transfer", "+.1f"),
+            "-" if bound else _mean(runs, "plasticity", ".1f"),
             "-" if bound else ", ".join(f"{c:.2f}" for c in runs[0]["coefficients"]),
             f"{fmean(seconds) / 60:.1f}",
             f"{fmean(one['state_bytes'] for one in runs) / 2**20:.1f}",
@@ -203,6 +203,11 @@ def lead(records: Sequence[dict[str, Any]], name: str) -> str:
             cells = [_shown(one[name] - one[other], "+") for one in found.values()]
             lines.append(f"| {other} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _mean(runs: Sequence[dict[str, Any]], key: str, form: str) -> str:
+    """Over runs; of one task there is no backward transfer."""
+    return format(fmean(one[key] for one in runs), form) if key in runs[0] else "-"
 
 
 def _shown(found: np.ndarray, sign: str) -> str:

@@ -169,6 +169,8 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     assert "67 %" in next(line for line in records.table(runs).splitlines() if line.startswith("| pm "))
     _, low, high = records.interval(found["pm"])
     assert 0.2 * scale < high - low < 0.32 * scale  # 1.96 * 2 * sqrt(.75 * .25 / 40) = .268
+    alone = {key: value for key, value in one("pm", 0, right).items() if key != "backward_transfer"}  # of one task
+    assert "| - | 50.0 | 1.00 |" in records.table([alone])
     seeds = records.averages([one("pm", 0, right), one("pm", 1, wrong), one("pm", 2, right)])["pm"]
     mean, half = 1.75 / 3, 4.303 * np.std([0.75, 0.25, 0.75], ddof=1) / 3**0.5
     assert records.interval(seeds / scale) == pytest.approx((mean, mean - half, mean + half))
