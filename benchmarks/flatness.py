@@ -1,18 +1,27 @@
 """Does the perturbation flatten the loss along the task vector? Measured on finished runs, task by task.
 
-    python benchmarks/flatness.py RUN [RUN ...] [--samples 128] [--epsilon 0.5] [--out FILE.json]
+    python benchmarks/flatness.py RUN [RUN ...] [--samples 128] [--epsilon 0.5] [--pairs pm optimal] [--out FILE.json]
 
 For each task of each run: the loss L (nats an example, training rows) at `M_{t-1} + s Delta_t` for s = 1 - epsilon, 1
 and 1 + epsilon, and the curvature along the task vector, `(L+ + L- - 2 L0) / epsilon^2`; with s = 0 and 1/t, the loss
 before the task and where an average would stand. Runs must start fresh (pm and its variants), from the same tasks.
+
+With `--pairs` runs of two methods that `methods.py` named alike are compared, in their first tasks only: later ones
+begin at different models. A line a task (means over its runs), then the mean over tasks with differences and their
+95 % intervals, Student's t over tasks. "Rise": the loss at 1 - epsilon less the trained one, what scaling costs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
+import records
+import trunk
 from common import parser, show
 
 
@@ -24,13 +33,47 @@ def main() -> None:
     arguments.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     arguments.add_argument("--samples", type=int, default=128, help="training rows a task")
     arguments.add_argument("--epsilon", type=float, default=0.5)
+    arguments.add_argument(
+        "--pairs", nargs=2, metavar="METHOD", help="compare runs of these two, in their first tasks"
+    )
     given = arguments.parse_args()
     quiet_libraries()
-    show([row for path in given.runs for row in measured(path, given.samples, given.epsilon)], given.out)
+    rows = [row for path in given.runs for row in measured(path, given.samples, given.epsilon, bool(given.pairs))]
+    if given.pairs and not paired(rows, *given.pairs):
+        arguments.error(f"no two of these runs are of {' and '.join(given.pairs)} and named alike otherwise.")
+    show(compared(rows, *given.pairs) if given.pairs else rows, given.out)
 
 
-def measured(path: Path, samples: int, epsilon: float) -> list[dict[str, Any]]:
-    """A row for each task of a run."""
+def paired(rows: Sequence[dict[str, Any]], one: str, other: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of runs `ONE-x` and `OTHER-x`."""
+    by_run = {row["run"]: row for row in rows}
+    rests = [run.removeprefix(f"{one}-") for run in by_run if run.startswith(f"{one}-")]
+    return [(by_run[f"{one}-{x}"], by_run[f"{other}-{x}"]) for x in rests if f"{other}-{x}" in by_run]
+
+
+def compared(rows: Sequence[dict[str, Any]], one: str, other: str) -> list[dict[str, Any]]:
+    """A line a task and one over tasks; see the module's docstring."""
+    found: dict[str, list[list[float]]] = {}
+    for pair in paired(rows, one, other):
+        values = [value for row in pair for value in (row["curvature"], row["at 1 - eps"] - row["trained"])]
+        found.setdefault(pair[0]["task"], []).append(values)
+    means = {task: [fmean(column) for column in zip(*runs, strict=True)] for task, runs in found.items()}
+    means["all"] = [fmean(column) for column in zip(*means.values(), strict=True)]
+    lines = []
+    for task, (curvature, rise, without, rise_without) in means.items():
+        line = {"task": task, "runs": sum(map(len, found.values())) if task == "all" else len(found[task])}
+        line |= {f"curvature, {one}": curvature, f"curvature, {other}": without, "difference": curvature - without}
+        line |= {f"rise, {one}": rise, f"rise, {other}": rise_without, "its difference": rise - rise_without}
+        lines.append(line)
+    for column in ("difference", "its difference") if len(found) > 1 else ():
+        each = np.array([[line[column] for line in lines[:-1]]])
+        value, low, high = records.interval(each)
+        lines[-1][column] = f"{value:.4g} ({low:.4g} to {high:.4g})"
+    return lines
+
+
+def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict[str, Any]]:
+    """A row for each task of a run, or for its first one."""
     from peft import PeftModel
 
     from pm_llm import lowrank
@@ -51,9 +94,11 @@ def measured(path: Path, samples: int, epsilon: float) -> list[dict[str, Any]]:
     tasks = load_tasks(config)
     encoders = encoders_for(config, distinct(tasks).values())
     base = load_base(config.model, config.dtype, config.load_in_4bit)
+    if min(config.lora.layers_to_transform or [0]) > 0 and not config.load_in_4bit:
+        trunk.install(base.model, min(config.lora.layers_to_transform), config.model)
     model = PeftModel.from_pretrained(base.model, str(run.stage_adapter(0, TASK_ADAPTER)), adapter_name="probe").eval()
     rows, running = [], None
-    for i, task in enumerate(tasks):
+    for i, task in enumerate(tasks[:1] if first else tasks):
         new = Adapter.load(run.stage_adapter(i, TASK_ADAPTER))
         features = encoders[task.name].features(task.train)
         settings = replace(config.fisher, samples=samples)

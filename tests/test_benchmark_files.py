@@ -129,6 +129,15 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
     assert first["at 1/t"] == first["trained"] != first["loss before"]
     second = (first["at 1 - eps"] + first["at 1 + eps"] - 2 * first["trained"]) / 0.25
     assert first["curvature"] == pytest.approx(second)
+    monkeypatch.setattr(sys, "argv", [*words, "--pairs", "pm", "pm"])
+    runpy.run_path(str(ROOT / "benchmarks/flatness.py"), run_name="__main__")
+    pairs = json.loads((tmp_path / "flat.json").read_text())
+    assert [(row["task"], row["runs"], row["difference"]) for row in pairs] == [("sentiment", 1, 0), ("all", 1, 0)]
+    assert pairs[0]["curvature, pm"] == first["curvature"]
+    monkeypatch.setattr(sys, "argv", [*words, "--pairs", "pm", "optimal"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "benchmarks/flatness.py"), run_name="__main__")
+    assert "no two of these runs are of pm and optimal" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["flatness", "runs/seqlora-sentiment,topic-0"])
     with pytest.raises(PmLlmError, match="do not start fresh"):
         runpy.run_path(str(ROOT / "benchmarks/flatness.py"), run_name="__main__")
@@ -238,6 +247,27 @@ def test_a_figure_of_records(monkeypatch, tmp_path) -> None:
     drawn = (tmp_path / "one.svg").read_text()
     assert plot.source(tmp_path / "one.jsonl") in drawn
     assert "pm_curvature" in drawn
+
+
+def test_pairs_of_runs_are_compared_task_by_task(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import flatness
+
+    def row(run: str, task: str, curvature: float, rise: float) -> dict:
+        return {"run": run, "task": task, "curvature": curvature, "trained": 1.0, "at 1 - eps": 1.0 + rise}
+
+    rows = [row("pm-a-0", "a", 1.0, 0.5), row("pm-a-1", "a", 2.0, 0.5), row("pm-b-0", "b", 4.0, 0.25)]
+    rows += [row("optimal-a-0", "a", 3.0, 1.0), row("optimal-a-1", "a", 3.0, 1.0), row("optimal-b-0", "b", 4.5, 0.5)]
+    rows += [row("pm-own-a-0", "a", 9.0, 9.0), row("optimal-c-0", "c", 9.0, 9.0)]  # without another to go with
+    first, second, both = flatness.compared(rows, "pm", "optimal")
+    assert first == {
+        **{"task": "a", "runs": 2, "curvature, pm": 1.5, "curvature, optimal": 3.0, "difference": -1.5},
+        **{"rise, pm": 0.5, "rise, optimal": 1.0, "its difference": -0.5},
+    }
+    assert (second["difference"], second["its difference"]) == (-0.5, -0.25)
+    # -1.5 and -0.5: mean -1, standard error 0.5, 12.706 of them for one degree of freedom
+    assert both["difference"] == "-1 (-7.353 to 5.353)"
+    assert (both["runs"], both["curvature, pm"]) == (3, 2.75)
 
 
 def test_the_trunk_gives_what_the_layers_give(monkeypatch) -> None:
