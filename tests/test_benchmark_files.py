@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import set_seed
@@ -247,6 +248,14 @@ def test_a_figure_of_records(monkeypatch, tmp_path) -> None:
     drawn = (tmp_path / "one.svg").read_text()
     assert plot.source(tmp_path / "one.jsonl") in drawn
     assert "pm_curvature" in drawn
+
+
+def test_every_variant_is_a_method_that_runs() -> None:
+    """As far as a configuration tells before a model is loaded."""
+    variants = yaml.safe_load((ROOT / "benchmarks/variants.yaml").read_text())
+    for name, keys in variants.items():
+        assert name not in PRESETS
+        load_config(None, {"model": "embedded:llama", "benchmark": "embedded", "output_dir": "none", **keys}).check()
 
 
 def test_pairs_of_runs_are_compared_task_by_task(monkeypatch) -> None:
