@@ -9,6 +9,7 @@ before the task and where an average would stand. Runs must start fresh (pm and 
 With `--pairs` runs of two methods that `methods.py` named alike are compared, in their first tasks only: later ones
 begin at different models. A line a task (means over its runs), then the mean over tasks with differences and their
 95 % intervals, Student's t over tasks. "Rise": the loss at 1 - epsilon less the trained one, what scaling costs.
+"Score": of the test rows, as trained.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import numpy as np
 import records
 import trunk
 from common import parser, show
+
+MEASURES = ("curvature", "rise", "score")
 
 
 def main() -> None:
@@ -55,20 +58,18 @@ def compared(rows: Sequence[dict[str, Any]], one: str, other: str) -> list[dict[
     """A line a task and one over tasks; see the module's docstring."""
     found: dict[str, list[list[float]]] = {}
     for pair in paired(rows, one, other):
-        values = [value for row in pair for value in (row["curvature"], row["at 1 - eps"] - row["trained"])]
-        found.setdefault(pair[0]["task"], []).append(values)
+        values = [(row["curvature"], row["at 1 - eps"] - row["trained"], row["score"]) for row in pair]
+        found.setdefault(pair[0]["task"], []).append([x for both in zip(*values, strict=True) for x in both])
     means = {task: [fmean(column) for column in zip(*runs, strict=True)] for task, runs in found.items()}
     means["all"] = [fmean(column) for column in zip(*means.values(), strict=True)]
-    lines = []
-    for task, (curvature, rise, without, rise_without) in means.items():
-        line = {"task": task, "runs": sum(map(len, found.values())) if task == "all" else len(found[task])}
-        line |= {f"curvature, {one}": curvature, f"curvature, {other}": without, "difference": curvature - without}
-        line |= {f"rise, {one}": rise, f"rise, {other}": rise_without, "its difference": rise - rise_without}
-        lines.append(line)
-    for column in ("difference", "its difference") if len(found) > 1 else ():
-        each = np.array([[line[column] for line in lines[:-1]]])
-        value, low, high = records.interval(each)
-        lines[-1][column] = f"{value:.4g} ({low:.4g} to {high:.4g})"
+    lines: list[dict[str, Any]] = []
+    for task, numbers in means.items():
+        lines.append({"task": task, "runs": sum(map(len, found.values())) if task == "all" else len(found[task])})
+        for measure, x, y in zip(MEASURES, numbers[::2], numbers[1::2], strict=True):
+            lines[-1] |= {f"{measure}, {one}": x, f"{measure}, {other}": y, f"{measure}, difference": x - y}
+    for measure in MEASURES if len(found) > 1 else ():
+        each = np.array([[line[f"{measure}, difference"] for line in lines[:-1]]])
+        lines[-1][f"{measure}, difference"] = "{:.4g} ({:.4g} to {:.4g})".format(*records.interval(each))
     return lines
 
 
@@ -116,6 +117,8 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
                 "curvature": (low + high - 2 * here) / epsilon**2,
             }
         )
+        if first:
+            rows[-1]["score"] = run.results()["matrix"][0][0]
         running = Adapter.load(run.stage_adapter(i))
     return rows
 

@@ -133,8 +133,12 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
     monkeypatch.setattr(sys, "argv", [*words, "--pairs", "pm", "pm"])
     runpy.run_path(str(ROOT / "benchmarks/flatness.py"), run_name="__main__")
     pairs = json.loads((tmp_path / "flat.json").read_text())
-    assert [(row["task"], row["runs"], row["difference"]) for row in pairs] == [("sentiment", 1, 0), ("all", 1, 0)]
+    assert [(row["task"], row["runs"], row["rise, difference"]) for row in pairs] == [
+        ("sentiment", 1, 0),
+        ("all", 1, 0),
+    ]
     assert pairs[0]["curvature, pm"] == first["curvature"]
+    assert pairs[0]["score, pm"] == found[1]["matrix"][0][0]
     monkeypatch.setattr(sys, "argv", [*words, "--pairs", "pm", "optimal"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "benchmarks/flatness.py"), run_name="__main__")
@@ -263,19 +267,22 @@ def test_pairs_of_runs_are_compared_task_by_task(monkeypatch) -> None:
     import flatness
 
     def row(run: str, task: str, curvature: float, rise: float) -> dict:
-        return {"run": run, "task": task, "curvature": curvature, "trained": 1.0, "at 1 - eps": 1.0 + rise}
+        values = {"curvature": curvature, "trained": 1.0, "at 1 - eps": 1.0 + rise, "score": 100 * rise}
+        return {"run": run, "task": task, **values}
 
     rows = [row("pm-a-0", "a", 1.0, 0.5), row("pm-a-1", "a", 2.0, 0.5), row("pm-b-0", "b", 4.0, 0.25)]
     rows += [row("optimal-a-0", "a", 3.0, 1.0), row("optimal-a-1", "a", 3.0, 1.0), row("optimal-b-0", "b", 4.5, 0.5)]
     rows += [row("pm-own-a-0", "a", 9.0, 9.0), row("optimal-c-0", "c", 9.0, 9.0)]  # without another to go with
     first, second, both = flatness.compared(rows, "pm", "optimal")
     assert first == {
-        **{"task": "a", "runs": 2, "curvature, pm": 1.5, "curvature, optimal": 3.0, "difference": -1.5},
-        **{"rise, pm": 0.5, "rise, optimal": 1.0, "its difference": -0.5},
+        **{"task": "a", "runs": 2},
+        **{"curvature, pm": 1.5, "curvature, optimal": 3.0, "curvature, difference": -1.5},
+        **{"rise, pm": 0.5, "rise, optimal": 1.0, "rise, difference": -0.5},
+        **{"score, pm": 50.0, "score, optimal": 100.0, "score, difference": -50.0},
     }
-    assert (second["difference"], second["its difference"]) == (-0.5, -0.25)
+    assert (second["curvature, difference"], second["rise, difference"]) == (-0.5, -0.25)
     # -1.5 and -0.5: mean -1, standard error 0.5, 12.706 of them for one degree of freedom
-    assert both["difference"] == "-1 (-7.353 to 5.353)"
+    assert both["curvature, difference"] == "-1 (-7.353 to 5.353)"
     assert (both["runs"], both["curvature, pm"]) == (3, 2.75)
 
 
