@@ -40,27 +40,28 @@ def main() -> None:
         "--pairs", nargs=2, metavar="METHOD", help="compare runs of these two, in their first tasks"
     )
     given = arguments.parse_args()
+    if given.pairs and not paired([path.name for path in given.runs], *given.pairs):
+        arguments.error(f"no two of these runs are of {' and '.join(given.pairs)} and named alike otherwise.")
     quiet_libraries()
     rows = [row for path in given.runs for row in measured(path, given.samples, given.epsilon, bool(given.pairs))]
-    if given.pairs and not paired(rows, *given.pairs):
-        arguments.error(f"no two of these runs are of {' and '.join(given.pairs)} and named alike otherwise.")
     show(compared(rows, *given.pairs) if given.pairs else rows, given.out)
 
 
-def paired(rows: Sequence[dict[str, Any]], one: str, other: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Rows of runs `ONE-x` and `OTHER-x`."""
-    by_run = {row["run"]: row for row in rows}
-    rests = [run.removeprefix(f"{one}-") for run in by_run if run.startswith(f"{one}-")]
-    return [(by_run[f"{one}-{x}"], by_run[f"{other}-{x}"]) for x in rests if f"{other}-{x}" in by_run]
+def paired(runs: Sequence[str], one: str, other: str) -> list[tuple[str, str]]:
+    """The runs `ONE-x` that have an `OTHER-x`, and these."""
+    rests = [run.removeprefix(f"{one}-") for run in runs if run.startswith(f"{one}-")]
+    return [(f"{one}-{x}", f"{other}-{x}") for x in rests if f"{other}-{x}" in runs]
 
 
 def compared(rows: Sequence[dict[str, Any]], one: str, other: str) -> list[dict[str, Any]]:
     """A line a task and one over tasks; see the module's docstring."""
+    by_run = {row["run"]: row for row in rows}
     found: dict[str, list[list[float]]] = {}
-    for pair in paired(rows, one, other):
+    for runs in paired(list(by_run), one, other):
+        pair = [by_run[run] for run in runs]
         values = [(row["curvature"], row["at 1 - eps"] - row["trained"], row["score"]) for row in pair]
         found.setdefault(pair[0]["task"], []).append([x for both in zip(*values, strict=True) for x in both])
-    means = {task: [fmean(column) for column in zip(*runs, strict=True)] for task, runs in found.items()}
+    means = {task: [fmean(column) for column in zip(*each, strict=True)] for task, each in found.items()}
     means["all"] = [fmean(column) for column in zip(*means.values(), strict=True)]
     lines: list[dict[str, Any]] = []
     for task, numbers in means.items():
@@ -89,14 +90,14 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
     from pm_llm.tasks.encode import encoders_for
 
     run = RunDir.open(path)
-    config = build(RunConfig, {**run.results()["config"], "output_dir": str(path)}, "").check()
+    results = run.results()
+    config = build(RunConfig, {**results["config"], "output_dir": str(path)}, "").check()
     if config.parsed_method().start.name != "fresh":
         raise PmLlmError(f"{path}: its tasks do not start fresh, so their adapters are not the task vectors.")
     tasks = load_tasks(config)
     encoders = encoders_for(config, distinct(tasks).values())
     base = load_base(config.model, config.dtype, config.load_in_4bit)
-    if min(config.lora.layers_to_transform or [0]) > 0 and not config.load_in_4bit:
-        trunk.install(base.model, min(config.lora.layers_to_transform), config.model)
+    trunk.use(base.model, config)
     model = PeftModel.from_pretrained(base.model, str(run.stage_adapter(0, TASK_ADAPTER)), adapter_name="probe").eval()
     rows, running = [], None
     for i, task in enumerate(tasks[:1] if first else tasks):
@@ -118,7 +119,7 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
             }
         )
         if first:
-            rows[-1]["score"] = run.results()["matrix"][0][0]
+            rows[-1]["score"] = results["matrix"][0][0]
         running = Adapter.load(run.stage_adapter(i))
     return rows
 

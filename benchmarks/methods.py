@@ -79,10 +79,7 @@ def main() -> None:
     class Sequence(ContinualSequence):
         def _load(self) -> None:
             super()._load()
-            layers = self.config.lora.layers_to_transform or [0]
-            looked_up = min(layers) > 0 and not self.config.load_in_4bit
-            if looked_up:
-                trunk.install(self.base.model, min(layers), self.config.model)
+            looked_up = trunk.use(self.base.model, self.config)
             evaluation.generate = guesses.generate if looked_up else generate
 
         def _train(self, number: int, *args: Any) -> Any:

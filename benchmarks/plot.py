@@ -38,7 +38,7 @@ def draw(found: Sequence[dict[str, Any]]) -> Figure:
         axes.hlines(y, low, high, color=COLOURS[kind], linewidth=1)
         axes.plot(value, y, "o", color=COLOURS[kind], label=None if kind in labelled else kind, markersize=4)
         labelled.add(kind)
-        if "plasticity" in runs[0] and not runs[0]["task_id"]:
+        if not records.is_bound(runs[0]):
             learnt = fmean(one["plasticity"] for one in runs)
             axes.plot([value, learnt], [y, y], color="#999999", linewidth=0.8, linestyle=":", zorder=0)
             axes.plot(learnt, y, "o", color=COLOURS[kind], markerfacecolor="white", markersize=7, zorder=1)

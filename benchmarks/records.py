@@ -165,7 +165,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for name in sorted(found, key=lambda name: -means[name]):
         runs = [one for one in records if one["name"] == name]
         less = found[name] - found["seqlora"] if "seqlora" in found and name != "seqlora" else None
-        bound = runs[0]["task_id"] or "plasticity" not in runs[0]
+        bound = is_bound(runs[0])
         seconds = [sum(sum(stage.values()) for stage in one["seconds"]) for one in runs]
         cells = [
             name,
@@ -203,6 +203,11 @@ def lead(records: Sequence[dict[str, Any]], name: str) -> str:
             cells = [_shown(one[name] - one[other], "+") for one in found.values()]
             lines.append(f"| {other} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def is_bound(one: dict[str, Any]) -> bool:
+    """Whether a run is of no sequence of one model, which could forget: a model a task, or `joint`."""
+    return one["task_id"] or "plasticity" not in one
 
 
 def _mean(runs: Sequence[dict[str, Any]], key: str, form: str) -> str:

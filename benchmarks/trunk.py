@@ -10,6 +10,15 @@ from torch import Tensor, nn
 CACHE: dict[tuple[str, bytes], Tensor] = {}  # (model, token ids of a row without padding) -> (tokens, width)
 
 
+def use(model: Any, config: Any) -> bool:
+    """:func:`install` it where a run's configuration lets it help; whether it does."""
+    first = min(config.lora.layers_to_transform or [0])
+    helps = first > 0 and not config.load_in_4bit
+    if helps:
+        install(model, first, config.model)
+    return helps
+
+
 def install(model: Any, first: int, name: str) -> None:
     """Let a LLaMA-like model look up what its layers below the first with an adapter give, row by row.
 
