@@ -2,6 +2,7 @@
 
     python benchmarks/records.py docs/results/FILE.jsonl        # print its table
     python benchmarks/records.py docs/results/FILE.jsonl --lead pm_curvature    # by how much it is ahead, paired
+    python benchmarks/records.py --keep RUN [RUN ...] --into FILE.jsonl         # records of runs made otherwise
     python benchmarks/records.py --write docs/results.md        # renew a page: tables at their markers, figures
 
 Intervals are of 95 %. With one seed: percentile bootstrap over the test rows, drawn anew within each task and the same
@@ -27,12 +28,13 @@ DRAWS = 2000
 WIDE = 8  # tasks that have a column each
 # 97.5 % points of Student's t, for 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-MARKER = re.compile(r"<!-- table of ([^\s,]+)(?:, lead of (\S+))? -->\n(?:\|.*(?:\n|$))*")
+MARKER = re.compile(r"<!-- table of ([^\s,]+)(?:, (lead of|runs|matrix of) ?(\S+)?)? -->\n(?:\|.*(?:\n|$))*")
 PATHS = ("model", "data_dir", "output_dir")  # of the configuration; of no use elsewhere
 RESULTS = (
-    *("method", "versions", "tasks", "stages", "matrix", "coefficients", "raw_coefficients", "truncation_errors"),
+    *("method", "versions", "tasks", "stages", "lower_is_better", "untrained", "matrix", "coefficients"),
+    *("raw_coefficients", "truncation_errors"),
     *("ranks", "curvatures", "curvature_errors", "losses", "constraint_reports", "seconds", "peak_memory_bytes"),
-    *("average_accuracy", "backward_transfer", "plasticity"),
+    *("average_accuracy", "average_over_time", "backward_transfer", "forgetting", "plasticity"),
 )
 
 
@@ -54,14 +56,19 @@ def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
         "config": config,
         **{key: results[key] for key in RESULTS if key in results},
         "state_bytes": state_bytes(run.path),
-        "rows": {
-            one.task: {
-                "scorer": one.scorer,
-                "key": hashlib.sha256("".join(one.keys).encode()).hexdigest()[:16],
-                "numbers": [[int(x) if float(x).is_integer() else x for x in row] for row in one.numbers.tolist()],
-            }
-            for one in final
-        },
+        "rows": scored(final),
+    }
+
+
+def scored(predictions: Sequence[Any]) -> dict[str, Any]:
+    """Each task's test rows (:class:`pm_llm.evaluation.predictions.Predictions`): the scorer, which rows, numbers."""
+    return {
+        one.task: {
+            "scorer": one.scorer,
+            "key": hashlib.sha256("".join(one.keys).encode()).hexdigest()[:16],
+            "numbers": [[int(x) if float(x).is_integer() else x for x in row] for row in one.numbers.tolist()],
+        }
+        for one in predictions
     }
 
 
@@ -222,14 +229,24 @@ def _shown(found: np.ndarray, sign: str) -> str:
 
 def renewed(text: str, folder: Path) -> str:
     """A page with the table of each marked file, a path relative to `folder`: of records (JSONL; with `, lead of NAME`
-    that of :func:`lead`), or of plain rows."""
+    that of :func:`lead`, with `, runs` that of `pm-llm compare`, with `, matrix of NAME` that run's), or of plain
+    rows."""
+    from pm_llm.evaluation.matrix import Matrix
+    from pm_llm.report import compare
 
     def made(match: re.Match[str]) -> str:
-        path = folder / match[1]
-        if path.suffix == ".jsonl":
-            found = lead(read(path), match[2]) if match[2] else table(read(path))
-        else:
+        path, (kind, name) = folder / match[1], match.groups()[1:]
+        if path.suffix != ".jsonl":
             found = plain(json.loads(path.read_text()))
+        elif kind == "lead of":
+            found = lead(read(path), name)
+        elif kind == "runs":
+            found = compare(read(path), names=[one["name"] for one in read(path)])
+        elif kind == "matrix of":
+            (one,) = (one for one in read(path) if one["name"] == name)
+            found = Matrix.from_results(one).table(one["coefficients"])
+        else:
+            found = table(read(path))
         return f"{match[0].partition(chr(10))[0]}\n{found}\n"
 
     return MARKER.sub(made, text)
@@ -241,12 +258,23 @@ def main() -> None:
     parser.add_argument("records", type=Path, nargs="*", metavar="RECORDS.jsonl")
     parser.add_argument("--lead", metavar="NAME", help="how far this method is ahead of the others")
     parser.add_argument("--write", type=Path, metavar="PAGE.md", help="renew the tables and figures of this page")
+    parser.add_argument("--keep", type=Path, nargs="+", metavar="RUN", help="finished runs, named by their folders")
+    parser.add_argument("--into", type=Path, metavar="FILE.jsonl", help="where their records go")
     given = parser.parse_args()
+    if bool(given.keep) != bool(given.into):
+        parser.error("--keep RUN ... and --into FILE.jsonl go together.")
     if given.write:
         import plot
 
         given.write.write_text(renewed(given.write.read_text(), given.write.parent))
         plot.redraw(given.write)
+    elif given.keep:
+        from pm_llm.report.data import open_run
+
+        for path in given.keep:
+            run = open_run(path)
+            config = run.results["config"]
+            add(given.into, record(path.name, str(config["order"] or "given"), config["seed"], run))
     else:
         found = [one for path in given.records for one in read(path)]
         print(lead(found, given.lead) if given.lead else table(found))

@@ -23,6 +23,7 @@ from pm_llm.evaluation.bootstrap import mean_interval
 from pm_llm.evaluation.generate import generate
 from pm_llm.methods import PRESETS
 from pm_llm.models import load_base, load_tokenizer
+from pm_llm.report import compare
 from pm_llm.report.data import difference, open_run
 from pm_llm.tasks import Example
 from pm_llm.tasks.encode import Encoder
@@ -114,6 +115,22 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
         runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
     assert "other settings: lora" in capsys.readouterr().err  # [1] is not among these words, and the rate is another
     assert "/" not in json.dumps({key: found[0][key] for key in ("model", "config", "versions")})
+
+    keep = ["records", "--keep", "runs/pm-sentiment,topic-0", "--into", "kept.jsonl"]
+    for _ in range(2):  # the second time in its place
+        monkeypatch.setattr(sys, "argv", keep)
+        runpy.run_path(str(ROOT / "benchmarks/records.py"), run_name="__main__")
+    (kept,) = records.read(tmp_path / "kept.jsonl")
+    assert kept == {**found[1], "name": "pm-sentiment,topic-0"}
+    monkeypatch.setattr(sys, "argv", keep[:3])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "benchmarks/records.py"), run_name="__main__")
+    assert "go together" in capsys.readouterr().err
+    marked = "<!-- table of kept.jsonl, {} -->\n"
+    page = marked.format("runs") + "\n" + marked.format(f"matrix of {kept['name']}")
+    table, matrix = records.renewed(page, tmp_path).split("\n\n")
+    assert table.endswith(compare([runs[1].results], names=[kept["name"]]))
+    assert matrix == marked.format(f"matrix of {kept['name']}") + runs[1].matrix.table(kept["coefficients"]) + "\n"
 
     monkeypatch.setitem(PRESETS, "pm", PRESETS["pm_gaussian"])
     monkeypatch.setattr(sys, "argv", ["methods", *words.split(), "--lora.layers_to_transform", "[1]"])

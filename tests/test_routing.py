@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.routing import arrow, route
 from pm_llm.evaluation.run import evaluate_adapter
 from pm_llm.lowrank import LowRank
-from tests.conftest import FAMILIES, make_model, make_peft
+from tests.conftest import FAMILIES, ROOT, make_model, make_peft
 
 
 def rows(path: Path, words: str, count: int = 16) -> str:
@@ -32,7 +34,7 @@ def rows(path: Path, words: str, count: int = 16) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_prompt_is_answered_by_the_adapter_it_was_sent_to(family: str, tmp_path, capsys) -> None:
+def test_each_prompt_is_answered_by_the_adapter_it_was_sent_to(family: str, tmp_path, capsys, monkeypatch) -> None:
     tasks = [
         rows(tmp_path / "colour.jsonl", "red green blue yellow"),
         rows(tmp_path / "number.jsonl", "one two six ten"),
@@ -64,6 +66,15 @@ def test_each_prompt_is_answered_by_the_adapter_it_was_sent_to(family: str, tmp_
     assert "routed right" not in capsys.readouterr().out
     assert main(["route", str(tmp_path / "run"), "--router", "best"]) == 2
     assert "nearest or arrow" in capsys.readouterr().err
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    out = tmp_path / "routing.json"
+    monkeypatch.setattr(sys, "argv", ["routing", str(tmp_path / "run"), "--out", str(out)])
+    runpy.run_path(str(ROOT / "benchmarks/routing.py"), run_name="__main__")
+    for row, routed in zip(json.loads(out.read_text()), (found, mixed), strict=True):
+        average = sum(one.score() for one in routed.predictions) / 2
+        assert row["final average"].startswith(f"{average:.1f} (")
+        assert row["sent right"] == (f"{50 * sum(routed.right):.1f} %" if routed.right else "-")
 
 
 @pytest.mark.parametrize(("family", "where"), [("llama", {"layers_to_transform": [1]}), ("t5", {})])
