@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -242,6 +243,21 @@ def test_tables_and_figures_in_the_docs_are_what_their_records_give(monkeypatch)
     assert figures
     for data, figure in figures:  # how it is drawn depends on matplotlib's version
         assert plot.source(data) in figure.read_text()
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/choosing.md", "docs/results.md"])
+def test_numbers_in_the_text_are_in_a_table(path: str) -> None:
+    """Those with one decimal, by digits: that none is left over from older runs, not that it is the right one."""
+    number, tables = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])"), set()
+    for line in (ROOT / "docs/results.md").read_text().splitlines():
+        if line.startswith("|"):
+            tables |= {f"{float(x):.1f}" for x in number.findall(line)}
+    text = (ROOT / path).read_text()
+    if path == "docs/results.md":
+        text = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    found = {x for x in number.findall(text) if re.fullmatch(r"\d+\.\d", x)}
+    assert found
+    assert not found - tables, f"in {path}, but in no table of docs/results.md: {sorted(found - tables)}"
 
 
 def test_a_figure_of_records(monkeypatch, tmp_path) -> None:
