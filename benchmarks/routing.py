@@ -1,5 +1,5 @@
-"""The adapters of one run routed in place of merged, by each router: how many prompts went to their own task's adapter,
-and the final average.
+"""The adapters of one run routed in place of merged, by each router: how many prompts went to their own task's
+adapter, and the final average.
 
     python benchmarks/routing.py RUN [--out JSON]    # RUN of the preset per_task
 """
