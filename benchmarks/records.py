@@ -28,7 +28,9 @@ DRAWS = 2000
 WIDE = 8  # tasks that have a column each
 # 97.5 % points of Student's t, for 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-MARKER = re.compile(r"<!-- table of ([^\s,]+)(?:, (lead of|runs|matrix of) ?(\S+)?)? -->\n(?:\|.*(?:\n|$))*")
+MARKER = re.compile(
+    r"<!-- table of ([^\s,]+)(?:, (lead of|runs|matrix of) ?(\S+)?(?: without (.*))?)? -->\n(?:\|.*(?:\n|$))*"
+)
 PATHS = ("model", "data_dir", "output_dir")  # of the configuration; of no use elsewhere
 RESULTS = (
     *("method", "versions", "tasks", "stages", "lower_is_better", "untrained", "matrix", "coefficients"),
@@ -189,12 +191,17 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def lead(records: Sequence[dict[str, Any]], name: str) -> str:
-    """A Markdown table: how far `name` is ahead of each other one, in all, in each order and on each of a few tasks.
+def lead(records: Sequence[dict[str, Any]], name: str, without: Sequence[str] = ()) -> str:
+    """A Markdown table: how far `name` is ahead of each other one, in all, in each order and on each of a few tasks;
+    as if the tasks `without` had not been scored.
 
     Raises:
-        ValueError: If there is no record of that name.
+        ValueError: If there is no record of that name, or no such task.
     """
+    if missing := set(without) - {task for one in records for task in one["rows"]}:
+        raise ValueError(f"no record has {', '.join(sorted(missing))}.")
+    records = [{**one, "rows": {t: rows for t, rows in one["rows"].items() if t not in without}} for one in records]
+    records = [one for one in records if one["rows"]]
     orders = list(dict.fromkeys(one["order"] for one in records))
     tasks = list(dict.fromkeys(task for one in records for task in one["rows"]))
     parts = {"all": list(records)}
@@ -229,17 +236,17 @@ def _shown(found: np.ndarray, sign: str) -> str:
 
 def renewed(text: str, folder: Path) -> str:
     """A page with the table of each marked file, a path relative to `folder`: of records (JSONL; with `, lead of NAME`
-    that of :func:`lead`, with `, runs` that of `pm-llm compare`, with `, matrix of NAME` that run's), or of plain
+    or `, lead of NAME without TASK ...` that of :func:`lead`, with `, runs` that of `pm-llm compare`, with `, matrix of NAME` that run's), or of plain
     rows."""
     from pm_llm.evaluation.matrix import Matrix
     from pm_llm.report import compare
 
     def made(match: re.Match[str]) -> str:
-        path, (kind, name) = folder / match[1], match.groups()[1:]
+        path, (kind, name, without) = folder / match[1], match.groups()[1:]
         if path.suffix != ".jsonl":
             found = plain(json.loads(path.read_text()))
         elif kind == "lead of":
-            found = lead(read(path), name)
+            found = lead(read(path), name, (without or "").split())
         elif kind == "runs":
             found = compare(read(path), names=[one["name"] for one in read(path)])
         elif kind == "matrix of":

@@ -227,6 +227,10 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     assert found[1] == "| pm less | all | first | second | t | v |"
     values = [float(cell.split()[0]) / scale for cell in found[3].split("|")[2:-1]]
     assert values == pytest.approx([-0.5, -0.25, -0.75, -0.25, -0.75], abs=0.06)
+    found = records.renewed("<!-- table of both.jsonl, lead of pm without t -->\n", tmp_path).splitlines()
+    assert found[1] == "| pm less | all | v |"  # nothing is left of the first order
+    with pytest.raises(ValueError, match="no record has u"):
+        records.lead(runs, "pm", ["u"])
     with pytest.raises(ValueError, match="no record of olora"):
         records.lead(runs, "olora")
 
