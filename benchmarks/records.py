@@ -236,8 +236,8 @@ def _shown(found: np.ndarray, sign: str) -> str:
 
 def renewed(text: str, folder: Path) -> str:
     """A page with the table of each marked file, a path relative to `folder`: of records (JSONL; with `, lead of NAME`
-    or `, lead of NAME without TASK ...` that of :func:`lead`, with `, runs` that of `pm-llm compare`, with `, matrix of NAME` that run's), or of plain
-    rows."""
+    or `, lead of NAME without TASK ...` that of :func:`lead`, with `, runs` that of `pm-llm compare`, with `, matrix
+    of NAME` that run's), or of plain rows."""
     from pm_llm.evaluation.matrix import Matrix
     from pm_llm.report import compare
 
