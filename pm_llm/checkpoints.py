@@ -59,7 +59,7 @@ class Checkpoints:
         for step in sorted(folders, reverse=True):  # by step, not by the clock, which may have been set back
             manifest = self._manifest(folders[step]) if best[0] is None else None
             if manifest is None:
-                shutil.rmtree(folders[step])
+                durable.remove_tree(folders[step])
             else:
                 best = str(folders[step]), manifest["seconds"]
         return best
@@ -98,11 +98,11 @@ class Checkpoints:
         manifest["digest"] = durable.sha256_of(manifest)
         (written / MANIFEST).write_text(json.dumps(manifest))
         if final.exists():  # a step is written again where training was stopped right at it
-            shutil.rmtree(final)
+            durable.remove_tree(final)
         durable.rename_tree(written, final)
         for other in self.folder.glob("checkpoint-*"):
             if other != final:
-                shutil.rmtree(other)
+                durable.remove_tree(other)
 
     def elapsed(self) -> float:
         """Seconds of training so far, those of earlier processes included."""

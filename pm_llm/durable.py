@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from pm_llm.errors import PmLlmError, first_line
 
+REMOVED = ".removed-"
 Digests = dict[str, dict[str, Any]]  # path relative to a folder -> {"size": bytes, "sha256": hex}
 
 
@@ -54,6 +55,16 @@ def rename_tree(temporary: Path, final: Path) -> None:
         sync(Path(folder))
     temporary.rename(final)
     sync(final.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Take a folder's name away, then what it holds: under that name it is there whole or not at all.
+
+    What an earlier, killed removal has left beside it goes too.
+    """
+    for left in path.parent.glob(f"{REMOVED}*"):
+        shutil.rmtree(left)
+    shutil.rmtree(path.rename(path.with_name(f"{REMOVED}{path.name}")))
 
 
 def sync(path: Path) -> None:

@@ -317,7 +317,8 @@ class RunDir:
             durable.replace_link(self.path / ADAPTER, Path(STAGES) / name / ADAPTER)
             for file in old:
                 (self.path / file).unlink(missing_ok=True)
-            shutil.rmtree(self.work(number, entry["task"]), ignore_errors=True)
+            if self.work(number, entry["task"]).exists():
+                durable.remove_tree(self.work(number, entry["task"]))
 
     def commit_score(
         self, stage: int, task: str, score: float, lines: list[dict[str, Any]], seconds: float, peak_memory: int

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pm_llm.cli import main
+from pm_llm.durable import remove_tree
 from pm_llm.run_dir import STATE, WORK
 from tests.conftest import FAMILIES
 from tests.faults.conftest import KILLS, arguments, every_adapter_loads, same_outcome
@@ -64,6 +65,28 @@ def test_the_adapter_loads_at_every_moment(forker, pico_folders, tmp_path) -> No
     assert not [str(error) for error in failures]
     assert max(seen) >= 7
     assert len(set(seen)) > 3
+
+
+def test_a_removal_that_is_killed_leaves_no_part_under_the_name(tmp_path, monkeypatch) -> None:
+    folder, whole = tmp_path / "checkpoint-4", shutil.rmtree
+
+    def killed(path, *_: object, **__: object) -> None:
+        (path / "weights").unlink()
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # the second removal takes away what the first has left
+        folder.mkdir()
+        for name in ("configuration", "weights"):
+            (folder / name).write_text(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                remove_tree(folder)
+        assert not folder.exists()
+        folder.mkdir()
+        assert shutil.rmtree is whole
+        remove_tree(folder)
+        assert list(tmp_path.iterdir()) == []
 
 
 def _is_gone(error: Exception, run: Path) -> bool:
