@@ -55,7 +55,9 @@ class LoraSection:
     r: int = option(8, "Rank of each task's adapter.")
     lora_alpha: int = option(16, "LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with rsLoRA).")
     lora_dropout: float = option(0.0, "Dropout on the adapter's input while training.")
-    target_modules: list[str] | str | None = option(None, "Modules, or all-linear; none: q and v projections.")
+    target_modules: list[str] | str | None = option(
+        None, "Modules, a pattern for whole names, or all-linear; none: q and v projections."
+    )
     layers_to_transform: list[int] | None = option(None, "Only these layer numbers; none: all.")
     use_rslora: bool = option(False, "Rank-stabilised scaling.")
     rank_pattern: dict[str, int] = option({}, "Module pattern -> rank, where it differs from r.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,10 +170,6 @@ def _told(name: str) -> Iterator[None]:
 
 def lora_config(lora: LoraSection, targets: list[str] | str, seq2seq: bool) -> LoraConfig:
     """PEFT's configuration of a task's adapter."""
-    if isinstance(targets, str) and targets.isidentifier():  # to PEFT a string is a pattern for whole names
-        targets = [targets]
-    if targets == ["all-linear"]:  # this word it knows as a string only
-        targets = "all-linear"
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -191,9 +187,21 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
     """A fresh adapter (B = 0) under `name`: on a base model, or next to the others of a PeftModel.
 
     Raises:
-        PmLlmError: If `target_modules` matches nothing.
+        PmLlmError: If `target_modules` matches nothing, or is a pattern next to `layers_to_transform`.
     """
     targets = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
+    layers = lora.layers_to_transform
+    if len(targets) == 1 and not isinstance(targets, str):  # as a flag gives it
+        (targets,) = targets
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):  # to PEFT a string is a pattern for whole names
+        targets = [targets]
+    if layers is not None and targets == "all-linear":
+        targets = _linear_names(model)  # PEFT takes layers next to names only
+    if layers is not None and isinstance(targets, str):
+        raise PmLlmError(
+            f"lora.layers_to_transform {layers} does not go together with a pattern as lora.target_modules "
+            f"({targets!r}). Write the layers into the pattern, or list the modules' names."
+        )
     config = lora_config(lora, targets, seq2seq)
     try:
         if not isinstance(model, PeftModel):
@@ -205,11 +213,18 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
     except ValueError as error:
         if "not found" not in str(error) and "No modules were targeted" not in str(error):
             raise
-        linear = Counter(n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear))
         raise PmLlmError(
-            f"lora.target_modules {targets!r} (layers {lora.layers_to_transform or 'all'}) match nothing in this "
-            f"model. Its linear modules: {', '.join(sorted(linear))}."
+            f"lora.target_modules {targets!r} (layers {layers or 'all'}) match nothing in this "
+            f"model. Its linear modules: {', '.join(_linear_names(model))}."
         ) from error
+
+
+def _linear_names(model: Any) -> list[str]:
+    """What `all-linear` stands for: the last names of the base model's linear layers, but for its output layer."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    linear = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n}
+    head = base.get_output_embeddings()
+    return sorted({n.removesuffix(".base_layer").rpartition(".")[2] for n, m in linear.items() if m is not head})
 
 
 def _has_leaf(model: nn.Module, leaf: str) -> bool:

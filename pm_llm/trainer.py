@@ -28,7 +28,7 @@ from pm_llm.checkpoints import Checkpoints
 from pm_llm.constraints import UPDATE, WHOLE, Constraint, Live, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.lowrank import LowRank
-from pm_llm.sharding import is_sharded
+from pm_llm.sharding import is_sharded, whole
 
 
 class AlreadyTrainedError(Exception):
@@ -47,10 +47,16 @@ def refuse_sharding(constraints: Sequence[Constraint], sharded: bool, deepspeed:
         sharded: Whether parameters are shared out (FSDP2, ZeRO-3).
         deepspeed: Whether DeepSpeed runs the step.
     """
-    whole = [type(c).__name__ for c in constraints if c.space == "factors" or c.fills(*WHOLE)]
-    if sharded and whole:
-        names = ", ".join(whole)
+    inside = [type(c).__name__ for c in constraints if c.space == "factors" or c.fills(*WHOLE)]
+    if sharded and inside:
+        names = ", ".join(inside)
         raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
+    penalised = [type(c).__name__ for c in constraints if c.fills("penalty")]
+    if sharded and deepspeed and penalised:
+        names = ", ".join(penalised)
+        raise PmLlmError(
+            f"{names} adds a penalty to the loss, which ZeRO-3 cannot take. Use fsdp2.yaml or zero2.yaml."
+        )
     updating = [type(c).__name__ for c in constraints if c.fills(*UPDATE)]
     if deepspeed and updating:
         names = ", ".join(updating)
@@ -128,11 +134,11 @@ class ConstraintMixin:
                 stack.enter_context(constraint.around(step, self.live, inputs))
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         # the Trainer's loss is this pass's share of the step's mean
-        whole = (loss.detach() - self._penalty) * step.micro_steps
-        bad = ~torch.isfinite(whole)
+        mean = (loss.detach() - self._penalty) * step.micro_steps
+        bad = ~torch.isfinite(mean)
         self._unfinite = bad if self._unfinite is None else self._unfinite | bad
         for constraint in self.constraints:
-            constraint.observe(step, whole)
+            constraint.observe(step, mean)
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
             for constraint in self.constraints:
                 constraint.before_update(step, self.live)
@@ -184,7 +190,7 @@ class ConstraintMixin:
         """What the constraints add to a step's loss, of the update without the perturbation's scale."""
         live = {}
         for name in self.live.layers:
-            a, b = self.live.weights(name)
+            a, b = map(whole, self.live.weights(name))
             live[name] = LowRank(b.float() * self._scaling[name], a.float())
         found = [c.penalty(live) for c in penalised]
         return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]

@@ -101,6 +101,12 @@ def test_target_modules_that_match_nothing(run) -> None:
     one_line(*run("--lora.target_modules", "query"), "query", "match nothing", "q_proj")
 
 
+def test_a_pattern_of_modules_and_layers(run) -> None:
+    words = ("--lora.target_modules", ".*_proj", "--lora.layers_to_transform", "[1]")
+    one_line(*run(*words), "layers_to_transform [1]", "a pattern", "('.*_proj')", "Write the layers into the pattern")
+    assert run(*words[:2])[0] == 0
+
+
 def jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

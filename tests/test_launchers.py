@@ -122,6 +122,25 @@ def test_curvature_in_every_form_is_that_of_one_process(space: str, pico_folders
 
 
 @pytest.mark.slow
+def test_a_penalty_on_shares_of_the_adapter_is_that_of_one_process(pico_folders, tmp_path) -> None:
+    """FSDP2 gathers A and B for it; two passes a step, of which each adds its share."""
+    more = ["--method", "pm_curvature", "--constrain", "{name: curvature, weight: 100}", "--fisher.samples", "5"]
+    steps = ["--train.gradient_accumulation_steps", "2"]
+    one, two, without = tmp_path / "one", tmp_path / "two", tmp_path / "without"
+    for run, weight in ((one, "100"), (without, "0")):
+        changed = [*more[:3], f"{{name: curvature, weight: {weight}}}", *more[4:]]
+        assert main(["run", *arguments(pico_folders["llama"], 8), *changed, "--output_dir", str(run)]) == 0
+    command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["llama"], 2), *more, *steps]
+    assert start([*command, "--output_dir", str(two)], tmp_path / "log").wait(timeout=240) == 0, (
+        tmp_path / "log"
+    ).read_text()
+    same_as_one_process(two, one)
+    a, b = (Adapter.load(run / "stages/02-topic/task_adapter").factors for run in (one, without))
+    moved = [(a[name].dense() - b[name].dense()).norm() / a[name].dense().norm() for name in a]
+    assert min(moved) > 0.1, moved
+
+
+@pytest.mark.slow
 def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(pico_folders, tmp_path, capsys) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = [*launcher("ddp_cpu", tmp_path), *arguments(pico_folders["llama"], 4), "--output_dir", str(run)]

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
+from torch.nn import Linear
 
 from pm_llm.adapters import Adapter, lora_layers, remove, trainable_adapter
 from pm_llm.config import LoraSection, load_config
@@ -42,6 +44,24 @@ def test_a_task_starts_from_the_running_model(family: str, start) -> None:
         # both train at the rate the user asked for, with the user's dropout
         assert layer.scaling[TASK] == pytest.approx(8.0)
         assert layer.lora_dropout[TASK].p == 0.1
+
+
+@pytest.mark.parametrize("start", [Fresh(), Continue()])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_layers_of_some_blocks(family: str, start, tmp_path) -> None:
+    """PEFT refuses the word next to `layers_to_transform`; also beside an adapter, and when the result is loaded."""
+    block = 1 if family == "llama" else 0
+    lora = LoraSection(r=4, target_modules="all-linear", layers_to_transform=[block])
+    first = Fresh().prepare(make_model(family), None, lora, family == "t5")
+    linear = [name for name, module in make_model(family).named_modules() if isinstance(module, Linear)]
+    expected = {name for name in linear if f".{block}." in name}
+    assert len(expected) == (7 if family == "llama" else 16)
+    assert set(lora_layers(first)) == expected
+    running = Adapter.from_model(first, TASK)
+    model = start.prepare(make_model(family), running, lora, family == "t5")
+    assert set(lora_layers(model)) == set(running.factors) == expected
+    running.save(tmp_path)
+    assert set(lora_layers(PeftModel.from_pretrained(make_model(family), tmp_path))) == expected
 
 
 def test_last_and_orthogonal_begin_where_training_ended() -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # hooks that look at, or change, whole parameters, and of these the ones that do so with their gradients
 UPDATE = ("before_pass", "before_update", "after_update")
-WHOLE = ("penalty", "around", *UPDATE)
+WHOLE = ("around", *UPDATE)
 Row = dict[str, list[int]]  # an encoded training row: `input_ids` and `labels`
 
 
@@ -188,7 +188,7 @@ class Constraint:
     @classmethod
     def acts(cls) -> bool:
         """Whether it does anything to the adapter, or the loss, while a task is trained."""
-        return cls.fills("scale", *WHOLE)
+        return cls.fills("scale", "penalty", *WHOLE)
 
     @classmethod
     def fills(cls, *hooks: str) -> bool:
