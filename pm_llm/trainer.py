@@ -28,7 +28,7 @@ from pm_llm.checkpoints import Checkpoints
 from pm_llm.constraints import UPDATE, WHOLE, Constraint, Live, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.lowrank import LowRank
-from pm_llm.sharding import is_sharded, whole
+from pm_llm.sharding import gathered, is_sharded, whole
 
 
 class AlreadyTrainedError(Exception):
@@ -51,12 +51,6 @@ def refuse_sharding(constraints: Sequence[Constraint], sharded: bool, deepspeed:
     if sharded and inside:
         names = ", ".join(inside)
         raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
-    penalised = [type(c).__name__ for c in constraints if c.fills("penalty")]
-    if sharded and deepspeed and penalised:
-        names = ", ".join(penalised)
-        raise PmLlmError(
-            f"{names} adds a penalty to the loss, which ZeRO-3 cannot take. Use fsdp2.yaml or zero2.yaml."
-        )
     updating = [type(c).__name__ for c in constraints if c.fills(*UPDATE)]
     if deepspeed and updating:
         names = ", ".join(updating)
@@ -189,9 +183,10 @@ class ConstraintMixin:
     def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
         """What the constraints add to a step's loss, of the update without the perturbation's scale."""
         live = {}
-        for name in self.live.layers:
-            a, b = map(whole, self.live.weights(name))
-            live[name] = LowRank(b.float() * self._scaling[name], a.float())
+        with gathered(self.live.parameters()):
+            for name in self.live.layers:
+                a, b = (whole(p).clone() for p in self.live.weights(name))  # what was gathered is gone afterwards
+                live[name] = LowRank(b.float() * self._scaling[name], a.float())
         found = [c.penalty(live) for c in penalised]
         return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]
 
