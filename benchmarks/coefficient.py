@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import keys_of
+from common import keys_of, show
 
 # short enough for a core: LoRA on the last six layers, 25 steps of eight rows a task
 REAL: dict[str, Any] = {
@@ -92,20 +92,23 @@ def main() -> None:
                 found[f"{form} {seed}"] = run(settings, shadowed=form == "dense")
             if given.out:
                 given.out.write_text(json.dumps(found, indent=1) + "\n")
-    print("| seed | step | dense | factored, same adapters | difference |\n|---|---|---:|---:|---:|")
-    differences = []
+    rows = []
     for seed in given.seeds:
-        one = found[f"dense {seed}"]
-        for step, (dense, factored) in enumerate(zip(one["raw"], one["shadow_raw"], strict=True), start=1):
-            print(f"| {seed} | {step} | {dense:.4f} | {factored:.4f} | {factored - dense:+.4f} |")
-            if step > 1:  # the first is 1 by definition
-                differences.append(abs(factored - dense))
-    later = [value for seed in given.seeds for value in found[f"dense {seed}"]["raw"][1:]]
-    print(f"\nmean absolute difference {statistics.mean(differences):.4f}, largest {max(differences):.4f}, ", end="")
-    print(f"of coefficients of {statistics.mean(later):.3f} in the mean\n")
-    print("| seed | average accuracy, dense | factored |\n|---|---:|---:|")
-    for seed in given.seeds:
-        print(f"| {seed} | {found[f'dense {seed}']['average']:.1f} | {found[f'factored {seed}']['average']:.1f} |")
+        dense, factored = found[f"dense {seed}"], found[f"factored {seed}"]
+        later = dense["raw"][1:]  # the first is 1 by definition
+        differences = [abs(a - b) for a, b in zip(later, dense["shadow_raw"][1:], strict=True)]
+        rows.append(
+            {
+                "seed": seed,
+                "tasks": len(dense["raw"]),
+                "mean coefficient": statistics.mean(later),
+                "mean absolute difference": statistics.mean(differences),
+                "largest": max(differences),
+                "average accuracy, dense": dense["average"],
+                "factored": factored["average"],
+            }
+        )
+    show(rows, given.out and given.out.with_suffix(".table.json"))
 
 
 if __name__ == "__main__":

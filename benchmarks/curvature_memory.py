@@ -9,7 +9,6 @@ otherwise, so each way is measured with and without it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-STATUS = Path("/proc/self/status")
+import common
 
 
 def fold(storage: str, modules: int, size: int, folder: Path) -> dict[str, float]:
@@ -57,15 +56,14 @@ def fold(storage: str, modules: int, size: int, folder: Path) -> dict[str, float
 
 def anonymous() -> int:
     """Bytes of this process that are in no file."""
-    return int(re.findall(r"RssAnon:\s+(\d+) kB", STATUS.read_text())[0]) * 1024
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", common.STATUS.read_text())[0]) * 1024
 
 
 def main() -> None:
     """Measure both, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--modules", type=int, default=8)
     parser.add_argument("--size", type=int, default=2048, help="of a square weight matrix")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--storage", choices=("memory", "disk"), help="measure this one, in this process")
     given = parser.parse_args()
     if given.storage:
@@ -83,12 +81,12 @@ def main() -> None:
             found[storage + name] = json.loads(done.stdout.splitlines()[-1])
     copy = given.modules * given.size**2 * 4
     print(f"{given.modules} matrices of {given.size} x {given.size}: {copy / 2**20:.0f} MiB a copy of the Fisher")
-    print("| sums in | anonymous memory, MiB | in copies | seconds |\n|---|---:|---:|---:|")
+    rows = []
     for storage, one in found.items():
         size = one["anonymous_bytes"]
-        print(f"| {storage} | {size / 2**20:.0f} | {size / copy:.2f} | {one['seconds']:.1f} |")
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+        row = {"sums in": storage, "anonymous memory, MiB": size / 2**20, "in copies": size / copy}
+        rows.append({**row, "seconds": one["seconds"]})
+    common.show(rows, given.out)
 
 
 if __name__ == "__main__":

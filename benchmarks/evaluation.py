@@ -10,16 +10,14 @@ must be identical (float32).
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from peft import PeftModel
 
@@ -61,7 +59,7 @@ def by_task(rows: list[tuple[Task, Example]], answer: Callable[[Task, list[Examp
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--model", default="embedded:llama", help="Hub id or folder of the base model")
     parser.add_argument("--adapter", help="an adapter that has learned the tasks, so that answers end")
     parser.add_argument("--data-dir", help="CL_Benchmark folder; none: the embedded tasks")
@@ -70,7 +68,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="turns, of which the median is shown")
     parser.add_argument("--batch-size", type=int, default=64, help="at most this many rows at a time, when packed")
     parser.add_argument("--max-length", type=int, default=562, help="longest input and answer, in tokens")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
 
     source = {"benchmark": "long_sequence", "order": given.order} if given.data_dir else {"benchmark": "embedded"}
@@ -111,21 +108,19 @@ def main() -> None:
     different = sum(a != b for a, b in zip(answers["plain"], answers["packed"], strict=True))
     lengths = sorted(len(encoder.prompt(row)) for _, row in rows)
     speedup = {n: [p / s for p, s in zip(seconds["plain"], seconds[n], strict=True)] for n in ways}
-    found: dict[str, Any] = {
-        "rows": len(rows),
-        "prompt_tokens": {"min": lengths[0], "median": lengths[len(lengths) // 2], "max": lengths[-1]},
-        "different_predictions": different,
-        "seconds": seconds,
-        "speedup": speedup,
-    }
     print(f"\n{len(rows)} rows, prompts of {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}")
-    print("| way | rows/s (median) | speed-up (median) | from | to |\n|---|---:|---:|---:|---:|")
-    for name in ways:
-        rate, ratio = len(rows) / statistics.median(seconds[name]), statistics.median(speedup[name])
-        print(f"| {name} | {rate:.2f} | {ratio:.2f} | {min(speedup[name]):.2f} | {max(speedup[name]):.2f} |")
-    print(f"predictions that differ between plain and packed: {different} of {len(rows)}")
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+    found: list[dict[str, Any]] = [
+        {
+            "way": name,
+            "rows": len(rows),
+            "seconds": statistics.median(seconds[name]),
+            "speed-up": statistics.median(speedup[name]),
+            "turns": len(seconds[name]),
+            "predictions unlike the plain way's": "-" if name == "labels" else different * (name == "packed"),
+        }
+        for name in ways
+    ]
+    common.show(found, given.out)
     if different:
         sys.exit("the predictions must be the same")
 
