@@ -45,6 +45,7 @@ AT_LEAST_ONE = (
     *("train.logging_steps", "train.save_steps"),
 )
 ABOVE_ZERO = ("train.learning_rate", "lora.lora_alpha")
+SEEDS = 2**32  # how many numpy knows
 NOT_NEGATIVE = ("train.warmup_steps", "train.weight_decay", "train.max_grad_norm")
 
 
@@ -150,6 +151,10 @@ class RunConfig:
     seed: int = option(0, "Seed of rows, initial adapters, batches and perturbations.")
     output_dir: str = option("runs/default", "The run's folder.")
 
+    def seed_of(self, number: int) -> int:
+        """That of a task, 1, 2, ..."""
+        return (self.seed * 1000 + number) % SEEDS
+
     def parsed_method(self) -> Method:
         """The method with its overrides."""
         method = Method.parse(self.method, self.start, self.constrain, self.merge)
@@ -172,8 +177,10 @@ class RunConfig:
             value = _get(self, name)
             if value is not None and value < 1:
                 raise PmLlmError(f"{name} is {value}; it must be at least 1.")
-        for pattern, rank in self.lora.rank_pattern.items():
-            check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, whole=True)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern, value in getattr(self.lora, name).items():
+                check_number(f"lora.{name}: {pattern!r}", value, 1, whole=True)
+        check_number("seed", self.seed, 0, SEEDS - 1, whole=True)
         check_number("lora.lora_dropout", self.lora.lora_dropout, 0, 1)
         by_epochs = self.train.max_steps == -1
         for name in (*ABOVE_ZERO, *(["train.num_train_epochs"] if by_epochs else [])):

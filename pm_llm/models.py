@@ -187,7 +187,7 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
     """A fresh adapter (B = 0) under `name`: on a base model, or next to the others of a PeftModel.
 
     Raises:
-        PmLlmError: If `target_modules` matches nothing, or is a pattern next to `layers_to_transform`.
+        PmLlmError: If `target_modules` matches nothing, is no pattern, or one next to `layers_to_transform`.
     """
     targets = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
     layers = lora.layers_to_transform
@@ -210,6 +210,8 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
         config.base_model_name_or_path = str(model.get_base_model().name_or_path)
         model.add_adapter(name, config)
         return model
+    except re.error as error:
+        raise PmLlmError(f"lora.target_modules {targets!r} is no pattern: {error}.") from error
     except ValueError as error:
         if "not found" not in str(error) and "No modules were targeted" not in str(error):
             raise

@@ -121,7 +121,7 @@ class ContinualSequence:
     # ---- one task ----
     def _stage(self, number: int, task: Task, merger: Merger, running: Adapter | None) -> Adapter:
         started = time.monotonic()
-        set_seed(self.config.seed * 1000 + number)
+        set_seed(self.config.seed_of(number))
         clock = Clock(self.state.device)
         self._prepare(running)
         rows = self._features(task)
@@ -163,7 +163,7 @@ class ContinualSequence:
         report = merger.report
         entry = {
             "task": task.name,
-            "seed": self.config.seed * 1000 + number,
+            "seed": self.config.seed_of(number),
             "config": {key: value for key, value in self.config.plain().items() if key != "output_dir"},
             "words": self.method.plain(),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
@@ -224,7 +224,7 @@ class ContinualSequence:
             self.model,
             chosen,
             rows,
-            seed=self.config.seed * 1000 + number,
+            seed=self.config.seed_of(number),
         )
 
     def _train(
@@ -243,7 +243,7 @@ class ContinualSequence:
             Dataset.from_list(rows),
             steps,
             label=task.name,
-            seed=self.config.seed * 1000 + number,
+            seed=self.config.seed_of(number),
             constraints=constraints,
             checkpoints=checkpoints,
             stopping=self.stopping,
@@ -251,8 +251,7 @@ class ContinualSequence:
         return logs, checkpoints.elapsed()
 
     def _chosen(self, number: int, task: Task, rows: list[dict[str, Any]]) -> ChosenRows:
-        seed = self.config.seed * 1000 + number
-        return ChosenRows(task.name, rows, self.config.fisher, seed, self.base.tokenizer)
+        return ChosenRows(task.name, rows, self.config.fisher, self.config.seed_of(number), self.base.tokenizer)
 
     def _fisher(
         self,
@@ -338,7 +337,7 @@ class ContinualSequence:
             say(f"curvature of task {number} of {len(self.stages)}, {task.name}, once more")
             new = Adapter.load(self.run_dir.stage_adapter(number - 1, TASK_ADAPTER))
             chosen = self._chosen(number, task, self._features(task))
-            set_seed(self.config.seed * 1000 + number)
+            set_seed(self.config.seed_of(number))
             self._prepare(running)
             began = Adapter.from_model(self.model, TASK) if running is None else None
             with self._folded():

@@ -57,16 +57,21 @@ def train(
         say(f"{label}: going on from {Path(newest).name}")
     trainer_class = ContinualSeq2SeqTrainer if base.seq2seq else ContinualSFTTrainer
     with stopping.gently() as stop, original_forward(model):
-        trainer = trainer_class(
-            model,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=DataCollatorForSeq2Seq(base.tokenizer, model),
-            processing_class=base.tokenizer,
-            constraint=constraints,
-            checkpoints=checkpoints,
-            callbacks=[TrainingBar(f"train {label}"), stop],
-        )
+        try:
+            trainer = trainer_class(
+                model,
+                args=arguments,
+                train_dataset=rows,
+                data_collator=DataCollatorForSeq2Seq(base.tokenizer, model),
+                processing_class=base.tokenizer,
+                constraint=constraints,
+                checkpoints=checkpoints,
+                callbacks=[TrainingBar(f"train {label}"), stop],
+            )
+        except ValueError as error:
+            if "PEFT adapter" not in str(error):  # of modules that TRL does not train
+                raise
+            raise PmLlmError(str(error)) from error
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         try:

@@ -101,6 +101,12 @@ def test_target_modules_that_match_nothing(run) -> None:
     one_line(*run("--lora.target_modules", "query"), "query", "match nothing", "q_proj")
 
 
+def test_target_modules_that_cannot_be(run, tmp_path) -> None:
+    one_line(*run("--lora.target_modules", "[("), "lora.target_modules '[(' is no pattern", "unterminated")
+    one_line(*run("--lora.target_modules", "lm_head"), "`lm_head` is not supported", "Remove")
+    assert run()[0] == 0
+
+
 def test_a_pattern_of_modules_and_layers(run) -> None:
     words = ("--lora.target_modules", ".*_proj", "--lora.layers_to_transform", "[1]")
     one_line(*run(*words), "layers_to_transform [1]", "a pattern", "('.*_proj')", "Write the layers into the pattern")
@@ -179,6 +185,7 @@ def test_wrong_columns(run, tmp_path) -> None:
         ("train.warmup_steps", "-3.0", "from 0"),
         ("lora.lora_alpha", "0", "above 0"),
         ("lora.lora_dropout", "1.5", "to 1"),
+        ("seed", "-1", "from 0 to 4294967295"),
     ],
 )
 def test_numbers_of_training(key: str, value: str, allowed: str, run, tmp_path) -> None:
@@ -191,6 +198,13 @@ def test_epochs_do_not_count_where_steps_are_given() -> None:
     load_config(None, {"train.max_steps": 5, "train.num_train_epochs": 0.0}).check()
     with pytest.raises(PmLlmError, match="'q_proj' is 0; it must be a whole number from 1"):
         load_config(None, {"lora.rank_pattern": {"q_proj": 0}}).check()
+    with pytest.raises(PmLlmError, match="'q_proj' is 'x'; it must be a whole number from 1"):
+        load_config(None, {"lora.alpha_pattern": {"q_proj": "x"}}).check()
+
+
+def test_a_large_seed(run) -> None:
+    """Every task has one of its own made of it, which must be one that numpy takes."""
+    assert run("--seed", "4294967295")[0] == 0
 
 
 def test_run_folder_of_another_configuration(run, tmp_path, monkeypatch) -> None:
