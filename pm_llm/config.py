@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pm_llm.errors import PmLlmError, check_number, unknown_name
+from pm_llm.errors import PmLlmError, check_number, check_pattern, unknown_name
 from pm_llm.methods import PRESETS, Choice, Method
 from pm_llm.values import convert
 
@@ -62,7 +62,7 @@ class LoraSection:
     layers_to_transform: list[int] | None = option(None, "Only these layer numbers; none: all.")
     use_rslora: bool = option(False, "Rank-stabilised scaling.")
     rank_pattern: dict[str, int] = option({}, "Module pattern -> rank, where it differs from r.")
-    alpha_pattern: dict[str, int] = option({}, "Module pattern -> alpha, where it differs from lora_alpha.")
+    alpha_pattern: dict[str, float] = option({}, "Module pattern -> alpha, where it differs from lora_alpha.")
 
 
 @dataclass
@@ -177,9 +177,14 @@ class RunConfig:
             value = _get(self, name)
             if value is not None and value < 1:
                 raise PmLlmError(f"{name} is {value}; it must be at least 1.")
+        for pattern, rank in self.lora.rank_pattern.items():
+            check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, whole=True)
+        for pattern, alpha in self.lora.alpha_pattern.items():
+            if not alpha > 0:
+                raise PmLlmError(f"lora.alpha_pattern: {pattern!r} is {alpha}; it must be a number above 0.")
         for name in ("rank_pattern", "alpha_pattern"):
-            for pattern, value in getattr(self.lora, name).items():
-                check_number(f"lora.{name}: {pattern!r}", value, 1, whole=True)
+            for pattern in getattr(self.lora, name):
+                check_pattern(f"lora.{name}", pattern)
         check_number("seed", self.seed, 0, SEEDS - 1, whole=True)
         check_number("lora.lora_dropout", self.lora.lora_dropout, 0, 1)
         by_epochs = self.train.max_steps == -1

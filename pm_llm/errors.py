@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from math import inf, isfinite
@@ -41,6 +42,14 @@ def check_number(what: str, value: Any, low: float = -inf, high: float = inf, wh
         bounds += [f"to {high}"] if high < inf else []
         kind = "a whole number" if whole else "a finite number"
         raise PmLlmError(f"{what} is {value!r}; it must be {' '.join([kind, *bounds])}.")
+
+
+def check_pattern(what: str, pattern: str) -> None:
+    """Raise PmLlmError unless it is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise PmLlmError(f"{what}: {pattern!r} is no pattern: {error}.") from error
 
 
 @lru_cache  # the same may be asked of every row of a file

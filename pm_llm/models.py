@@ -26,9 +26,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
+from transformers.pytorch_utils import Conv1D
 
 from pm_llm.config import LoraSection
-from pm_llm.errors import PmLlmError, first_line, unknown_name
+from pm_llm.errors import PmLlmError, check_pattern, first_line, unknown_name
 from pm_llm.processes import process_state
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -191,11 +192,13 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
     """
     targets = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
     layers = lora.layers_to_transform
-    if len(targets) == 1 and not isinstance(targets, str):  # as a flag gives it
+    if isinstance(targets, list) and len(targets) == 1:  # as a flag gives it
         (targets,) = targets
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):  # to PEFT a string is a pattern for whole names
         targets = [targets]
-    if layers is not None and targets == "all-linear":
+    if isinstance(targets, str):
+        check_pattern("lora.target_modules", targets)
+    if layers is not None and isinstance(targets, str) and targets.lower() == "all-linear":
         targets = _linear_names(model)  # PEFT takes layers next to names only
     if layers is not None and isinstance(targets, str):
         raise PmLlmError(
@@ -210,9 +213,11 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
         config.base_model_name_or_path = str(model.get_base_model().name_or_path)
         model.add_adapter(name, config)
         return model
-    except re.error as error:
-        raise PmLlmError(f"lora.target_modules {targets!r} is no pattern: {error}.") from error
     except ValueError as error:
+        if "is not supported" in str(error):  # a module that is not linear, printed in many lines
+            raise PmLlmError(
+                f"lora.target_modules {targets!r}: {first_line(error)} ... is no linear layer."
+            ) from error
         if "not found" not in str(error) and "No modules were targeted" not in str(error):
             raise
         raise PmLlmError(
@@ -224,7 +229,7 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
 def _linear_names(model: Any) -> list[str]:
     """What `all-linear` stands for: the last names of the base model's linear layers, but for its output layer."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    linear = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n}
+    linear = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and ".lora_" not in n}
     head = base.get_output_embeddings()
     return sorted({n.removesuffix(".base_layer").rpartition(".")[2] for n, m in linear.items() if m is not head})
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.serialization import safe_globals
 
+from pm_llm.errors import PmLlmError
+
 # what DeepSpeed's checkpoints hold besides tensors and plain values
 DEEPSPEED_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler:LossScaler",
@@ -22,10 +24,17 @@ FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def launched() -> tuple[bool, bool]:
-    """Whether `accelerate launch` asked for sharded parameters (FSDP, ZeRO-3), and whether for DeepSpeed at all."""
+    """Whether `accelerate launch` asked for sharded parameters (FSDP2, ZeRO-3), and whether for DeepSpeed at all.
+
+    Raises:
+        PmLlmError: If it asked for the first version of FSDP.
+    """
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if fsdp and os.environ.get("FSDP_VERSION") != "2":
+        raise PmLlmError("FSDP's first version is not supported. Use fsdp2.yaml, or set fsdp_version to 2.")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     zero3 = deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    return zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true", deepspeed
+    return zero3 or fsdp, deepspeed
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from pm_llm.checkpoints import Checkpoints
 from pm_llm.constraints import UPDATE, WHOLE, Constraint, Live, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.lowrank import LowRank
-from pm_llm.sharding import gathered, is_sharded, whole
+from pm_llm.sharding import is_sharded, whole
 
 
 class AlreadyTrainedError(Exception):
@@ -47,10 +47,12 @@ def refuse_sharding(constraints: Sequence[Constraint], sharded: bool, deepspeed:
         sharded: Whether parameters are shared out (FSDP2, ZeRO-3).
         deepspeed: Whether DeepSpeed runs the step.
     """
-    inside = [type(c).__name__ for c in constraints if c.space == "factors" or c.fills(*WHOLE)]
+    # FSDP2 gathers A and B for a penalty; ZeRO-3 cannot, between a forward and its backward
+    hooks = ("penalty", *WHOLE) if deepspeed else WHOLE
+    inside = [type(c).__name__ for c in constraints if c.space == "factors" or c.fills(*hooks)]
     if sharded and inside:
-        names = ", ".join(inside)
-        raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or zero2.yaml.")
+        names, others = ", ".join(inside), "zero2.yaml, or for a penalty fsdp2.yaml" if deepspeed else "zero2.yaml"
+        raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or {others}.")
     updating = [type(c).__name__ for c in constraints if c.fills(*UPDATE)]
     if deepspeed and updating:
         names = ", ".join(updating)
@@ -183,10 +185,9 @@ class ConstraintMixin:
     def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
         """What the constraints add to a step's loss, of the update without the perturbation's scale."""
         live = {}
-        with gathered(self.live.parameters()):
-            for name in self.live.layers:
-                a, b = (whole(p).clone() for p in self.live.weights(name))  # what was gathered is gone afterwards
-                live[name] = LowRank(b.float() * self._scaling[name], a.float())
+        for name in self.live.layers:
+            a, b = map(whole, self.live.weights(name))
+            live[name] = LowRank(b.float() * self._scaling[name], a.float())
         found = [c.penalty(live) for c in penalised]
         return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]
 

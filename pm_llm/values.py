@@ -45,6 +45,14 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         if plain is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+            inner = typing.get_args(one)
+            if plain is list and inner:
+                return [convert(x, inner[0], f"{key}: element {i}") for i, x in enumerate(value, start=1)]
+            if plain is dict and inner:
+                return {
+                    convert(name, inner[0], f"{key}: key"): convert(x, inner[1], f"{key}: {name!r}")
+                    for name, x in value.items()
+                }
             return value
     names = " or ".join(NAMES.get(typing.get_origin(one) or one, str(one)) for one in options)
     raise PmLlmError(f"{key} is {value!r}; it must be {names}.")

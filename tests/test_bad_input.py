@@ -101,8 +101,9 @@ def test_target_modules_that_match_nothing(run) -> None:
     one_line(*run("--lora.target_modules", "query"), "query", "match nothing", "q_proj")
 
 
-def test_target_modules_that_cannot_be(run, tmp_path) -> None:
-    one_line(*run("--lora.target_modules", "[("), "lora.target_modules '[(' is no pattern", "unterminated")
+def test_target_modules_that_cannot_be(run) -> None:
+    one_line(*run("--lora.target_modules", "[("), "lora.target_modules: '[(' is no pattern", "unterminated")
+    one_line(*run("--lora.target_modules", "mlp"), "lora.target_modules ['mlp']", "LlamaMLP", "is no linear layer")
     one_line(*run("--lora.target_modules", "lm_head"), "`lm_head` is not supported", "Remove")
     assert run()[0] == 0
 
@@ -198,8 +199,20 @@ def test_epochs_do_not_count_where_steps_are_given() -> None:
     load_config(None, {"train.max_steps": 5, "train.num_train_epochs": 0.0}).check()
     with pytest.raises(PmLlmError, match="'q_proj' is 0; it must be a whole number from 1"):
         load_config(None, {"lora.rank_pattern": {"q_proj": 0}}).check()
-    with pytest.raises(PmLlmError, match="'q_proj' is 'x'; it must be a whole number from 1"):
-        load_config(None, {"lora.alpha_pattern": {"q_proj": "x"}}).check()
+    with pytest.raises(PmLlmError, match="'q_proj' is 'x'; it must be a finite number"):
+        load_config(None, {"lora.alpha_pattern": {"q_proj": "x"}})
+    with pytest.raises(PmLlmError, match=r"'q_proj' is 0.0; it must be a number above 0"):
+        load_config(None, {"lora.alpha_pattern": {"q_proj": 0}}).check()
+    with pytest.raises(PmLlmError, match=r"lora.rank_pattern: '\[\(' is no pattern"):
+        load_config(None, {"lora.rank_pattern": {"[(": 4}}).check()
+    assert load_config(None, {"lora.alpha_pattern": {"q_proj": 0.5}}).check().lora.alpha_pattern == {"q_proj": 0.5}
+
+
+@pytest.mark.parametrize(("key", "value"), [("target_modules", [None]), ("layers_to_transform", [1, "x"])])
+def test_elements_of_a_list(key: str, value: list) -> None:
+    expected = f"lora.{key}: element {len(value)} is {value[-1]!r}; it must be a"
+    with pytest.raises(PmLlmError, match=expected):
+        load_config(None, {f"lora.{key}": value})
 
 
 def test_a_large_seed(run) -> None:

@@ -149,8 +149,11 @@ def test_a_mask_holds_at_a_slow_rate_too(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("environment", "refused"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, ("ewc", "migu", "null_space")),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("ewc", "migu", "null_space")),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, ("migu", "null_space", "gaussian")),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            ("ewc", "migu", "null_space", "gaussian"),
+        ),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ("migu", "null_space")),
         ({}, ()),
     ],
@@ -158,9 +161,17 @@ def test_a_mask_holds_at_a_slow_rate_too(tmp_path) -> None:
 def test_what_a_launcher_cannot_do_is_refused_at_once(environment: dict, refused: tuple, monkeypatch) -> None:
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    for name, constraint in {"ewc": Ewc(), "migu": Migu(), "null_space": NullSpace(), "replay": Replay()}.items():
+    tried = {"ewc": Ewc(), "migu": Migu(), "null_space": NullSpace(), "gaussian": Gaussian(), "replay": Replay()}
+    for name, constraint in tried.items():
         if name in refused:
             with pytest.raises(PmLlmError, match=r"Use ddp.yaml"):
                 refuse_sharding([constraint], *launched())
         else:
             refuse_sharding([constraint], *launched())
+
+
+def test_the_first_version_of_fsdp_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(PmLlmError, match=r"Use fsdp2.yaml, or set fsdp_version to 2"):
+        launched()
