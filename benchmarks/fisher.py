@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 from common import parser, show
@@ -138,8 +139,8 @@ def main() -> None:
                     seconds[way].append(time.perf_counter() - started)
         for way in ways:
             ratios = [a / b for a, b in zip(seconds[way], seconds["plain"], strict=True)]
-            middle = statistics.median(seconds[way])
-            rows.append({"model": name, "pass": way, "seconds": middle, "ratio": round(statistics.median(ratios), 3)})
+            row = {"model": Path(name).name, "pass": way, "seconds": statistics.median(seconds[way])}
+            rows.append({**row, "ratio": round(statistics.median(ratios), 3)})
     show(rows, given.out)
     print()
     show(state_rows(given.width), given.out and given.out.with_suffix(".state.json"))
