@@ -281,9 +281,7 @@ def test_a_figure_of_records(monkeypatch, tmp_path) -> None:
     assert names == sorted(averages, key=lambda name: averages[name])
     points = {tuple(xy) for line in axes.lines if line.get_marker() == "o" for xy in line.get_xydata()}
     assert {(averages[name], y) for y, name in enumerate(names)} < points
-    learnt = {
-        name: np.mean([one["plasticity"] for one in found if one["name"] == name]) for name in {*names} - {"joint"}
-    }
+    learnt = {name: fmean(one["plasticity"] for one in found if one["name"] == name) for name in {*names} - {"joint"}}
     rings = {(value, names.index(name)) for name, value in learnt.items()}
     assert len(points) == len(averages) + len(rings)
     assert rings < points
