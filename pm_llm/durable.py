@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 
 from pm_llm.errors import PmLlmError, first_line
 
-REMOVED = ".removed-"
 Digests = dict[str, dict[str, Any]]  # path relative to a folder -> {"size": bytes, "sha256": hex}
 
 
@@ -58,13 +57,11 @@ def rename_tree(temporary: Path, final: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Take a folder's name away, then what it holds: under that name it is there whole or not at all.
-
-    What an earlier, killed removal has left beside it goes too.
-    """
-    for left in path.parent.glob(f"{REMOVED}*"):
-        shutil.rmtree(left)
-    shutil.rmtree(path.rename(path.with_name(f"{REMOVED}{path.name}")))
+    """Take a folder's name away, then what it holds: under that name it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    if temporary.exists():  # left by a removal that was killed
+        shutil.rmtree(temporary)
+    shutil.rmtree(path.rename(temporary))
 
 
 def sync(path: Path) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -301,8 +300,7 @@ class RunDir:
         name = _folder(number, entry["task"])
         temporary, folder = self.path / STAGES / f".{name}.tmp", self.path / STAGES / name
         with writing(self.path, leftover=temporary):
-            if temporary.exists():
-                shutil.rmtree(temporary)
+            _remove(temporary)
             temporary.mkdir()
             fill(temporary)
             if curvature:
@@ -317,8 +315,7 @@ class RunDir:
             durable.replace_link(self.path / ADAPTER, Path(STAGES) / name / ADAPTER)
             for file in old:
                 (self.path / file).unlink(missing_ok=True)
-            if self.work(number, entry["task"]).exists():
-                durable.remove_tree(self.work(number, entry["task"]))
+            _remove(self.work(number, entry["task"]))
 
     def commit_score(
         self, stage: int, task: str, score: float, lines: list[dict[str, Any]], seconds: float, peak_memory: int
@@ -381,7 +378,7 @@ def _folder(number: int, name: str) -> str:
 def _remove(path: Path) -> None:
     """A file, link or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        durable.remove_tree(path)
     else:
         path.unlink(missing_ok=True)
 
