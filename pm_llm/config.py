@@ -45,8 +45,8 @@ AT_LEAST_ONE = (
     *("train.logging_steps", "train.save_steps"),
 )
 ABOVE_ZERO = ("train.learning_rate", "lora.lora_alpha")
-SEEDS = 2**32  # how many numpy knows
 NOT_NEGATIVE = ("train.warmup_steps", "train.weight_decay", "train.max_grad_norm")
+SEEDS = 2**32  # how many numpy knows
 
 
 @dataclass
@@ -178,13 +178,12 @@ class RunConfig:
             if value is not None and value < 1:
                 raise PmLlmError(f"{name} is {value}; it must be at least 1.")
         for pattern, rank in self.lora.rank_pattern.items():
+            check_pattern("lora.rank_pattern", pattern)
             check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, whole=True)
         for pattern, alpha in self.lora.alpha_pattern.items():
+            check_pattern("lora.alpha_pattern", pattern)
             if not alpha > 0:
                 raise PmLlmError(f"lora.alpha_pattern: {pattern!r} is {alpha}; it must be a number above 0.")
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self.lora, name):
-                check_pattern(f"lora.{name}", pattern)
         check_number("seed", self.seed, 0, SEEDS - 1, whole=True)
         check_number("lora.lora_dropout", self.lora.lora_dropout, 0, 1)
         by_epochs = self.train.max_steps == -1

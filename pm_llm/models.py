@@ -190,21 +190,7 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
     Raises:
         PmLlmError: If `target_modules` matches nothing, is no pattern, or one next to `layers_to_transform`.
     """
-    targets = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
-    layers = lora.layers_to_transform
-    if isinstance(targets, list) and len(targets) == 1:  # as a flag gives it
-        (targets,) = targets
-    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):  # to PEFT a string is a pattern for whole names
-        targets = [targets]
-    if isinstance(targets, str):
-        check_pattern("lora.target_modules", targets)
-    if layers is not None and isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = _linear_names(model)  # PEFT takes layers next to names only
-    if layers is not None and isinstance(targets, str):
-        raise PmLlmError(
-            f"lora.layers_to_transform {layers} does not go together with a pattern as lora.target_modules "
-            f"({targets!r}). Write the layers into the pattern, or list the modules' names."
-        )
+    targets = _targets(model, lora, seq2seq)
     config = lora_config(lora, targets, seq2seq)
     try:
         if not isinstance(model, PeftModel):
@@ -221,9 +207,29 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
         if "not found" not in str(error) and "No modules were targeted" not in str(error):
             raise
         raise PmLlmError(
-            f"lora.target_modules {targets!r} (layers {layers or 'all'}) match nothing in this "
+            f"lora.target_modules {targets!r} (layers {lora.layers_to_transform or 'all'}) match nothing in this "
             f"model. Its linear modules: {', '.join(_linear_names(model))}."
         ) from error
+
+
+def _targets(model: Any, lora: LoraSection, seq2seq: bool) -> list[str] | str:
+    """The names of the modules to adapt, or a pattern (or `all-linear`), as PEFT takes them. Raises PmLlmError on what
+    it does not take."""
+    given = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
+    if not isinstance(given, str) and len(given) > 1:
+        return given
+    (word,) = [given] if isinstance(given, str) else given  # a list of one is as a flag gives it
+    if re.fullmatch(r"[\w.]+", word):  # to PEFT a string is a pattern for whole names
+        return [word]
+    check_pattern("lora.target_modules", word)
+    if lora.layers_to_transform is None:
+        return word
+    if word.lower() == "all-linear":
+        return _linear_names(model)  # PEFT takes layers next to names only
+    raise PmLlmError(
+        f"lora.layers_to_transform {lora.layers_to_transform} does not go together with a pattern as "
+        f"lora.target_modules ({word!r}). Write the layers into the pattern, or list the modules' names."
+    )
 
 
 def _linear_names(model: Any) -> list[str]:
