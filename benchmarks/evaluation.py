@@ -109,6 +109,7 @@ def main() -> None:
     lengths = sorted(len(encoder.prompt(row)) for _, row in rows)
     speedup = {n: [p / s for p, s in zip(seconds["plain"], seconds[n], strict=True)] for n in ways}
     print(f"\n{len(rows)} rows, prompts of {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}")
+    unlike = {"plain": 0, "packed": different, "labels": "-"}
     found: list[dict[str, Any]] = [
         {
             "way": name,
@@ -116,7 +117,7 @@ def main() -> None:
             "seconds": statistics.median(seconds[name]),
             "speed-up": statistics.median(speedup[name]),
             "turns": len(seconds[name]),
-            "predictions unlike the plain way's": "-" if name == "labels" else different * (name == "packed"),
+            "predictions unlike the plain way's": unlike[name],
         }
         for name in ways
     ]
