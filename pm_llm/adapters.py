@@ -245,6 +245,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
+def check_directions(layers: Mapping[str, Any], adapter: str, who: str) -> None:
+    """That A can be a basis: that an adapter's rank is nowhere above the number of a layer's inputs.
+
+    Raises:
+        PmLlmError: If it is; `who` asks.
+    """
+    for name, layer in layers.items():
+        if layer.r[adapter] > layer.in_features:
+            raise PmLlmError(
+                f"{who}: {name} has {layer.in_features} inputs, and the rank {layer.r[adapter]} asks for more directions "
+                "than that. Lower lora.r, or set lora.rank_pattern for this module."
+            )
+
+
 def block_of(module: str) -> str:
     """The block that a module stands in, its name up to the first number (`model.layers.3`); "" outside of blocks."""
     found = re.match(r".*?\.\d+(?=\.)", module)

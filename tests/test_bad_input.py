@@ -358,6 +358,19 @@ def test_merge_refuses(new, expected, adapters, tmp_path, capsys) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("who", "keys"),
+    [
+        ("null_space", ("--method", "inflora")),
+        ("orthogonal", ("--method", "slao")),
+        ("subspace", ("--method", "pm", "--constrain", "none", "--start", "{name: subspace, init: eva}")),
+        ("subspace", ("--method", "pm", "--constrain", "none", "--start", "{name: subspace, init: corda}")),
+    ],
+)
+def test_a_basis_of_inputs_has_no_more_directions_than_these(run, who, keys) -> None:
+    one_line(*run(*keys, "--lora.r", "100", "--max_rank", "none"), f"{who}: ", "the rank 100", "Lower lora.r")
+
+
 def test_merge_refuses_to_overwrite_and_bad_rank(adapters, tmp_path, capsys) -> None:
     arguments = ["merge", "--running", str(adapters / "a"), "--new", str(adapters / "b")]
     one_line(main([*arguments, "--out", str(adapters / "a")]), capsys.readouterr().err, "exists")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters import Adapter, check_directions, lora_layers
 from pm_llm.config import LoraSection
 from pm_llm.lowrank import LowRank
-from pm_llm.starts import Start, train_further
+from pm_llm.starts import TASK, Start, train_further
 
 
 @dataclass
@@ -29,7 +29,9 @@ class Orthogonal(Start):
     ) -> PeftModel:
         if last is not None:
             last = last.replace_factors({name: _orthogonal(x) for name, x in last.factors.items()})
-        return train_further(model, last, lora, seq2seq)
+        model = train_further(model, last, lora, seq2seq)
+        check_directions(lora_layers(model), TASK, "start orthogonal")
+        return model
 
 
 def _orthogonal(x: LowRank) -> LowRank:

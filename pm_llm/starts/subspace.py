@@ -13,7 +13,7 @@ from peft.tuners.lora import corda
 from peft.tuners.lora.config import CordaConfig
 
 from pm_llm import lowrank
-from pm_llm.adapters import Adapter, lora_layers, set_active
+from pm_llm.adapters import Adapter, check_directions, lora_layers, set_active
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.task import ChosenRows
@@ -77,6 +77,7 @@ class Subspace(Start):
             self._freeze(model)
         if self.init != "eva":
             return
+        check_directions(layers, TASK, "start subspace")
         for name, moments in second_moments(model, layers, chosen).items():
             weight: Any = layers[name].lora_A[TASK].weight
             with torch.no_grad():
