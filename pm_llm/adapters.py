@@ -254,8 +254,8 @@ def check_directions(layers: Mapping[str, Any], adapter: str, who: str) -> None:
     for name, layer in layers.items():
         if layer.r[adapter] > layer.in_features:
             raise PmLlmError(
-                f"{who}: {name} has {layer.in_features} inputs, and the rank {layer.r[adapter]} asks for more directions "
-                "than that. Lower lora.r, or set lora.rank_pattern for this module."
+                f"{who}: {name} has {layer.in_features} inputs, and the rank {layer.r[adapter]} asks for more "
+                "directions than that. Lower lora.r, or set lora.rank_pattern for this module."
             )
 
 
