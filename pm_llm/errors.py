@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from math import inf, isfinite
+from pathlib import Path
 from typing import Any
 
 
@@ -57,6 +58,12 @@ def did_you_mean(given: str, names: tuple[str, ...]) -> str:
     """A question with the name that is nearest to what was given; "" where none is near."""
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def near_file(path: Path) -> str:
+    """The same for a file or folder that is not there: with the nearest name beside it."""
+    beside = tuple(sorted(one.name for one in path.parent.iterdir())) if path.parent.is_dir() else ()
+    return did_you_mean(path.name, beside)
 
 
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> PmLlmError:

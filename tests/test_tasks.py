@@ -143,13 +143,19 @@ def test_a_file_and_its_test_file(tmp_path) -> None:
     assert (len(task.train), len(task.test)) == (12, 8)
 
 
-def test_what_is_neither_file_nor_dataset(tmp_path) -> None:
+def test_what_is_neither_file_nor_dataset(tmp_path, monkeypatch) -> None:
     with pytest.raises(PmLlmError, match="does not exist"):
         user_tasks(str(tmp_path / "none.jsonl"))
     with pytest.raises(PmLlmError, match="neither a file here nor a dataset to be had"):
         user_tasks("org/no-such-dataset")
     (tmp_path / "a.txt").write_text("x")
     Dataset.from_list(ROWS).to_json(str(tmp_path / "a.jsonl"))
+    Dataset.from_list(ROWS).to_json(str(tmp_path / "legal" / "train.jsonl"))
+    with pytest.raises(PmLlmError, match=r"does not exist. Did you mean 'a.jsonl'\?"):
+        user_tasks(str(tmp_path / "aa.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PmLlmError, match=r"a dataset to be had: .* Did you mean 'legal'\?"):
+        user_tasks("legla")
     with pytest.raises(PmLlmError, match=r"files of kind '\.txt'"):
         user_tasks(str(tmp_path / "a.txt"))
     with pytest.raises(PmLlmError, match="two tasks have one name"):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, near_file
 from pm_llm.tasks.problems import Problems
 
 LARGEST = 20_000
@@ -267,4 +268,5 @@ def load_hub_dataset(name: str, subset: str | None) -> dict[str, Any]:
     ) as error:
         raise PmLlmError(
             f"{name!r} is neither a file here nor a dataset to be had: {error.__cause__ or error}."
+            f"{near_file(Path(name))}"
         ) from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pm_llm.errors import did_you_mean
+from pm_llm.errors import did_you_mean, near_file
 from pm_llm.tasks.problems import Problems
 
 _BETWEEN = re.compile(r"[\s,]*")
@@ -55,7 +55,7 @@ def read_rows(path: Path, problems: Problems) -> list[Row]:
     if path.suffix not in READERS:
         problems.add(str(path), f"files of kind {path.suffix!r} cannot be read. Allowed: {', '.join(READERS)}.")
     elif not path.is_file():
-        problems.add(str(path), "does not exist.")
+        problems.add(str(path), f"does not exist.{near_file(path)}")
     elif path.stat().st_size:
         return list(READERS[path.suffix](path, problems))
     return []
