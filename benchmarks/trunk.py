@@ -1,12 +1,18 @@
-"""Hidden states below the first adapted layer, computed once a row: they are the same in every step of every run."""
+"""Hidden states below the first adapted layer, computed once a row: they are the same in every step of every run. What
+the rows of a batch begin with in common passes the layers above once, and padding does not."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+ROWS = 8  # packed together: each token's attention is over all of them
 CACHE: dict[tuple[str, bytes], Tensor] = {}  # (model, token ids of a row without padding) -> (tokens, width)
 
 
@@ -25,7 +31,8 @@ def install(model: Any, first: int, name: str) -> None:
     """Let a LLaMA-like model look up what its layers below the first with an adapter give, row by row.
 
     For passes over whole rows padded on the right, as in training and for the Fisher; with a cache of keys and values,
-    as in evaluation, all layers run. Padding gets zeros, which no other position sees.
+    as in evaluation, all layers run. Padding gets zeros, which no other position sees. Batches of rows that were all
+    met before are packed (:func:`_packed`), unless something looks at what modules put out.
 
     Args:
         model: The base model, before adapters are put on it.
@@ -33,11 +40,51 @@ def install(model: Any, first: int, name: str) -> None:
         name: What the cache calls the model.
     """
     inner = model.model
+    inner.ready = False  # whether what comes is the lookup's already
     inner.register_forward_pre_hook(_remember, with_kwargs=True)
     lower = [layer.requires_grad_(False) for layer in inner.layers[:first]]  # PEFT freezes only what it sees
     for i in range(first - 1):
         inner.layers[i] = _Skip()
     inner.layers[first - 1] = _Lookup(lower, inner, name)
+    inner.forward = partial(_forward, inner, inner.forward, name)
+
+
+def _forward(inner: Any, forward: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    """The model's own, or :func:`_packed` where that serves."""
+    rows = [row.tolist() for row in inner.row_ids or ()]
+    known = [CACHE.get((name, row.cpu().numpy().tobytes())) for row in inner.row_ids or ()]
+    watched = any(module._forward_hooks or module._forward_pre_hooks for module in inner.layers.modules())
+    if len(rows) < 2 or watched or any(one is None for one in known):
+        return forward(*args, **kwargs)
+    width, inner.ready = kwargs["input_ids"].shape[1], True
+    try:
+        groups = [_packed(inner, forward, rows[i : i + ROWS], known[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
+    finally:
+        inner.ready = False
+    states = [nn.functional.pad(one, (0, 0, 0, width - one.shape[1])) for one in groups]
+    return BaseModelOutputWithPast(last_hidden_state=torch.cat(states))
+
+
+def _packed(inner: Any, forward: Callable[..., Any], rows: list[list[int]], known: list[Any]) -> Tensor:
+    """Last hidden states of rows (rows, longest, width), passed as one: what they share, then the rest of each.
+
+    A position sees those of its own row before it, and the shared ones. Where a row has ended, another's are given.
+    """
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    shared = min(sum(1 for _ in same), min(map(len, rows)) - 1)
+    states = torch.cat([known[0][:shared], *(one[shared:] for one in known)])[None]
+    device = inner.embed_tokens.weight.device
+    owner = torch.tensor([-1] * shared + [i for i, row in enumerate(rows) for _ in row[shared:]], device=device)
+    place = torch.tensor([*range(shared), *(j for row in rows for j in range(shared, len(row)))], device=device)
+    sees = ((owner[:, None] == owner) | (owner == -1)) & (place <= place[:, None])
+    mask = torch.zeros(sees.shape, dtype=states.dtype, device=device).masked_fill(~sees, torch.finfo(states.dtype).min)
+    out = forward(
+        inputs_embeds=states.to(device), attention_mask=mask[None, None], position_ids=place[None], use_cache=False
+    ).last_hidden_state[0]
+    begins = [shared + sum(len(row) - shared for row in rows[:i]) for i in range(len(rows))]
+    longest = max(len(row) for row in rows)
+    index = [[*range(shared), *(begin + j for j in range(longest - shared))] for begin in begins]
+    return out[torch.tensor(index, device=device).clamp(max=len(out) - 1)]
 
 
 def _remember(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -59,6 +106,8 @@ class _Lookup(nn.Module):
         self.__dict__.update(lower=lower, inner=inner, name=name)  # not as submodules: they are not to be adapted
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        if self.__dict__["inner"].ready:
+            return hidden
         rows = self.__dict__["inner"].row_ids
         keys = [(self.__dict__["name"], row.cpu().numpy().tobytes()) for row in rows or ()]
         if rows and all(key in CACHE for key in keys):

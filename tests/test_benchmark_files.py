@@ -328,12 +328,18 @@ def test_pairs_of_runs_are_compared_task_by_task(monkeypatch) -> None:
 
 
 def test_the_trunk_gives_what_the_layers_give(monkeypatch) -> None:
-    """The same loss and gradient, computed the first time and looked up the second; decoding looks nothing up."""
+    """The same loss and gradient, computed the first time, looked up and packed the second, and looked up row by row
+    where a hook looks on; decoding looks nothing up."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import trunk
 
     trunk.CACHE.clear()
-    batch = batch_of("llama", features("llama", 5))
+    rows = features("llama", 11)  # two packs
+    for row in rows:
+        row["input_ids"][:3] = rows[0]["input_ids"][:3]
+    batch, seen, packs = batch_of("llama", rows), [], []
+    pack = trunk._packed
+    monkeypatch.setattr(trunk, "_packed", lambda *given: (packs.append(len(given[2])), pack(*given))[1])
     whole = make_peft("llama", random_b=True, layers_to_transform=[1])
     base = make_model("llama")
     trunk.install(base, 1, "pico")
@@ -344,19 +350,25 @@ def test_the_trunk_gives_what_the_layers_give(monkeypatch) -> None:
     config.layers_to_transform = [1]
     cached = get_peft_model(base, config)
     found = []
-    for model in (whole, cached, cached):
+    layers = cached.get_base_model().model.layers
+    for model, looks_on in ((whole, False), (cached, False), (cached, False), (cached, True)):
         model.zero_grad()
+        if model is cached:
+            hook = layers[1].register_forward_hook(lambda _, __, out: seen.append(out.shape[0]))
+            if not looks_on:
+                hook.remove()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
-    assert len(trunk.CACHE) == 5
+    assert len(trunk.CACHE) == 11
+    assert (seen, packs) == ([11], [8, 3])
     for one in found[1:]:
         for x, y in zip(found[0], one, strict=True):
             torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
     prompt = batch["input_ids"][:1, :6]
     said = [model.generate(input_ids=prompt, max_new_tokens=5, do_sample=False) for model in (whole, cached)]
     assert torch.equal(*said)
-    assert len(trunk.CACHE) == 5
+    assert len(trunk.CACHE) == 11
 
 
 def test_checked_guesses_are_what_the_model_generates(monkeypatch) -> None:
