@@ -232,6 +232,9 @@ class RunConfig:
                 f"max_rank is {self.max_rank}, below the adapter's rank {rank}: truncation would change the factors "
                 "that are merged or compared. Set max_rank to none."
             )
+        fixed, moving = ([n for n, one in constraints.items() if getattr(one, key)] for key in ("fixes_a", "moves"))
+        if fixed and moving:
+            raise PmLlmError(f"constrain {fixed[0]} leaves A as it is, and {moving[0]} moves it. Leave one out.")
         whole = [name for name, one in constraints.items() if one.trains_weights]
         others = [name for name, one in constraints.items() if name not in whole and one.acts()]
         if whole and others:

@@ -48,7 +48,7 @@ def folded(model: Any, mode: str) -> Iterator[None]:
         mode: `auto` (if it can be done), `always` or `never`.
 
     Raises:
-        PmLlmError: With `always`, if it cannot be done; it says why.
+        PmLlmError: With `always`, if it cannot be done (with a running adapter or without); it says why.
     """
     reason = why_not(model) if mode != "never" else "it was not asked for"
     if mode == "always" and reason is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pm_llm.durable import size_of
 from pm_llm.evaluation.matrix import asked_for
-from pm_llm.run_dir import ADAPTER, CURVATURE, RESULTS, STAGES, RunDir
+from pm_llm.run_dir import ADAPTER, CURVATURE, MEMORY, RESULTS, STAGES, RunDir
 
 
 def describe_run(path: str | Path) -> str:
@@ -77,7 +77,7 @@ def _added(state: dict[str, Any]) -> list[str]:
     train = sum(stage["seconds"]["train"] for stage in stages)
     extra = sum(stage["seconds"]["fisher"] + stage["seconds"]["merge"] for stage in stages)
     last = f"{STAGES}/{stages[-1]['folder']}"
-    curvature = files.get(f"{last}/{CURVATURE}", {"size": 0})["size"]
+    memory = sum(files[f"{last}/{name}"]["size"] for name in (CURVATURE, MEMORY) if f"{last}/{name}" in files)
     adapter = sum(known["size"] for name, known in files.items() if name.startswith(f"{last}/{ADAPTER}/"))
     peaks = {
         part: max(stage["peak_memory_bytes"].get(part, 0) for stage in stages)
@@ -85,6 +85,6 @@ def _added(state: dict[str, Any]) -> list[str]:
     }
     return [
         f"added to plain training: {extra:.1f} s for Fisher and merge ({extra / train:.1%} of training), "
-        f"{size_of(adapter)} of running adapter and {size_of(curvature)} of curvature kept between tasks",
+        f"{size_of(adapter)} of running adapter and {size_of(memory)} of other memory kept between tasks",
         "peak memory: " + ", ".join(f"{part} {size_of(x)}" for part, x in peaks.items() if x),
     ]

@@ -49,14 +49,19 @@ def refuse_sharding(constraints: Sequence[Constraint], sharded: bool, deepspeed:
     """
     # FSDP2 gathers A and B for a penalty; ZeRO-3 cannot, between a forward and its backward
     hooks = ("penalty", *WHOLE) if deepspeed else WHOLE
-    inside = [type(c).__name__ for c in constraints if c.space == "factors" or c.fills(*hooks)]
+    inside = [c for c in constraints if c.space == "factors" or c.fills(*hooks)]
     if sharded and inside:
-        names, others = ", ".join(inside), "zero2.yaml, or for a penalty fsdp2.yaml" if deepspeed else "zero2.yaml"
-        raise PmLlmError(f"{names} needs the whole adapter in every process. Use ddp.yaml or {others}.")
+        good = ["ddp.yaml"]
+        if not any(c.fills(*UPDATE) for c in inside):
+            good.append("zero2.yaml")
+        if deepspeed and not any(c.space == "factors" or c.fills(*WHOLE) for c in inside):
+            good.append("fsdp2.yaml")
+        names = ", ".join(type(c).__name__ for c in inside)
+        raise PmLlmError(f"{names} needs the whole adapter in every process. Use {' or '.join(good)}.")
     updating = [type(c).__name__ for c in constraints if c.fills(*UPDATE)]
     if deepspeed and updating:
         names = ", ".join(updating)
-        raise PmLlmError(f"{names} needs the gradients, which DeepSpeed does not show. Use ddp.yaml.")
+        raise PmLlmError(f"{names} takes part in each optimizer step, which DeepSpeed makes by itself. Use ddp.yaml.")
 
 
 class _AfterUpdate(TrainerCallback):

@@ -365,6 +365,8 @@ def test_merge_refuses(new, expected, adapters, tmp_path, capsys) -> None:
         ("orthogonal", ("--method", "slao")),
         ("subspace", ("--method", "pm", "--constrain", "none", "--start", "{name: subspace, init: eva}")),
         ("subspace", ("--method", "pm", "--constrain", "none", "--start", "{name: subspace, init: corda}")),
+        ("subspace", ("--method", "pissa")),
+        ("subspace", ("--method", "pissa", "--start", "{name: subspace, init: olora}")),
     ],
 )
 def test_a_basis_of_inputs_has_no_more_directions_than_these(run, who, keys) -> None:

@@ -235,8 +235,10 @@ def test_slow_is_a_learning_rate_for_each_group(tmp_path) -> None:
         elif "v_proj" in name:
             rate = 3.0
         torch.testing.assert_close(found[1][name], rate * gradient, atol=1e-5, rtol=1e-3)
-    with pytest.raises(PmLlmError, match="fit none"):
-        one_step(make_trainer("llama", str(tmp_path), 16, 1, Slow({"mlp": 0.1})))
+    trainer = make_trainer("llama", str(tmp_path), 16, 1)
+    for rates in ({"mlp": 0.1}, {"lora_A": 0.1, "q_proj.lora_A": 0.5}):
+        with pytest.raises(PmLlmError, match="fit none of the adapted modules that those before them left"):
+            Slow(rates).prepare(Context(1, live=trainer.live))
 
 
 def test_lori_trains_few_entries_of_b_and_nothing_of_a(tmp_path) -> None:

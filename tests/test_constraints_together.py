@@ -65,9 +65,11 @@ def test_options_out_of_range(constrain: dict, expected: str) -> None:
         ("continue", "lori", "needs a start that is fresh"),
         ("continue", "perturb", "needs a start that is fresh"),
         ("fresh", "curvature", "needs merge optimal"),
+        ("fresh", ["null_space", "refresh"], "null_space leaves A as it is, and refresh moves it"),
+        ("fresh", ["refresh", "lori"], "lori leaves A as it is, and refresh moves it"),
     ],
 )
-def test_company_that_means_nothing_is_refused(start: str, constrain: str, expected: str) -> None:
+def test_company_that_means_nothing_is_refused(start: str, constrain: str | list[str], expected: str) -> None:
     keys = {"method": "seqlora", "start": start, "constrain": constrain}
     with pytest.raises(PmLlmError, match=expected):
         load_config(None, keys).check()
@@ -149,23 +151,36 @@ def test_a_mask_holds_at_a_slow_rate_too(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("environment", "refused"),
     [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, ("migu", "null_space", "gaussian")),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            {"migu": "ddp.yaml", "null_space": "ddp.yaml", "gaussian": "ddp.yaml or zero2.yaml"},
+        ),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-            ("ewc", "migu", "null_space", "gaussian"),
+            {
+                "ewc": "ddp.yaml or zero2.yaml or fsdp2.yaml",
+                "migu": "ddp.yaml",
+                "null_space": "ddp.yaml",
+                "gaussian": "ddp.yaml or zero2.yaml",
+            },
         ),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ("migu", "null_space")),
-        ({}, ()),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+            {"migu": "ddp.yaml", "null_space": "ddp.yaml"},
+        ),
+        ({}, {}),
     ],
 )
-def test_what_a_launcher_cannot_do_is_refused_at_once(environment: dict, refused: tuple, monkeypatch) -> None:
+def test_what_a_launcher_cannot_do_is_refused_at_once(environment: dict, refused: dict, monkeypatch) -> None:
+    """With every launcher that can."""
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     tried = {"ewc": Ewc(), "migu": Migu(), "null_space": NullSpace(), "gaussian": Gaussian(), "replay": Replay()}
     for name, constraint in tried.items():
         if name in refused:
-            with pytest.raises(PmLlmError, match=r"Use ddp.yaml"):
+            with pytest.raises(PmLlmError) as error:
                 refuse_sharding([constraint], *launched())
+            assert str(error.value).endswith(f"Use {refused[name]}.")
         else:
             refuse_sharding([constraint], *launched())
 

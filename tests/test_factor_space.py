@@ -211,6 +211,7 @@ def test_a_run_in_factors_keeps_rank_and_state(family: str, tmp_path, pico_folde
         ({"method": "seqlora", "truncation": "fisher"}, "truncation fisher"),
         ({"constrain": "curvature", "merge": "average"}, "merge optimal"),
         ({"constrain": "curvature", "start": "continue"}, "needs a start that is fresh"),
+        ({"constrain": "curvature", "start": "alone"}, "start 'alone' leaves that out"),
         ({"constrain": {"name": "curvature", "weight": -1}}, "from 0"),
         ({"merge": {"name": "optimal", "rank": 0}}, "from 1"),
         ({"merge": {"name": "optimal", "current": "both"}}, "diagonal or exact"),

@@ -10,7 +10,7 @@ from pm_llm.adapters import Adapter, lora_layers
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher, Room, past_of
-from pm_llm.fisher.kronecker import Kronecker, KroneckerPast, Side
+from pm_llm.fisher.kronecker import Kept, Kronecker, KroneckerPast, Side
 from pm_llm.fisher.measure import answer_loss, sum_fisher
 from pm_llm.lowrank import LowRank
 from tests.conftest import FAMILIES, batch_of, features, make_peft
@@ -142,6 +142,18 @@ def test_joining_keeps_the_diagonal_sums_and_states_its_error() -> None:
         before = whole(past)
     assert past.R.V.shape[0] == 2
     assert past.m.rank == 4
+
+
+def test_the_cut_of_joined_sides_is_part_of_the_stated_error() -> None:
+    past, room, before = None, Room(pairs=2, rank=4, directions=1), None
+    for t in range(6):
+        few = fisher_like(t).kept(room)
+        fisher = Kept(few.R, few.C, 0.0)  # has no more directions than are kept: only joining cuts
+        past = KroneckerPast.plus(past, fisher, random_adapter(t).factors["one"], room)
+        if t >= 2:
+            S = before + whole(KroneckerPast.plus(None, fisher, random_adapter(t).factors["one"], room))
+            assert past.errors()[0] == pytest.approx(float((S - whole(past)).square().sum()), rel=1e-3)
+        before = whole(past)
 
 
 def test_joining_keeps_the_slope_where_the_model_is() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pm_llm import Merger, lowrank
-from pm_llm.adapters import Adapter, set_active
+from pm_llm.adapters import Adapter, lora_layers, set_active
 from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
@@ -353,6 +355,12 @@ def test_transfer_adds_the_difference_of_two_models(tmp_path) -> None:
     for name in came[0].factors:
         expected = sum(dense(x, name) for x in came) + 0.5 * dense(vector, name)
         torch.testing.assert_close(dense(left[-1], name), expected)
+    merger = Merger("transfer", adapter=str(tmp_path / "vector"), scale=0.5)
+    running = None
+    for new in came:  # each trained on the base model alone
+        running = merger.fold(running, new, continues=True, on_base=True)
+    for name in came[0].factors:
+        torch.testing.assert_close(dense(running, name), dense(left[-1], name))
     with pytest.raises(PmLlmError, match="no_such"):
         load_config(None, {"method": "inclora", "merge": {"name": "transfer", "adapter": "no_such"}}).check()
     with pytest.raises(PmLlmError, match="name the adapter"):
@@ -375,6 +383,22 @@ def test_a_task_vector_of_two_models() -> None:
     assert lost == pytest.approx((missing / total) ** 0.5, rel=1e-4)
     with pytest.raises(PmLlmError, match="same weights"):
         task_vector(base, base, names, 4)
+
+
+def test_a_task_vector_of_layers_that_hold_their_weights_the_other_way() -> None:
+    """GPT-2's: the adapter makes one model of the other."""
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    base, tuned = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+    lora = LoraConfig(r=1, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(base), lora)
+    found, error = task_vector(base, tuned, lora_layers(model), 24)
+    assert error < 1e-6
+    Adapter.from_model(model, "default").replace_factors(found).attach(model, "vector")
+    model.set_adapter("vector")
+    merged = model.merge_and_unload()
+    for name in ("c_attn", "c_proj"):
+        weight = f"transformer.h.0.attn.{name}.weight"
+        torch.testing.assert_close(merged.get_parameter(weight), tuned.get_parameter(weight), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -178,9 +178,9 @@ def test_subspace_begins_at_the_running_model_and_leaves_the_base(family: str, i
 def test_corda_refuses_what_it_cannot_do_and_leaves_the_model_as_it_was() -> None:
     alone = SimpleNamespace(num_processes=1)
     rows = [batch_of("llama", [row]) for row in features("llama", 4)]
-    for rank, given, expected in ((17, rows, "the rank 17"), (4, None, "cannot make 'corda'"), (4, [], "needs a row")):
+    for given, expected in ((None, "cannot make 'corda'"), ([], "needs a row")):
         start = Subspace("corda")
-        model = start.prepare(make_model("llama"), None, LoraSection(r=rank), False)
+        model = start.prepare(make_model("llama"), None, LoraSection(r=4), False)
         model.train()
         if given is None:  # a state that is not a number
             model.get_base_model().model.embed_tokens.weight.data.fill_(float("nan"))
@@ -198,6 +198,9 @@ def test_corda_refuses_what_it_cannot_do_and_leaves_the_model_as_it_was() -> Non
 def test_subspace_refuses_what_it_cannot_do() -> None:
     with pytest.raises(PmLlmError, match="pissa, olora"):
         Subspace("loftq")
+    for init, rank in (("corda", 17), ("pissa", 17), ("pissa_niter_4", 17), ("olora", 17), ("eva", 33)):
+        with pytest.raises(PmLlmError, match=f"{init} cannot give .* by 32, the rank {rank}"):
+            Subspace(init).prepare(make_model("llama"), None, LoraSection(r=rank), False)
     for constrain in ("perturb", "sparse", "null_space"):
         with pytest.raises(PmLlmError, match="begins at zero"):
             load_config(None, {"method": "inclora", "start": "subspace", "constrain": constrain}).check()

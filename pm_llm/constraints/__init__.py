@@ -104,7 +104,8 @@ class Constraint:
     that B have gone since training began. `from_zero` says whether it is about an update that begins at zero,
     `in_coordinates` whether it compares A and B with what they were after past tasks, `scales_update` whether
     :meth:`after_update` scales what the optimizer did, so that it comes before those that set values,
-    `trains_weights` whether the base weights are trained in place of A and B. `needs_fisher` names the form of Fisher
+    `trains_weights` whether the base weights are trained in place of A and B, `fixes_a` whether A stays as it is while
+    B is trained, `moves` whether :meth:`before_pass` moves A and B for good. `needs_fisher` names the form of Fisher
     that :meth:`remember` is given. `old_data` says whether rows of past tasks are kept, `stores` what is kept between
     tasks.
     """
@@ -114,6 +115,8 @@ class Constraint:
     in_coordinates: ClassVar[bool] = False
     scales_update: ClassVar[bool] = False
     trains_weights: ClassVar[bool] = False
+    fixes_a: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
     needs_fisher: ClassVar[str | None] = None
     old_data: ClassVar[bool] = False
     stores: ClassVar[str] = ""

@@ -32,7 +32,7 @@ class Curvature(Weighted):
         weight: Of the penalty, at least 0.
 
     Raises:
-        PmLlmError: If the weight is negative, or the merge keeps no quadratic.
+        PmLlmError: If the weight is negative, the merge keeps no quadratic, or the start leaves out what was learned.
     """
 
     weight: float = 1.0
@@ -44,6 +44,11 @@ class Curvature(Weighted):
             raise PmLlmError("constrain curvature needs merge optimal, which keeps the past tasks' quadratics.")
         if not merge.in_factors:
             check_fresh("constrain curvature in the space of the weights", start)
+        if start.on_base:
+            raise PmLlmError(
+                f"constrain curvature is about changes of what was learned before, and start {start.name()!r} leaves "
+                "that out. Use start fresh."
+            )
 
     def prepare(self, context: Context) -> None:
         if not isinstance(context.merge, Optimal):

@@ -1,4 +1,4 @@
-"""L2: a penalty on leaving where the task began; EWC with a Fisher of ones (as compared with in arXiv 1612.00796)."""
+"""L2: a penalty on leaving the adapter merged before; EWC with a Fisher of ones (compared to in arXiv 1612.00796)."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ class Lori(Constraint):
     calibration: float = 0.25
     _masks: list[Tensor] = field(default_factory=list, init=False, repr=False)
     from_zero = True
+    fixes_a = True
 
     def __post_init__(self) -> None:
         check_number("lori: keep", self.keep, 1e-6, 1)

@@ -33,6 +33,7 @@ class NullSpace(Spans):
     bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     stores = "a basis of past inputs a module"
     called = "null_space"
+    fixes_a = True
 
     def prepare(self, context: Context) -> None:
         assert context.live is not None

@@ -25,6 +25,7 @@ class Refresh(Constraint):
 
     rate: float = 1e-5
     curvature: float = 1e-3
+    moves = True
 
     def __post_init__(self) -> None:
         check_number("refresh: rate", self.rate, 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pm_llm.constraints import Constraint, Live, Step
+from pm_llm.constraints import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
 
 
@@ -42,6 +42,10 @@ class Slow(Constraint):
             except re.error as error:
                 raise PmLlmError(f"slow: {pattern!r} is not a regular expression: {error}.") from error
 
+    def prepare(self, context: Context) -> None:
+        if context.live is not None:
+            self._rated(context.live)
+
     def before_update(self, step: Step, live: Live) -> None:
         self._before = [(p, p.data.clone(), rate) for p, rate in self._rated(live)]
 
@@ -59,5 +63,7 @@ class Slow(Constraint):
                     used.add(pattern)
                     found.append((p, self.rates[pattern]))
         if used != set(self.rates):
-            raise PmLlmError(f"slow: {sorted(set(self.rates) - used)} fit none of the adapted modules.")
+            raise PmLlmError(
+                f"slow: {sorted(set(self.rates) - used)} fit none of the adapted modules that those before them left."
+            )
         return found

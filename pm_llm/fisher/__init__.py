@@ -128,7 +128,10 @@ class Past:
         raise NotImplementedError
 
     def errors(self) -> tuple[float, float, float, float]:
-        """Squared Frobenius norms of the last :meth:`plus`: cut from S, of S, cut from m, of m (0: exact)."""
+        """Squared Frobenius norms of the last :meth:`plus`: cut from S, of S, cut from m, of m (0: exact).
+
+        Where the new Fisher was cut and then two terms joined, the squared norms of both changes are added up.
+        """
         return 0.0, 0.0, 0.0, 0.0
 
 

@@ -63,16 +63,17 @@ class KroneckerPast(Past):
         products = rows * columns / (traces[:, None] * traces)  # of the terms; their sum is the squared norm of S
         total_S = float(products.sum())
         if len(R.d) > room.pairs:
-            lost, i, j = _least_changed(products, rows, columns, traces)
-            lost_S += lost
+            i, j = _least_changed(products, rows, columns, traces)
             two = R.terms([i, j]), C.terms([i, j])
             R, C = R.joined(i, j, room.directions), C.joined(i, j, room.directions)
-            m = lowrank.add(m, *_times(R.terms([-1]), C.terms([-1]), theta), *_times(*two, theta.scale(-1.0)))
+            made = R.terms([-1]), C.terms([-1])
+            lost_S += _changed(*(old.with_terms(new) for old, new in zip(two, made, strict=True)))
+            m = lowrank.add(m, *_times(*made, theta), *_times(*two, theta.scale(-1.0)))
         roots = [inverse_root(side.diagonals().sum(0)) for side in (R, C)]
         m, lost_m, total_m = lowrank.truncate(m, room.rank, *roots)
-        made = cls(R.V, R.d, C.V, C.d, m.B, m.A)
-        made._errors = (lost_S, total_S, lost_m, total_m)
-        return made
+        found = cls(R.V, R.d, C.V, C.d, m.B, m.A)
+        found._errors = (lost_S, total_S, lost_m, total_m)
+        return found
 
     def along(self, delta: LowRank) -> float:
         return _inner(self.R, self.C, delta, delta)
@@ -260,8 +261,17 @@ def _times(R: Side, C: Side, x: LowRank) -> list[LowRank]:
     return [LowRank(b, a.T / trace) for b, a, trace in sides]
 
 
-def _least_changed(products: Tensor, rows: Tensor, columns: Tensor, t: Tensor) -> tuple[float, int, int]:
-    """The two terms that are best joined: the squared norm of what it changes in S, and which they are.
+def _changed(R: Side, C: Side) -> float:
+    """The squared Frobenius norm of the sum of all terms but the last, less the last."""
+    traces = R.traces().double().clamp(min=TINY)
+    products = R.products() * C.products() / (traces[:, None] * traces)
+    sign = torch.ones_like(traces)
+    sign[-1] = -1
+    return max(0.0, float(sign @ products @ sign))
+
+
+def _least_changed(products: Tensor, rows: Tensor, columns: Tensor, t: Tensor) -> tuple[int, int]:
+    """The two terms whose joining, before the sides of what they become are cut, changes S least.
 
     Args:
         products: The terms' inner products, (terms, terms).
@@ -274,6 +284,5 @@ def _least_changed(products: Tensor, rows: Tensor, columns: Tensor, t: Tensor) -
         before = float(products[two][:, two].sum())
         after = float(rows[two][:, two].sum() * columns[two][:, two].sum() / t[two].sum() ** 2)
         both = float((rows[two].sum(0)[two] * columns[two].sum(0)[two] / t[two]).sum() / t[two].sum())
-        tried.append((max(0.0, before + after - 2 * both), i, j))
-    lost, i, j = min(tried)
-    return lost, i, j
+        tried.append((before + after - 2 * both, i, j))
+    return min(tried)[1:]

@@ -180,7 +180,7 @@ class Optimal(Merge):
         return LowRank(new.B - began[name].B, new.A - began[name].A) if began else new
 
     def _groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """What has one alpha, and its modules; a layer's number is the first in a module's name."""
+        """What has one alpha, and its modules; a layer is a block (:func:`pm_llm.adapters.block_of`)."""
         if self.granularity == "model":
             return {"the model": list(names)}
         groups: dict[str, list[str]] = defaultdict(list)

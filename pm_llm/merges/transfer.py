@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pm_llm import lowrank
 from pm_llm.adapters import Adapter
@@ -52,10 +53,10 @@ class Transfer(Merge):
         return Coefficients.same(1.0, fold.new)
 
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
-        found = super().merge(fold, name, alpha)
-        if fold.running or self._vector is None:
-            return found
-        return lowrank.add(found, self._vector.factors[name].scale(self.scale))
+        if fold.running:
+            return lowrank.add(fold.running[name], fold.vector(name))
+        assert self._vector is not None
+        return lowrank.add(fold.vector(name), self._vector.factors[name].scale(self.scale))
 
 
 def task_vector(base: Any, tuned: nn.Module, modules: Iterable[str], rank: int) -> tuple[dict[str, LowRank], float]:
@@ -79,7 +80,10 @@ def task_vector(base: Any, tuned: nn.Module, modules: Iterable[str], rank: int) 
         one, other = ours[name].weight, getattr(theirs.get(name), "weight", None)
         if other is None or one.shape != other.shape:
             raise PmLlmError(f"module {name} is not of one shape in both models.")
-        found[name], cut, whole = lowrank.truncate(from_dense((other - one).detach().float().cpu()), rank)
+        change = (other - one).detach().float().cpu()
+        if isinstance(theirs[name], Conv1D):  # GPT-2's, which holds (d_in, d_out)
+            change = change.T
+        found[name], cut, whole = lowrank.truncate(from_dense(change), rank)
         lost, total = lost + cut, total + whole
     if not total > 0:
         raise PmLlmError("the two models have the same weights in these modules; there is no difference to take.")

@@ -56,7 +56,7 @@ class Start:
 
 
 def check_fresh(what: str, start: Start, why: str = "it is about an adapter that begins anew") -> None:
-    """Raise PmLlmError unless the task's adapter comes on top of the running one; `why` it must."""
+    """Raise PmLlmError unless the task's adapter is a new one, on the running one or alone; `why` it must be."""
     if start.continues and not start.on_base:
         raise PmLlmError(f"{what} needs a start that is fresh: {why}. The start is {start.name()!r}.")
 

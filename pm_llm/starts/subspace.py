@@ -13,7 +13,7 @@ from peft.tuners.lora import corda
 from peft.tuners.lora.config import CordaConfig
 
 from pm_llm import lowrank
-from pm_llm.adapters import Adapter, check_directions, lora_layers, set_active
+from pm_llm.adapters import Adapter, lora_layers, set_active
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.task import ChosenRows
@@ -46,7 +46,8 @@ class Subspace(Start):
         init: `pissa`, `pissa_niter_N` (a fast SVD in N steps), `olora`, `corda` or `eva`.
 
     Raises:
-        PmLlmError: If there is no such initialisation, or PEFT cannot make it of these base weights.
+        PmLlmError: If there is no such initialisation, PEFT cannot make it of these base weights, or a rank is more
+            than a module has directions.
     """
 
     init: str = "pissa"
@@ -63,6 +64,7 @@ class Subspace(Start):
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
     ) -> PeftModel:
         model = add_task_adapter(model, lora, seq2seq, TASK)
+        _check_rank(lora_layers(model), self.init)
         self._running, self._origin = running, {}
         if self.offset and self.init != "corda":
             self._initialise(model)
@@ -77,7 +79,6 @@ class Subspace(Start):
             self._freeze(model)
         if self.init != "eva":
             return
-        check_directions(layers, TASK, "start subspace")
         for name, moments in second_moments(model, layers, chosen).items():
             weight: Any = layers[name].lora_A[TASK].weight
             with torch.no_grad():
@@ -126,6 +127,15 @@ class Subspace(Start):
             self._origin[name] = LowRank((b * layer.scaling[TASK]).cpu(), a.cpu())
 
 
+def _check_rank(layers: dict[str, Any], init: str) -> None:
+    for name, layer in layers.items():
+        if layer.r[TASK] > (layer.in_features if init == "eva" else min(layer.in_features, layer.out_features)):
+            raise PmLlmError(
+                f"start subspace: {init} cannot give {name}, {layer.out_features} by {layer.in_features}, the rank "
+                f"{layer.r[TASK]}. Lower lora.r, or set lora.rank_pattern for this module."
+            )
+
+
 def _measure(model: PeftModel, layers: dict[str, Any], chosen: ChosenRows) -> None:
     """Leave at every base layer the `eigens` that PEFT's CorDA begins with, of the rows of all processes."""
     if chosen.count < chosen.state.num_processes:
@@ -134,12 +144,6 @@ def _measure(model: PeftModel, layers: dict[str, Any], chosen: ChosenRows) -> No
             f"the task gives {chosen.count}. Give more."
         )
     ranks = {f"{name}.base_layer": layer.r[TASK] for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if layer.r[TASK] > min(layer.in_features, layer.out_features):
-            raise PmLlmError(
-                f"start subspace: corda cannot give {name}, {layer.out_features} by {layer.in_features}, the rank "
-                f"{layer.r[TASK]}. Lower lora.r, or set lora.rank_pattern for this module."
-            )
     settings = CordaConfig(corda_method="ipm", verbose=False)
     config = LoraConfig(
         target_modules=list(ranks), rank_pattern=ranks, init_lora_weights="corda", corda_config=settings
