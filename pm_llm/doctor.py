@@ -187,8 +187,9 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     """What a run will write at most at one time, from the shapes of the adapted layers; what a process's sums of the
     Fisher take while rows are seen; and the number of tasks.
 
-    Written are: adapters of every task (merged and as trained), the curvature of two tasks while one replaces the
-    other, a checkpoint with two moments, and the one that replaces it. In bytes of float32.
+    Written are: adapters of every task (merged and as trained) and the constraints' memory after it (old rows aside),
+    what the merge remembers of two tasks while one replaces the other, a checkpoint with two moments, and the one
+    that replaces it. In bytes of float32.
 
     Raises:
         PmLlmError: If the model or the tasks cannot be had.
@@ -206,8 +207,11 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     merge = config.parsed_method().merge.build("merge")
     form = merge.fisher_form(config.fisher.form) if merge.needs_fisher else ""
     kept = sum(_kept(merge, form, n, m, r) for n, m, r in shapes)
+    kept += tasks * trained if merge.old_adapters else 0
+    constraints = [choice.build("constrain") for choice in config.parsed_method().constrain]
+    memories = sum(one.remembers(n, m, r) for one in constraints for n, m, r in shapes)
     sums = sum(_sums(form, n, m, r) for n, m, r in shapes)
-    return 4 * (tasks * (merged + trained) + 2 * kept + 2 * (3 * trained + merged)), 4 * sums, tasks
+    return 4 * (tasks * (merged + trained + memories) + 2 * kept + 2 * (3 * trained + merged)), 4 * sums, tasks
 
 
 def _sums(form: str, n: int, m: int, r: int) -> int:

@@ -8,6 +8,7 @@ import shutil
 from collections import namedtuple
 
 import pytest
+from safetensors.torch import load_file
 
 from pm_llm import ContinualSequence
 from pm_llm.cli import main
@@ -45,6 +46,20 @@ def test_the_room_it_asks_for_is_what_a_run_takes(family: str, pico_folders, tmp
     tensors = [*(tmp_path / "run").rglob("stages/*/*adapter/*.safetensors"), *(tmp_path / "run").rglob("curv*")]
     used = sum(path.stat().st_size for path in tensors)
     assert 0.7 * used < need < 4 * used  # at its end a run has one copy of the curvature and no checkpoint
+
+
+@pytest.mark.parametrize("method", ["ties", "ewc", "inflora"])
+def test_the_room_it_asks_for_has_what_a_method_remembers(method: str, pico_folders, tmp_path) -> None:
+    """Old adapters in the last stage, a constraint's memory in every one."""
+    keys = {"max_rank": None, "benchmark": "embedded", "order": "sentiment,topic,intent"}
+    config, plain = (
+        load_config(None, {**config_for(pico_folders["llama"], tmp_path / "run").plain(), **keys, "method": name})
+        for name in (method, "inclora")
+    )
+    ContinualSequence(config).run()
+    files = [*(tmp_path / "run").rglob("memory.safetensors"), *(tmp_path / "run").rglob("curv*")]
+    remembered = sum(x.nbytes for path in files for x in load_file(path).values())
+    assert remembered <= expected_bytes(config)[0] - expected_bytes(plain)[0] < 4 * remembered
 
 
 @pytest.mark.parametrize("form", ["dense", "factored", "kronecker"])

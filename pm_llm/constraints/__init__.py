@@ -150,6 +150,10 @@ class Constraint:
     def load_memory(self, memory: dict[str, Tensor]) -> None:
         """The inverse of :meth:`memory`."""
 
+    def remembers(self, n: int, m: int, r: int) -> int:
+        """How many numbers :meth:`memory` has of an (n, m) matrix with an adapter of rank r, at most."""
+        return 0
+
     # ---- around a forward and backward pass ----
     def scale(self, step: Step) -> float:
         """The factor on the task adapter during this forward and backward pass."""

@@ -62,6 +62,9 @@ class Ewc(Weighted):
     def memory(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": x for name, past in self.past.items() for key, x in past.tensors().items()}
 
+    def remembers(self, n: int, m: int, r: int) -> int:
+        return 2 * (n + m) * r
+
     def load_memory(self, memory: dict[str, Tensor]) -> None:
         names = {key.rpartition(".")[0] for key in memory}
         self.past = {n: FactorsPast(**{key: memory[f"{n}.{key}"] for key in FactorsPast.names}) for n in names}

@@ -32,5 +32,8 @@ class Spans(Constraint):
     def memory(self) -> dict[str, Tensor]:
         return {name: basis.cpu() for name, basis in self.bases.items()}
 
+    def remembers(self, n: int, m: int, r: int) -> int:
+        return int(self.most * m) * m
+
     def load_memory(self, memory: dict[str, Tensor]) -> None:
         self.bases = dict(memory)
