@@ -208,6 +208,9 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     seeds = records.averages([one("pm", 0, right), one("pm", 1, wrong), one("pm", 2, right)])["pm"]
     mean, half = 1.75 / 3, 4.303 * np.std([0.75, 0.25, 0.75], ddof=1) / 3**0.5
     assert records.interval(seeds / scale) == pytest.approx((mean, mean - half, mean + half))
+    agreeing = records.averages([one("pm", seed, right) for seed in range(3)])["pm"]
+    _, low, high = records.interval(agreeing)  # Student's t alone would say that they are known exactly
+    assert 0.12 * scale < high - low < 0.19 * scale  # .268 / 3 ** .5 = .155
     with pytest.raises(ValueError, match="two records"):
         records.averages([one("pm", 0, right), one("pm", 0, wrong)])
     with pytest.raises(ValueError, match="other rows"):
