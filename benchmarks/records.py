@@ -7,8 +7,8 @@
 
 Intervals are of 95 %. With one seed: percentile bootstrap over the test rows, drawn anew within each task and the same
 for all methods and orders; they say nothing of other seeds. With several: Student's t over the seeds' means (of all
-orders), whose spread holds that of their test rows too where these were drawn by seed; but never narrower than the rows
-alone allow, since few seeds may agree by chance. Differences are paired.
+orders), whose spread holds that of their test rows too where these were drawn by seed; but never narrower than the
+rows alone allow, since few seeds may agree by chance. Differences are paired.
 """
 
 from __future__ import annotations
