@@ -97,7 +97,7 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
     tasks = load_tasks(config)
     encoders = encoders_for(config, distinct(tasks).values())
     base = load_base(config.model, config.dtype, config.load_in_4bit)
-    trunk.use(base.model, config)
+    trunk.use(base.model, config, pack=False)  # small differences of losses are taken
     model = PeftModel.from_pretrained(base.model, str(run.stage_adapter(0, TASK_ADAPTER)), adapter_name="probe").eval()
     rows, running = [], None
     for i, task in enumerate(tasks[:1] if first else tasks):

@@ -16,18 +16,18 @@ ROWS = 8  # packed together: each token's attention is over all of them
 CACHE: dict[tuple[str, bytes], Tensor] = {}  # (model, token ids of a row without padding) -> (tokens, width)
 
 
-def use(model: Any, config: Any) -> bool:
+def use(model: Any, config: Any, pack: bool = True) -> bool:
     """:func:`install` it where a run's configuration lets it help; whether it does."""
     first = min(config.lora.layers_to_transform or [0])
     helps = first > 0 and not config.load_in_4bit
     if helps:
         if model.device.type == "cpu":  # in bfloat16 the fused attention's backward pass is a fifth of a step there
             model.set_attn_implementation("eager")
-        install(model, first, config.model)
+        install(model, first, config.model, pack)
     return helps
 
 
-def install(model: Any, first: int, name: str) -> None:
+def install(model: Any, first: int, name: str, pack: bool = True) -> None:
     """Let a LLaMA-like model look up what its layers below the first with an adapter give, row by row.
 
     For passes over whole rows padded on the right, as in training and for the Fisher; with a cache of keys and values,
@@ -38,6 +38,7 @@ def install(model: Any, first: int, name: str) -> None:
         model: The base model, before adapters are put on it.
         first: The first layer that gets an adapter, at least 1.
         name: What the cache calls the model.
+        pack: Whether batches may be packed, which rounds otherwise.
     """
     inner = model.model
     inner.ready = False  # whether what comes is the lookup's already
@@ -46,7 +47,8 @@ def install(model: Any, first: int, name: str) -> None:
     for i in range(first - 1):
         inner.layers[i] = _Skip()
     inner.layers[first - 1] = _Lookup(lower, inner, name)
-    inner.forward = partial(_forward, inner, inner.forward, name)
+    if pack:
+        inner.forward = partial(_forward, inner, inner.forward, name)
 
 
 def _forward(inner: Any, forward: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
