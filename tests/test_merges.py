@@ -348,6 +348,18 @@ def test_slopes_are_the_derivatives_of_the_loss(family: str) -> None:
         assert float(slope) == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=0.02, abs=0.02)
 
 
+def test_opcm_leaves_a_module_that_no_task_has_moved() -> None:
+    merger, running = Merger("opcm"), None
+    for t in range(3):
+        new = random_adapter(t)
+        if t < 2:
+            still = new.factors["one"]
+            new = new.replace_factors({**new.factors, "one": LowRank(torch.zeros_like(still.B), still.A)})
+        running = merger.fold(running, new, continues=True)
+        assert bool(dense(running, "one").any()) == (t == 2)
+        assert all(bool(torch.isfinite(dense(running, name)).all()) for name in new.factors)
+
+
 def test_transfer_adds_the_difference_of_two_models(tmp_path) -> None:
     vector = random_adapter(7)
     vector.save(tmp_path / "vector")

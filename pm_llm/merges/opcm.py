@@ -57,8 +57,8 @@ class Opcm(Merge):
         total = lowrank.add(before.scale(self.scales[name]), project(before, vector, self.threshold, self.variant))
         self.norms[name] += (norm - self.norms[name]) / fold.task
         size = sqrt(max(0.0, lowrank.inner(total, total)))
-        if not size > 0:
-            raise PmLlmError(f"opcm: nothing is left of module {name} after the projection; its norm is {size}.")
+        if not size > 0:  # no task has moved this module: attention to one token has no gradient
+            return total
         self.scales[name] = size / self.norms[name]
         return total.scale(1 / self.scales[name])
 
