@@ -42,22 +42,21 @@ def install(model: Any, first: int, name: str, pack: bool = True) -> None:
     """
     inner = model.model
     inner.ready = False  # whether what comes is the lookup's already
-    inner.register_forward_pre_hook(_remember, with_kwargs=True)
+    inner.register_forward_pre_hook(partial(_remember, name), with_kwargs=True)
     lower = [layer.requires_grad_(False) for layer in inner.layers[:first]]  # PEFT freezes only what it sees
     for i in range(first - 1):
         inner.layers[i] = _Skip()
-    inner.layers[first - 1] = _Lookup(lower, inner, name)
+    inner.layers[first - 1] = _Lookup(lower, inner)
     if pack:
-        inner.forward = partial(_forward, inner, inner.forward, name)
+        inner.forward = partial(_forward, inner, inner.forward)
 
 
-def _forward(inner: Any, forward: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+def _forward(inner: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The model's own, or :func:`_packed` where that serves."""
-    rows = [row.tolist() for row in inner.row_ids or ()]
-    known = [CACHE.get((name, row.cpu().numpy().tobytes())) for row in inner.row_ids or ()]
-    watched = any(module._forward_hooks or module._forward_pre_hooks for module in inner.layers.modules())
-    if len(rows) < 2 or watched or any(one is None for one in known):
+    met = len(inner.row_ids) > 1 and all(key in CACHE for key in inner.row_keys)
+    if not met or any(module._forward_hooks or module._forward_pre_hooks for module in inner.layers.modules()):
         return forward(*args, **kwargs)
+    rows, known = [row.tolist() for row in inner.row_ids], [CACHE[key] for key in inner.row_keys]
     width, inner.ready = kwargs["input_ids"].shape[1], True
     try:
         groups = [_packed(inner, forward, rows[i : i + ROWS], known[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
@@ -67,7 +66,7 @@ def _forward(inner: Any, forward: Callable[..., Any], name: str, *args: Any, **k
     return BaseModelOutputWithPast(last_hidden_state=torch.cat(states))
 
 
-def _packed(inner: Any, forward: Callable[..., Any], rows: list[list[int]], known: list[Any]) -> Tensor:
+def _packed(inner: Any, forward: Callable[..., Any], rows: list[list[int]], known: list[Tensor]) -> Tensor:
     """Last hidden states of rows (rows, longest, width), passed as one: what they share, then the rest of each.
 
     A position sees those of its own row before it, and the shared ones. Where a row has ended, another's are given.
@@ -89,12 +88,13 @@ def _packed(inner: Any, forward: Callable[..., Any], rows: list[list[int]], know
     return out[torch.tensor(index, device=device).clamp(max=len(out) - 1)]
 
 
-def _remember(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _remember(name: str, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     whole = ids is not None and kwargs.get("past_key_values") is None and not kwargs.get("use_cache")
-    inner.row_ids = None
+    inner.row_ids = []
     if whole and mask is not None and mask.dim() == 2 and bool(mask[:, 0].all()):
         inner.row_ids = [row[: int(m.sum())] for row, m in zip(ids, mask, strict=True)]
+    inner.row_keys = [(name, row.cpu().numpy().tobytes()) for row in inner.row_ids]
 
 
 class _Skip(nn.Module):
@@ -103,16 +103,16 @@ class _Skip(nn.Module):
 
 
 class _Lookup(nn.Module):
-    def __init__(self, lower: list[nn.Module], inner: Any, name: str) -> None:
+    def __init__(self, lower: list[nn.Module], inner: Any) -> None:
         super().__init__()
-        self.__dict__.update(lower=lower, inner=inner, name=name)  # not as submodules: they are not to be adapted
+        self.__dict__.update(lower=lower, inner=inner)  # not as submodules: they are not to be adapted
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        if self.__dict__["inner"].ready:
+        inner = self.__dict__["inner"]
+        if inner.ready:
             return hidden
-        rows = self.__dict__["inner"].row_ids
-        keys = [(self.__dict__["name"], row.cpu().numpy().tobytes()) for row in rows or ()]
-        if rows and all(key in CACHE for key in keys):
+        keys = inner.row_keys
+        if keys and all(key in CACHE for key in keys):
             found = torch.zeros_like(hidden)
             for out, key in zip(found, keys, strict=True):
                 known = CACHE[key]
@@ -120,6 +120,6 @@ class _Lookup(nn.Module):
             return found
         for layer in self.__dict__["lower"]:
             hidden = layer(hidden, **kwargs)
-        for i, row in enumerate(rows or ()):
-            CACHE[keys[i]] = hidden[i, : len(row)].detach().clone()
+        for out, key, row in zip(hidden, keys, inner.row_ids, strict=False):  # no rows: all of a step of decoding
+            CACHE[key] = out[: len(row)].detach().clone()
         return hidden

@@ -245,17 +245,17 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
-def check_directions(layers: Mapping[str, Any], adapter: str, who: str) -> None:
-    """That A can be a basis: that an adapter's rank is nowhere above the number of a layer's inputs.
+def check_rank(layers: Mapping[str, Any], adapter: str, what: str, outputs: bool = False) -> None:
+    """That an adapter's rank is nowhere above the number of a layer's inputs, or with `outputs` of its outputs.
 
     Raises:
-        PmLlmError: If it is; `who` asks.
+        PmLlmError: If it is; `what` cannot have more directions.
     """
     for name, layer in layers.items():
-        if layer.r[adapter] > layer.in_features:
+        if layer.r[adapter] > (min(layer.in_features, layer.out_features) if outputs else layer.in_features):
             raise PmLlmError(
-                f"{who}: {name} has {layer.in_features} inputs, and the rank {layer.r[adapter]} asks for more "
-                "directions than that. Lower lora.r, or set lora.rank_pattern for this module."
+                f"{what} cannot give {name}, {layer.out_features} by {layer.in_features}, the rank "
+                f"{layer.r[adapter]}. Lower lora.r, or set lora.rank_pattern for this module."
             )
 
 

@@ -206,8 +206,7 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     merged = sum((n + m) * min(n, m, config.max_rank or tasks * r) for n, m, r in shapes)
     merge = config.parsed_method().merge.build("merge")
     form = merge.fisher_form(config.fisher.form) if merge.needs_fisher else ""
-    kept = sum(_kept(merge, form, n, m, r) for n, m, r in shapes)
-    kept += tasks * trained if merge.old_adapters else 0
+    kept = sum(_kept(merge, form, tasks, n, m, r) for n, m, r in shapes)
     constraints = [choice.build("constrain") for choice in config.parsed_method().constrain]
     memories = sum(one.remembers(n, m, r) for one in constraints for n, m, r in shapes)
     sums = sum(_sums(form, n, m, r) for n, m, r in shapes)
@@ -221,10 +220,10 @@ def _sums(form: str, n: int, m: int, r: int) -> int:
     return sizes.get(form, 0)
 
 
-def _kept(merge: Any, form: str, n: int, m: int, r: int) -> int:
-    """Numbers that the merge remembers of one (n, m) matrix with an adapter of rank r."""
+def _kept(merge: Any, form: str, tasks: int, n: int, m: int, r: int) -> int:
+    """Numbers that the merge remembers of one (n, m) matrix with an adapter of rank r, after that many tasks."""
     if not form:
-        return 0
+        return tasks * (n + m) * r if merge.old_adapters else 0
     if form == "factors":
         return 2 * (n + m) * r
     if form == "dense":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.adapters import check_directions
+from pm_llm.adapters import check_rank
 from pm_llm.constraints import Context, Live, Step
 from pm_llm.constraints.spans import Spans
 from pm_llm.inputs import second_moments
@@ -38,7 +38,7 @@ class NullSpace(Spans):
     def prepare(self, context: Context) -> None:
         assert context.live is not None
         assert context.chosen is not None
-        check_directions(context.live.layers, context.live.adapter, self.called)
+        check_rank(context.live.layers, context.live.adapter, f"{self.called}: a basis")
         for name, moments in second_moments(context.model, context.live.layers, context.chosen).items():
             a, _ = context.live.weights(name)
             basis = self.bases.get(name)

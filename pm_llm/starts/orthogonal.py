@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from pm_llm.adapters import Adapter, check_directions, lora_layers
+from pm_llm.adapters import Adapter, check_rank, lora_layers
 from pm_llm.config import LoraSection
 from pm_llm.lowrank import LowRank
 from pm_llm.starts import TASK, Start, train_further
@@ -30,7 +30,7 @@ class Orthogonal(Start):
         if last is not None:
             last = last.replace_factors({name: _orthogonal(x) for name, x in last.factors.items()})
         model = train_further(model, last, lora, seq2seq)
-        check_directions(lora_layers(model), TASK, "start orthogonal")
+        check_rank(lora_layers(model), TASK, "start orthogonal: a basis")
         return model
 
 

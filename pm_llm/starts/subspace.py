@@ -13,7 +13,7 @@ from peft.tuners.lora import corda
 from peft.tuners.lora.config import CordaConfig
 
 from pm_llm import lowrank
-from pm_llm.adapters import Adapter, lora_layers, set_active
+from pm_llm.adapters import Adapter, check_rank, lora_layers, set_active
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.task import ChosenRows
@@ -64,7 +64,7 @@ class Subspace(Start):
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
     ) -> PeftModel:
         model = add_task_adapter(model, lora, seq2seq, TASK)
-        _check_rank(lora_layers(model), self.init)
+        check_rank(lora_layers(model), TASK, f"start subspace: {self.init}", outputs=self.offset)
         self._running, self._origin = running, {}
         if self.offset and self.init != "corda":
             self._initialise(model)
@@ -125,15 +125,6 @@ class Subspace(Start):
             weights: Any = (layer.lora_A[TASK].weight, layer.lora_B[TASK].weight)
             a, b = (w.detach().clone() for w in weights)
             self._origin[name] = LowRank((b * layer.scaling[TASK]).cpu(), a.cpu())
-
-
-def _check_rank(layers: dict[str, Any], init: str) -> None:
-    for name, layer in layers.items():
-        if layer.r[TASK] > (layer.in_features if init == "eva" else min(layer.in_features, layer.out_features)):
-            raise PmLlmError(
-                f"start subspace: {init} cannot give {name}, {layer.out_features} by {layer.in_features}, the rank "
-                f"{layer.r[TASK]}. Lower lora.r, or set lora.rank_pattern for this module."
-            )
 
 
 def _measure(model: PeftModel, layers: dict[str, Any], chosen: ChosenRows) -> None:
