@@ -27,7 +27,7 @@ from common import plain
 
 DRAWS = 2000
 WIDE = 8  # tasks that have a column each
-# 97.5 % points of Student's t, for 1, 2, ... degrees of freedom
+# 97.5 % points of Student's t, for 1, 2, ... degrees of freedom; the last serves for more, and is a little wide there
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MARKER = re.compile(
     r"<!-- table of ([^\s,]+)(?:, (lead of|runs|matrix of) ?(\S+)?(?: without (.*))?)? -->\n(?:\|.*(?:\n|$))*"
@@ -50,16 +50,13 @@ def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
     if config["method"] == "joint":  # of which `methods.py` trains the last stage alone to its end
         results = {key: results[key] for key in results if key not in ("backward_transfer", "plasticity", "losses")}
         results |= {"matrix": results["matrix"][-1:], "seconds": results["seconds"][-1:]}
-    final = run.final
-    if PRESETS[config["method"]].task_id:  # each task is answered by its own adapter
-        final = [run.predictions[i][task] for i, task in enumerate(results["stages"])]
     return {
         **{"name": name, "order": order, "seed": seed, "model": Path(results["config"]["model"]).name},
         "task_id": PRESETS[results["config"]["method"]].task_id,
         "config": config,
         **{key: results[key] for key in RESULTS if key in results},
         "state_bytes": state_bytes(run.path),
-        "rows": scored(final),
+        "rows": scored(run.final),
     }
 
 
@@ -159,7 +156,7 @@ def interval(found: np.ndarray) -> tuple[float, float, float]:
     mean = float(by_seed.mean())
     low, high = map(float, np.quantile(found[1:].mean(axis=1), [0.025, 0.975])) if len(found) > 1 else (mean, mean)
     if len(by_seed) > 1:
-        half = float((T + (1.96,) * len(by_seed))[len(by_seed) - 2] * by_seed.std(ddof=1) / len(by_seed) ** 0.5)
+        half = float(T[min(len(by_seed) - 1, len(T)) - 1] * by_seed.std(ddof=1) / len(by_seed) ** 0.5)
         low, high = min(low, mean - half), max(high, mean + half)
     return mean, low, high
 

@@ -195,10 +195,11 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
     for key, values in overrides.items():
         if not values:
             raise PmLlmError(f"--{key} needs a value.")
-    return {
-        key: values if len(values) > 1 or (key in lists and not isinstance(values[0], list)) else values[0]
-        for key, values in overrides.items()
+    given = {key: values[0] if len(values) == 1 else values for key, values in overrides.items()}
+    one = {
+        key for key in lists & given.keys() if not isinstance(given[key], list) and given[key] not in (None, "none")
     }
+    return {key: [value] if key in one else value for key, value in given.items()}
 
 
 def _yaml(text: str) -> Any:
@@ -266,15 +267,17 @@ def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
     return 0
 
 
-def _score_lines(found: Sequence[Any], scorer: str | None = None) -> list[str]:
+def _score_lines(found: Sequence[Any], scorer: str | None = None, tasks: Sequence[str] | None = None) -> list[str]:
+    """A line each, and their mean; of a run's `tasks`, where its probes are among them."""
     from pm_llm.evaluation.bootstrap import interval, mean_interval
     from pm_llm.evaluation.scorers import scorer_named
 
     if scorer is not None:
         found = [dataclasses.replace(one, scorer=scorer) for one in found]
     named = [(one.task, interval(one)) for one in found]
-    if len({scorer_named(one.scorer).lower_is_better for one in found}) == 1:
-        named.append(("mean", mean_interval(found)))
+    counted = [one for one in found if tasks is None or one.task in tasks]
+    if len({scorer_named(one.scorer).lower_is_better for one in counted}) == 1:
+        named.append(("mean", mean_interval(counted)))
     return [f"{name}\t{x.value:.2f}\t({x.low:.2f} to {x.high:.2f})" for name, x in named]
 
 
@@ -300,14 +303,15 @@ def score(given: argparse.Namespace) -> int:
     from pm_llm.evaluation.predictions import read_all
     from pm_llm.run_dir import RunDir
 
-    paths = [Path(given.predictions)]
+    paths, tasks = [Path(given.predictions)], None
     if paths[0].is_dir():
         run_dir = RunDir.open(paths[0])
-        paths = run_dir.predictions(len(run_dir.state()["stages"]) - 1)
+        state = run_dir.state()
+        paths, tasks = run_dir.predictions(len(state["stages"]) - 1), state["tasks"]
     found = read_all(paths)
     if not found:
         raise PmLlmError(f"{given.predictions} holds no predictions: nothing has been scored yet.")
-    print("\n".join(_score_lines(list(found.values()), given.scorer)))
+    print("\n".join(_score_lines(list(found.values()), given.scorer, tasks)))
     return 0
 
 

@@ -129,7 +129,8 @@ def writing(where: str | Path, leftover: Path | None = None) -> Iterator[None]:
     except PmLlmError:
         raise
     except Exception as error:
-        if not (isinstance(error, (OSError, SafetensorError, RuntimeError)) or type(error) is Exception):
+        said_so = isinstance(error, (OSError, SafetensorError, RuntimeError)) or type(error) is Exception
+        if not said_so or _is_of_devices(error):
             raise
         if leftover is not None:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -138,6 +139,13 @@ def writing(where: str | Path, leftover: Path | None = None) -> Iterator[None]:
             f"cannot write to {where}: {reason}. What was there before is untouched. Make room, give permission or "
             "choose another output_dir; then run the same command again."
         ) from error
+
+
+def _is_of_devices(error: Exception) -> bool:
+    """Whether an accelerator or another process said it, as while a checkpoint's weights are gathered."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, getattr(torch.distributed, "DistError", ())))
 
 
 @contextmanager

@@ -7,16 +7,17 @@ from typing import Any
 
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.scorers import SCORERS
+from pm_llm.methods import Method
 from pm_llm.resume import changes
 from pm_llm.tasks import Task
 
 
-def gather_results(run: dict[str, Any], method: dict[str, Any], columns: Mapping[str, Task]) -> dict[str, Any]:
+def gather_results(run: dict[str, Any], method: Method, columns: Mapping[str, Task]) -> dict[str, Any]:
     """The matrix, what follows from it, and what each stage did.
 
     Args:
         run: The run folder's state.
-        method: The method's three words.
+        method: The method. One whose result is used with the task known has the average over each task's own stage.
         columns: All that was scored, by name.
 
     Raises:
@@ -32,7 +33,8 @@ def gather_results(run: dict[str, Any], method: dict[str, Any], columns: Mapping
     untrained = {name: found["score"] for name, found in run["untrained"].items()} if run["untrained"] else None
     return {
         "config": config,
-        "method": method,
+        "method": method.plain(),
+        "task_id": method.task_id,
         "versions": stages[-1]["versions"],
         "tasks": matrix.tasks,
         "stages": matrix.stages,
@@ -54,7 +56,7 @@ def gather_results(run: dict[str, Any], method: dict[str, Any], columns: Mapping
         "losses": [stage["losses"] for stage in stages],
         "seconds": [stage["seconds"] for stage in stages],
         "peak_memory_bytes": [max(stage["peak_memory_bytes"].values()) for stage in stages],
-        **matrix.summary(config["evaluate"]),
+        **(matrix.with_task_known(config["evaluate"]) if method.task_id else matrix.summary(config["evaluate"])),
         **({"fuar": matrix.fuar(**config["fuar"])} if config["fuar"] else {}),
     }
 

@@ -52,7 +52,8 @@ class ContinualSequence:
 
     Args:
         config: The run's configuration.
-        tasks: The tasks in order; by default what the configuration names.
+        tasks: The tasks in order, taken as they are: the keys that choose rows (`max_train_samples`, `repeat`,
+            `evaluation.split` ...) act in :func:`load_tasks`. By default what that gives.
         restart_from: Redo from this task on (its name, or its number in the sequence); what comes before is kept.
     """
 
@@ -357,7 +358,7 @@ class ContinualSequence:
             self._activate(running)
 
     def _finish(self) -> dict[str, Any]:
-        results = gather_results(self.run_dir.state(), self.method.plain(), self.columns)
+        results = gather_results(self.run_dir.state(), self.method, self.columns)
         self.run_dir.write_results(results)
         return results
 

@@ -26,7 +26,7 @@ from pm_llm.trainer import AlreadyTrainedError, ContinualSeq2SeqTrainer, Continu
 # fields of TrainingArguments that going on from a checkpoint depends on
 OURS = {
     *("output_dir", "seed", "save_strategy", "save_steps", "save_only_model", "save_total_limit", "ignore_data_skip"),
-    *("load_best_model_at_end", "auto_find_batch_size", "push_to_hub"),
+    *("load_best_model_at_end", "auto_find_batch_size", "push_to_hub", "eval_strategy", "eval_on_start"),
 }
 
 
@@ -98,6 +98,9 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
     Raises:
         PmLlmError: If transformers does not take them.
     """
+    own = [key for key in config.train.extra if key in vars(config.train)]
+    if own:
+        raise PmLlmError(f"train.extra sets {', '.join(own)}, a key of its own. Set train.{own[0]} instead.")
     taken = sorted(OURS & config.train.extra.keys())
     if taken:
         raise PmLlmError(f"train.extra sets {', '.join(taken)}, which a run must decide itself. Leave it out.")

@@ -17,7 +17,7 @@ import yaml
 from transformers import BertConfig, BertLMHeadModel
 
 from pm_llm.adapters import Adapter
-from pm_llm.cli import main
+from pm_llm.cli import main, parse_overrides
 from pm_llm.config import load_config
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.merges import Merger
@@ -76,6 +76,8 @@ def test_unknown_yaml_key_names_the_nearest(tmp_path, run) -> None:
         (("--benchmark", "standard_cl", "--order", "order1"), ("--data-dir",)),
         (("--model", "embedded:lama"), ("embedded:lama", "embedded:llama")),
         (("--train.extra", "{no_such: 1}"), ("no_such", "TrainingArguments")),
+        (("--train.extra", "{max_steps: 9}"), ("sets max_steps", "Set train.max_steps instead")),
+        (("--train.extra", "{eval_strategy: steps}"), ("eval_strategy", "Leave it out")),
         (("--seed",), ("--seed needs a value",)),
     ],
 )
@@ -387,3 +389,12 @@ def test_the_process_exits_with_two(tmp_path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("pm-llm: error: cannot read the configuration")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_lists_can_be_set_to_none() -> None:
+    found = parse_overrides(
+        ["--lora.layers_to_transform", "none", "--lora.target_modules", "none", "--tasks", "a.csv"]
+    )
+    assert found == {"lora.layers_to_transform": "none", "lora.target_modules": "none", "tasks": ["a.csv"]}
+    lora = load_config(None, found).lora
+    assert (lora.layers_to_transform, lora.target_modules) == (None, None)

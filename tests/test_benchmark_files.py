@@ -117,6 +117,11 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
     assert "other settings: lora" in capsys.readouterr().err  # [1] is not among these words, and the rate is another
+    same = [*words.split(), "--lora.layers_to_transform", "[1]", "--max_train_samples", "20"]
+    monkeypatch.setattr(sys, "argv", ["methods", *same])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
+    assert "other settings: max_train_samples: None -> 20" in capsys.readouterr().err
     assert "/" not in json.dumps({key: found[0][key] for key in ("model", "config", "versions")})
 
     keep = ["records", "--keep", "runs/pm-sentiment,topic-0", "--into", "kept.jsonl"]
@@ -208,6 +213,8 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     seeds = records.averages([one("pm", 0, right), one("pm", 1, wrong), one("pm", 2, right)])["pm"]
     mean, half = 1.75 / 3, 4.303 * np.std([0.75, 0.25, 0.75], ddof=1) / 3**0.5
     assert records.interval(seeds / scale) == pytest.approx((mean, mean - half, mean + half))
+    many = np.arange(12.0)[None]
+    assert records.interval(many)[1] < 5.5 - 2.201 * many.std(ddof=1) / 12**0.5  # t of 11 degrees of freedom
     agreeing = records.averages([one("pm", seed, right) for seed in range(3)])["pm"]
     _, low, high = records.interval(agreeing)  # Student's t alone would say that they are known exactly
     assert 0.12 * scale < high - low < 0.19 * scale  # .268 / 3 ** .5 = .155

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pm_llm.config import load_config
-from pm_llm.report.card import _serving
+from pm_llm.report.card import _is_hub_id, _serving
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, pm_llm, small_tasks
 from tests.hub_server import TOKEN, HubServer
@@ -99,6 +99,13 @@ def test_dry_run_sends_nothing_and_writes_the_card(finished_runs, tmp_path) -> N
         assert hub.requests == []
     with open(f"{finished_runs['llama']}/README.md") as file:
         check_card(file.read(), finished_runs["llama"])
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "t5-large", "org/model-1.5", "embedded:llama", "/models/mine", "./x", "a/b/c"]
+)
+def test_what_can_be_a_model_on_the_hub(name: str) -> None:
+    assert _is_hub_id(name) == (name in ("gpt2", "t5-large", "org/model-1.5"))
 
 
 def check_card(card: str, run: str) -> None:

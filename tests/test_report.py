@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pm_llm.cli import main
+from pm_llm.cli import _score_lines, main
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import interval, mean_interval, paired_difference
 from pm_llm.evaluation.predictions import Predictions, read_predictions
-from pm_llm.report import comparison
+from pm_llm.report import comparison, describe
 from pm_llm.report.data import difference, open_run
+from pm_llm.report.page import write_report
 from pm_llm.run_dir import RunDir, jsonl
 from pm_llm.sequence import ContinualSequence
 from tests.test_sequence import TASKS, config_for
@@ -68,6 +69,8 @@ def test_paired_differences_are_narrower_where_rows_agree() -> None:
 def test_mean_of_tasks_counts_each_task_alike() -> None:
     small, large = predictions([True] * 4, "a"), predictions([False] * 400, "b")
     assert mean_interval([small, large]).value == pytest.approx(50)
+    assert _score_lines([small, large])[-1].startswith("mean\t50.00\t")
+    assert _score_lines([small, large], tasks=["a"])[-1].startswith("mean\t100.00\t")  # b is a probe
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +281,36 @@ def test_check_tells_what_a_run_would_train_on(pico_folders, tmp_path, capsys) -
     (tmp_path / "b.jsonl").write_text('{"prompt": "x"}\n')
     assert main(arguments) == 2
     assert f"{tmp_path / 'b.jsonl'}:1: " in capsys.readouterr().err
+
+
+def test_a_model_for_each_task_is_judged_task_by_task(tmp_path) -> None:
+    """Its last adapter on all tasks says nothing of it; seqlora with another merge is no baseline."""
+    common = {"evaluate": "seen", "order": ["topic", "sentiment"], "train.max_steps": 10, "max_test_samples": 8}
+    words = {"per_task": {}, "seqlora": {}, "other": {"method": "seqlora", "merge": "average"}}
+    for name, options in words.items():
+        keys = {"method": name, **common, **options}
+        ContinualSequence(config_for("embedded:llama", tmp_path / name, **keys)).run()
+    runs = {name: open_run(tmp_path / name) for name in words}
+    results = {name: run.results for name, run in runs.items()}
+    own = results["per_task"]
+    diagonal = [row[i] for i, row in enumerate(own["matrix"])]
+    assert own["matrix"][-1][:-1] != diagonal[:-1]  # the last one knows less of the others
+    assert own["average_accuracy"] == pytest.approx(sum(diagonal) / len(diagonal))
+    assert "backward_transfer" not in own
+    assert mean_interval(runs["per_task"].final).value == pytest.approx(own["average_accuracy"])
+    assert runs["per_task"].averages[len(diagonal) - 1].value == pytest.approx(own["average_accuracy"])
+    assert "average accuracy, each task by its own adapter: " in describe(own)
+    header, rows = comparison(list(results.values()), joint=90.0)
+    low = results["seqlora"]["average_accuracy"]
+    gaps = [f"{(one['average_accuracy'] - low) / (90 - low):.2f}" for one in results.values()]
+    assert [row[header.index("gap closed")] for row in rows] == gaps
+    assert [row[header.index("backward transfer")] == "-" for row in rows] == [True, False, False]
+    assert write_report(list(runs.values()), tmp_path / "report")
+
+
+def test_a_model_for_each_task_that_was_not_scored_as_such(pico_folders, tmp_path) -> None:
+    config = config_for(pico_folders["llama"], tmp_path / "run", method="per_task", evaluate="final")
+    assert "average_accuracy" not in ContinualSequence(config).run()
+    with pytest.raises(PmLlmError, match="not scored after their own stages"):
+        open_run(tmp_path / "run").final  # noqa: B018
+    assert main(["report", str(tmp_path / "run")]) == 0

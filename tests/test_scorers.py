@@ -100,6 +100,13 @@ def test_bleu_is_of_the_corpus_and_not_a_mean() -> None:
     assert score("bleu", said, wanted) == pytest.approx(expected)
     single = [score("bleu", [p], [r]) for p, r in zip(said, wanted, strict=True)]
     assert abs(np.mean(single) - expected) > 1
+    few, words = ["the cat is here", "a dog"], ["the cat was here", "a dog barks"]  # no four words in common
+    assert score("bleu", few, words) == pytest.approx(sacrebleu.corpus_bleu(few, [words]).score)
+    assert score("bleu", few, words) > 0
+
+
+def test_exact_match_looks_at_punctuation_where_there_is_nothing_else() -> None:
+    assert score("exact_match", ["-", "", "+", "no.", "?!"], ["+", "?", "+", "No", " ?! "]) == 60
 
 
 @pytest.mark.parametrize("scorer", ["exact_match", "rougeL", "token_f1", "accuracy"])

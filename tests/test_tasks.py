@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -13,10 +14,11 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
 from pm_llm.models import load_base
-from pm_llm.tasks import Example, Task, load_tasks
+from pm_llm.tasks import Example, Task, checked, load_probes, load_tasks
 from pm_llm.tasks.embedded import MAKERS, make_task
-from pm_llm.tasks.encode import Encoder, encoder_for, longest_answer
+from pm_llm.tasks.encode import Encoder, encoder_for, encoders_for, longest_answer
 from pm_llm.tasks.hub_rows import load_hub_dataset
+from pm_llm.tasks.order import blurred
 from tests.conftest import FAMILIES, SHARED, tokenizer
 
 
@@ -194,6 +196,24 @@ def test_chat_goes_through_the_template_with_loss_on_the_answer(family: str, tmp
     assert len(short.prompt(row)) <= 30
 
 
+def test_what_a_template_puts_before_an_answer_is_no_part_of_it() -> None:
+    """Qwen3's last turn begins with empty thoughts that its generation prompt lacks."""
+    t = tokenizer("llama")
+    t.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {% if m.role == 'assistant' and 'so :' not in m.content %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    turns = ({"role": "user", "content": "what does the cat eat ?"},)
+    encoder = Encoder(t, False, 96, 24)
+    for answer, between in (("fish", "<think>\n\n</think>\n\n"), ("so : fish", "")):
+        row = Example("", answer, messages=turns)
+        assert t.decode(encoder.prompt(row)) == "<user> what does the cat eat ?\n<assistant> " + between
+        assert t.decode(encoder.answer(row)) == answer + "</s>"
+        (features,) = encoder.features([row])
+        assert t.decode([i for i in features["labels"] if i != -100]) == answer + "</s>"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [24, 31, 40])
 def test_the_answer_frame_survives(family: str, length: int) -> None:
@@ -308,3 +328,39 @@ def test_batched_generation_is_one_by_one_generation(family: str) -> None:
     alone = [generate(model, encoder, [row], batch_size=1)[0] for row in rows]
     assert together == alone
     assert len(set(alone)) > 1
+
+
+def test_a_dataset_of_the_hub_as_a_probe_keeps_its_test_split(monkeypatch) -> None:
+    splits = {name: Dataset.from_list(ROWS[:n]) for name, n in (("train", 4), ("test", 2))}
+    monkeypatch.setattr("pm_llm.tasks.user.load_hub_dataset", lambda *_: splits)
+    (task,) = load_probes(RunConfig(probes=["org/facts"]))
+    assert (len(task.train), len(task.test)) == (4, 2)
+
+
+def test_rows_given_for_validation_stay_validation_rows(tmp_path) -> None:
+    Dataset.from_list(ROWS * 2).to_json(str(tmp_path / "a.jsonl"))
+    Dataset.from_list(ROWS[:3]).to_json(str(tmp_path / "v.jsonl"))
+    (task,) = user_tasks({"data": str(tmp_path / "a.jsonl"), "validation_data": str(tmp_path / "v.jsonl")})
+    assert len(task.validation) == 3
+    assert len(task.test) == round(0.1 * 2 * len(ROWS))
+
+
+def test_labels_that_exact_match_cannot_tell_apart() -> None:
+    rows = [Example("x", "+"), Example("y", "-")]
+    assert checked([Task("a", rows, rows, labels=("+", "-"))])
+    twice = ("3.5", "35")
+    rows = [Example("x", label) for label in twice]
+    with pytest.raises(PmLlmError, match=r"takes the labels '3.5' and '35' for one.* Use scorer accuracy"):
+        checked([Task("a", rows, rows, labels=twice)])
+    assert checked([Task("a", rows, rows, "accuracy", labels=twice)])
+
+
+def test_rows_that_neighbours_train_on_are_looked_at(pico_folders, tmp_path) -> None:
+    tasks = [make_task(name, 12, 2) for name in ("topic", "question")]
+    config = RunConfig(model=pico_folders["llama"], max_length=40, blur=0.5)
+    long = [replace(row, head=f"{number} " + "word " * 60) for number, row in enumerate(tasks[1].train)]
+    mixed = blurred([tasks[0], replace(tasks[1], train=long)], config.blur, 0)
+    given = len(mixed[0].foreign[0][1])
+    assert 0 < given < 12
+    with pytest.raises(PmLlmError, match="12 things are wrong"):
+        encoders_for(config, mixed)

@@ -159,6 +159,10 @@ class Matrix:
         several = len(set(self.stages)) > 1
         return {name: getattr(self, name)() for name in NUMBERS[evaluate] if several or name not in NEED_TWO}
 
+    def with_task_known(self, evaluate: str = "seen") -> dict[str, float]:
+        """The same where each task is answered by its own stage's model: `mean_j a[j][j]`, if it is measured."""
+        return {} if evaluate == "final" else {"average_accuracy": self.plasticity(), "plasticity": self.plasticity()}
+
     def rows(self) -> list[list[float | None]]:
         """The matrix as lists, a row a stage, None where nothing was measured."""
         return [[self.scores.get((i, j)) for j in range(len(self.tasks))] for i in range(len(self.stages))]

@@ -27,6 +27,11 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", text.lower().translate(_PUNCTUATION)).strip()
 
 
+def compared(text: str) -> str:
+    """What `exact_match` looks at: the text after :func:`normalise`, or as it is where that leaves nothing."""
+    return normalise(text) or text.strip()
+
+
 class Scorer(evaluate.Metric):
     """One way to score. Subclasses define :meth:`row`, and :meth:`total` where the score is no mean."""
 
@@ -89,12 +94,12 @@ class Scorer(evaluate.Metric):
 
 
 class ExactMatch(Scorer):
-    """Share, in percent, of predictions equal to their reference after :func:`normalise`."""
+    """Share, in percent, of predictions equal to their reference as they are :func:`compared`."""
 
     name = "exact_match"
 
     def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
-        return (100.0 * (normalise(prediction) == normalise(reference)),)
+        return (100.0 * (compared(prediction) == compared(reference)),)
 
 
 class Accuracy(Scorer):
@@ -160,7 +165,7 @@ class Bleu(Scorer):
 
     def total(self, sums: np.ndarray, rows: int) -> np.ndarray:
         flat = sums.reshape(-1, 10).astype(int).tolist()
-        scores = [self._bleu.compute_bleu(row[:4], row[4:8], row[8], row[9]).score for row in flat]
+        scores = [self._bleu.compute_bleu(row[:4], row[4:8], row[8], row[9], "exp").score for row in flat]
         return np.array(scores).reshape(sums.shape[:-1])
 
 

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from pm_llm.evaluation.matrix import Matrix, gap_closed
+from pm_llm.methods import PRESETS
 
 LABELS = {
     "average_accuracy": "average accuracy",
@@ -29,6 +30,8 @@ def describe(results: dict[str, Any]) -> str:
 def numbers(results: dict[str, Any]) -> list[str]:
     """A line for each number of a run; FUAR is None where nothing was gained."""
     known = [(label, results[key]) for key, label in LABELS.items() if key in results]
+    if results.get("task_id"):
+        known = [(f"{label}, each task by its own adapter", x) for label, x in known[:1]]
     return [f"{label}: nothing was gained" if x is None else f"{label}: {x:.2f}" for label, x in known]
 
 
@@ -42,29 +45,31 @@ def compare(runs: Sequence[dict[str, Any]], joint: float | None = None, names: S
 def comparison(
     runs: Sequence[dict[str, Any]], joint: float | None = None, names: Sequence[str] = ()
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table of methods: the numbers all runs have, and the gap closed where it can be had.
+    """Header and cells of the table of methods: the numbers that runs have, and the gap closed where it can be had.
 
     Args:
         runs: Their `results.json`.
-        joint: Final average of joint training; by default the mean of the runs of a method `joint`.
+        joint: Final average of joint training; by default the mean of the runs of the preset `joint`.
         names: What to call the runs; by default, by their methods.
     """
-    keys = [key for key in LABELS if all(run.get(key) is not None for run in runs)]
+    keys = [key for key in LABELS if any(run.get(key) is not None for run in runs)]
     lower, upper = _final(runs, "seqlora"), _final(runs, "joint") if joint is None else joint
     gap = lower is not None and upper is not None and lower != upper
     header = ["method", *(LABELS[key] for key in keys), *(["gap closed"] if gap else []), "coefficients"]
     rows = []
     for run, name in zip(runs, names or [run["config"]["method"] for run in runs], strict=True):
-        row = [name, *(f"{run[key]:.1f}" for key in keys)]
+        row = [name, *("-" if run.get(key) is None else f"{run[key]:.1f}" for key in keys)]
         if lower is not None and upper is not None and gap:
-            row.append(f"{gap_closed(run['average_accuracy'], lower, upper):.2f}")
+            final = run.get("average_accuracy")
+            row.append("-" if final is None else f"{gap_closed(final, lower, upper):.2f}")
         rows.append([*row, ", ".join(f"{c:.2f}" for c in run["coefficients"])])
     return header, rows
 
 
-def _final(runs: Sequence[dict[str, Any]], method: str) -> float | None:
-    """The mean final average of the runs of a method; None if there is none."""
-    found = [run["average_accuracy"] for run in runs if run["config"]["method"] == method]
+def _final(runs: Sequence[dict[str, Any]], preset: str) -> float | None:
+    """The mean final average of the runs of a preset as it is; None if there is none."""
+    words = PRESETS[preset].plain()
+    found = [run["average_accuracy"] for run in runs if (run["config"]["method"], run["method"]) == (preset, words)]
     return fmean(found) if found else None
 
 

@@ -51,18 +51,27 @@ class Run:
     @cached_property
     def averages(self) -> dict[int, Interval]:
         """Stage -> average accuracy with its interval, where all tasks so far were scored."""
-        found = {}
-        for stage, tasks in self.predictions.items():
-            names = [self.matrix.tasks[j] for j in self.matrix.learned(stage)]
-            if stage != UNTRAINED and all(name in tasks for name in names):
-                found[stage] = mean_interval([tasks[name] for name in names])
-        return found
+        said = {stage: self._said(stage) for stage in self.predictions if stage != UNTRAINED}
+        return {stage: mean_interval(found) for stage, found in said.items() if found}
 
     @property
     def final(self) -> list[Predictions]:
-        """The predictions on the trained tasks after the last stage."""
-        last = self.predictions[len(self.matrix.stages) - 1]
-        return [last[self.matrix.tasks[j]] for j in self.matrix.learned(len(self.matrix.stages) - 1)]
+        """The predictions on the trained tasks after the last stage, or each one's own where the task is known.
+
+        Raises:
+            PmLlmError: If they were not made.
+        """
+        found = self._said(len(self.matrix.stages) - 1)
+        if not found:
+            raise PmLlmError(f"{self.path}: its tasks were not scored after their own stages (evaluate: final).")
+        return found
+
+    def _said(self, stage: int) -> list[Predictions]:
+        """On every task trained by then; none where one is missing."""
+        own = self.results.get("task_id", False)
+        at = {self.matrix.tasks[j]: i if own else stage for j, i in self.matrix.learned(stage).items()}
+        known = all(name in self.predictions.get(i, {}) for name, i in at.items())
+        return [self.predictions[i][name] for name, i in at.items()] if known else []
 
 
 def open_run(path: str | Path) -> Run:
@@ -83,11 +92,11 @@ def open_run(path: str | Path) -> Run:
 
 def difference(a: Run, b: Run) -> Interval | None:
     """Final average of `a` minus that of `b`, paired by rows; None if they were not scored on the same rows."""
-    x, y = ({one.task: one for one in run.final} for run in (a, b))
-    tasks = sorted(x)
-    if sorted(y) != tasks:
-        return None
     try:
+        x, y = ({one.task: one for one in run.final} for run in (a, b))
+        tasks = sorted(x)
+        if sorted(y) != tasks:
+            return None
         return paired_difference([x[name] for name in tasks], [y[name] for name in tasks])
-    except PmLlmError:  # other rows: there is no difference to give
+    except PmLlmError:  # other rows, or none: there is no difference to give
         return None

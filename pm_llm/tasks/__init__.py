@@ -89,12 +89,26 @@ class Task:
 
         if self.scorer not in SCORERS:
             raise unknown_name(f"scorer of task {self.name!r}:", self.scorer, SCORERS)
+        self._check_labels(problems)
         seen: dict[tuple[str, str], str] = {}
         kept: dict[str, Any] = {split: self._good(split, seen, problems) for split in SPLITS}
         empty = [split for split in ("train", "test") if not kept[split]]
         if empty and not explained:
             problems.add("", f"task {self.name!r} has no {empty[0]} rows. Check its file, split name and filters.")
         return replace(self, **kept)
+
+    def _check_labels(self, problems: Problems) -> None:
+        from pm_llm.evaluation.scorers import compared
+
+        first: dict[str, str] = {}
+        for label in self.labels if self.scorer == "exact_match" else ():
+            same = first.setdefault(compared(label), label)
+            if same != label:
+                problems.add(
+                    "",
+                    f"task {self.name!r}: exact_match takes the labels {same!r} and {label!r} for one, as it looks at "
+                    "neither case nor punctuation. Use scorer accuracy.",
+                )
 
     def _good(self, split: str, seen: dict[tuple[str, str], str], problems: Problems) -> list[Example]:
         """The split's good rows; `seen` are the ids so far, by file, with their places."""

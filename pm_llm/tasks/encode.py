@@ -105,7 +105,8 @@ class Encoder:
             ids = self.tokenizer(example.head + body + example.tail)["input_ids"]
         else:
             turns = [*example.messages[:-1], {**example.messages[-1], "content": body}]
-            ids = self.tokenizer(_chat(self.tokenizer, turns, prompt=True), add_special_tokens=False)["input_ids"]
+            text = _chat(self.tokenizer, turns, prompt=True) + _answered(self.tokenizer, example)[0]
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         # some tokenizers end every text with end of sequence: right for T5's encoder, wrong before an answer
         if not self.seq2seq and ids and ids[-1] == self.tokenizer.eos_token_id and example.messages is None:
             ids = ids[:-1]
@@ -120,10 +121,7 @@ def _body(example: Example) -> str:
 def answer_ids(tokenizer: Any, seq2seq: bool, example: Example) -> list[int]:
     """Token ids of the whole answer, ending with end of sequence."""
     if example.messages is not None:
-        turns = list(example.messages)
-        before = _chat(tokenizer, turns, prompt=True)
-        whole = _chat(tokenizer, [*turns, {"role": "assistant", "content": example.completion}], prompt=False)
-        text = whole[len(before) :].strip() if whole.startswith(before) else example.completion
+        text = _answered(tokenizer, example)[1]
     else:
         # a decoder goes on from "...Answer:" with a space before the word
         glue = "" if seq2seq or not example.prompt or example.prompt[-1].isspace() else " "
@@ -143,7 +141,7 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> dict[str, Encoder]
     tokenizer, seq2seq = load_tokenizer(config.model)
     problems, encoders = Problems(), {}
     for task in tasks:
-        rows = [*task.train, *task.validation, *task.test]
+        rows = [*(task.whole or task.train), *task.validation, *task.test]  # what neighbours may train on, too
         before = len(problems.found)
         for row in rows:
             refused = chat_problem(tokenizer, row)
@@ -189,6 +187,23 @@ def chat_problem(tokenizer: Any, example: Example) -> str | None:
     except TemplateError as error:
         return f"the model's chat template refuses it: {error}."
     return None
+
+
+def _answered(tokenizer: Any, example: Example) -> tuple[str, str]:
+    """What the chat template puts between its generation prompt and an answer, such as Qwen3's empty thoughts, and
+    the answer as it ends a turn. The first belongs to the prompt: no answer is learnt or judged by it."""
+    turns = list(example.messages or ())
+    before = _chat(tokenizer, turns, prompt=True)
+
+    def after(answer: str) -> str:
+        whole = _chat(tokenizer, [*turns, {"role": "assistant", "content": answer}], prompt=False)
+        return whole[len(before) :] if whole.startswith(before) else answer
+
+    said, mark = after(example.completion), "7answer7"
+    between, found, _ = after(mark).partition(mark)
+    if not found or not between.strip() or not said.startswith(between):
+        between = ""
+    return between, said[len(between) :].strip()
 
 
 def _chat(tokenizer: Any, turns: Sequence[dict[str, str]], prompt: bool) -> str:

@@ -73,7 +73,8 @@ def load_user_tasks(
     """
     specs = [_parse(one) for entry in entries for one in _expand(entry, folder)]
     if probe:
-        specs = [s if _place(s.data, folder).is_dir() else replace(s, test_data=s.test_data or s.data) for s in specs]
+        files = [_place(s.data, folder).suffix in READERS for s in specs]
+        specs = [replace(s, test_data=s.test_data or s.data) if f else s for s, f in zip(specs, files, strict=True)]
     return [check_while(problems, partial(_load, spec, folder)) for spec in specs]
 
 
@@ -135,9 +136,9 @@ def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
         return _examples(splits[split](), spec, problems) if split in splits else None
 
     train, test, validation = read(spec.train_split) or [], read(spec.test_split), None
-    if spec.test_split in splits:
+    if spec.test_split in splits or spec.validation_data is not None:
         validation = read(spec.validation_split)
-    else:  # validation stands in for test
+    else:  # validation stands in for test, unless it was given as such
         test = next((read(split) for split in (spec.validation_split, *_TEST_ALIASES) if split in splits), None)
     if test is None:
         what = f"task {name!r} has no test split and test_size"

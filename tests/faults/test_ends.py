@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pm_llm.cli import main
-from pm_llm.durable import Lock
+from pm_llm.durable import Lock, writing
 from pm_llm.errors import PmLlmError
 from tests.conftest import ROOT
 from tests.faults.conftest import arguments, every_adapter_loads, same_outcome
@@ -278,3 +279,11 @@ def test_other_optimizers_and_recomputed_activations_go_on_too(forker, pico_fold
     ended = forker(*argv, "--output_dir", tmp_path / "run")
     assert ended.status == 0, ended.said
     same_outcome(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(RuntimeError("disk"), PmLlmError), (torch.OutOfMemoryError("all"), None)]
+)
+def test_what_a_device_says_is_not_taken_for_the_disk(error, told, tmp_path) -> None:
+    with pytest.raises(told or type(error)), writing(tmp_path):
+        raise error
