@@ -38,7 +38,7 @@ class LowRank:
         return LowRank(self.B * factor, self.A)
 
     def dense(self) -> Tensor:
-        """The (d_out, d_in) product. For tests and the dense reference only."""
+        """The (d_out, d_in) product, for what has no low-rank form; a module at a time."""
         return self.B @ self.A
 
 

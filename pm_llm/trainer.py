@@ -156,7 +156,7 @@ class ConstraintMixin:
             loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)  # type: ignore[attr-defined]
         for key, value in counts.items():  # TRL's, of the step itself
             setattr(self, key, value)
-        found = torch.autograd.grad(loss, self.live.parameters())
+        found = torch.autograd.grad(loss, self.live.parameters(), materialize_grads=True)  # 0 where it does not reach
         return [self._total(g) / self.accelerator.num_processes for g in found]  # type: ignore[attr-defined]
 
     def _total(self, x: Tensor) -> Tensor:

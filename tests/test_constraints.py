@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from pm_llm import Perturb
 from pm_llm.adapters import lora_layers
@@ -15,7 +16,7 @@ from pm_llm.constraints.ewc import Ewc
 from pm_llm.constraints.gaussian import Gaussian
 from pm_llm.constraints.l2 import L2
 from pm_llm.constraints.lori import Lori
-from pm_llm.constraints.migu import Migu
+from pm_llm.constraints.migu import Migu, tokens
 from pm_llm.constraints.orthogonal import Orthogonal
 from pm_llm.constraints.refresh import Refresh
 from pm_llm.constraints.replay import Replay
@@ -25,7 +26,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher
 from pm_llm.fisher.factors import Factors
 from pm_llm.lowrank import LowRank
-from tests.conftest import FAMILIES, make_peft
+from tests.conftest import FAMILIES, make_model, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
 from tests.invariants.test_step import assert_same
 
@@ -295,3 +296,40 @@ def test_a_reservoir_draws_evenly_from_all_it_has_seen() -> None:
         assert len(replay.kept) == 5
         counts.update(row["labels"][0] for row in replay.kept)
     assert all(count == pytest.approx(500, abs=75) for count in counts.values())
+
+
+def test_refresh_passes_over_what_the_loss_does_not_reach(tmp_path) -> None:
+    """As of a vision tower beside a language model that reads text."""
+    base = make_model("llama")
+    base.model.tower = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
+    trainer = make_trainer("llama", str(tmp_path), 16, 1, Refresh(rate=0.1), model=model)
+    before = weights(trainer.model)
+    trainer.train()
+    moved = {name for name, x in weights(trainer.model).items() if not torch.equal(x, before[name])}
+    assert any("layers.0" in name for name in moved)
+    assert not any("tower" in name for name in moved)
+
+
+def test_padding_beside_a_head_that_is_adapted() -> None:
+    """Its inputs are the decoder's."""
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([[5, -100]])}
+    for name, expected in (("lm_head", [1, 0]), ("encoder.block.0.q", [1, 1, 0]), ("decoder.block.0.q", [1, 0])):
+        assert tokens(name, batch, True).int().tolist() == [expected]
+    assert tokens("decoder.block.0.EncDecAttention.k", batch, True).int().tolist() == [[1, 1, 0]]
+    assert tokens("lm_head", batch, False).int().tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize(("calibration", "steps"), [(0.9, 5), (0.25, 2), (0.0, 2)])
+def test_lori_leaves_a_step_to_train_what_it_chose(calibration: float, steps: int, tmp_path) -> None:
+    lori = Lori(keep=0.1, calibration=calibration)
+    trainer = make_trainer("llama", str(tmp_path), 16, 1, lori, max_steps=steps, learning_rate=1e-2)
+    lori.prepare(Context(1))
+    trainer.train()
+    assert any(bool(x.any()) for name, x in weights(trainer.model).items() if "lora_B" in name)
+
+
+def test_lori_needs_two_steps(tmp_path) -> None:
+    trainer = make_trainer("llama", str(tmp_path), 16, 1, Lori(), max_steps=1)
+    with pytest.raises(PmLlmError, match="lori: a task of one step leaves none"):
+        trainer.train()

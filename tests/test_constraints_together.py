@@ -67,6 +67,7 @@ def test_options_out_of_range(constrain: dict, expected: str) -> None:
         ("fresh", "curvature", "needs merge optimal"),
         ("fresh", ["null_space", "refresh"], "null_space leaves A as it is, and refresh moves it"),
         ("fresh", ["refresh", "lori"], "lori leaves A as it is, and refresh moves it"),
+        ("fresh", ["lori", "gradient_subspace"], "lori leaves A as it is, and gradient_subspace moves it"),
     ],
 )
 def test_company_that_means_nothing_is_refused(start: str, constrain: str | list[str], expected: str) -> None:

@@ -436,3 +436,43 @@ def test_the_vector_command_writes_an_adapter_that_makes_one_model_of_the_other(
     )
     assert "same weights" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned", "v"]
+
+
+@pytest.mark.parametrize(
+    ("start", "merge", "expected"),
+    [
+        ("alone", {"name": "optimal", "fisher_scale": "measured"}, "measured needs a start at the merged model"),
+        ("last", {"name": "optimal", "fisher_scale": "measured"}, "measured needs a start at the merged model"),
+        ("last", {"name": "transfer", "adapter": "V"}, "not at the last adapter as it was trained"),
+        ("orthogonal", "cofima", "start that keeps A and B"),
+        ("orthogonal", {"name": "optimal", "space": "factors"}, "start that keeps A and B"),
+    ],
+)
+def test_rules_refuse_starts_that_break_their_meaning(start, merge, expected, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    random_adapter(7).save("V")
+    with pytest.raises(PmLlmError, match=expected):
+        load_config(None, {"method": "inclora", "start": start, "merge": merge}).check()
+
+
+def test_an_instruction_vector_is_looked_at_and_not_forgotten(tmp_path) -> None:
+    vector = random_adapter(7)
+    vector.save(tmp_path / "good")
+    merger = Merger("transfer", adapter=str(tmp_path / "good"))
+    with pytest.raises(PmLlmError, match="folded no task yet"):
+        merger.fold(random_adapter(0), random_adapter(1))
+    x = vector.factors["one"]
+    vector.replace_factors({**vector.factors, "one": LowRank(x.B * float("nan"), x.A)}).save(tmp_path / "bad")
+    with pytest.raises(PmLlmError, match="the instruction adapter has weights that are NaN"):
+        Merger("transfer", adapter=str(tmp_path / "bad")).fold(None, random_adapter(0))
+
+
+def test_ranks_do_not_grow_beyond_what_a_matrix_can_have() -> None:
+    """`M + a (theta - M)` is `(1 - a) M + a theta`, whose rank grows by one adapter's."""
+    came, left, _ = folded("average", 8, continues=True)
+    for name, x in left[-1].factors.items():
+        expected = sum(dense(one, name) for one in came) / 8
+        torch.testing.assert_close(dense(left[-1], name), expected, atol=1e-5, rtol=1e-4)
+        ranks = [one.factors[name].rank for one in left]
+        first, full = came[0].factors[name].rank, min(x.shape)
+        assert ranks == [min((t + 1) * first, max(full, first)) for t in range(8)]

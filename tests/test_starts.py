@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.nn import Linear
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pm_llm.adapters import Adapter, lora_layers, remove, trainable_adapter
 from pm_llm.config import LoraSection, load_config
@@ -208,3 +209,19 @@ def test_subspace_refuses_what_it_cannot_do() -> None:
         load_config(None, {"method": "pissa", "load_in_4bit": True}).check()
     assert load_config(None, {"method": "pissa", "constrain": "slow"}).check()
     assert load_config(None, {"method": "pm", "start": {"name": "subspace", "init": "eva"}}).check()
+
+
+def test_olora_refuses_weights_that_lie_the_other_way() -> None:
+    """PEFT takes the QR factors of what GPT-2's Conv1D holds, (d_in, d_out), as if it were (d_out, d_in)."""
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=8, n_layer=1, n_head=2))
+    for target in ("c_proj", "c_attn"):
+        with pytest.raises(PmLlmError, match=r"PEFT cannot make .olora. of .*Conv1D"):
+            Subspace("olora").prepare(base, None, LoraSection(r=2, target_modules=[target]), False)
+
+
+@pytest.mark.parametrize(
+    "init", ["eva_niter_", "corda_niter_", "olora_niter_", "pissa_niter_", "pissa_niter_x", "svd"]
+)
+def test_subspaces_that_do_not_exist(init: str) -> None:
+    with pytest.raises(PmLlmError, match="must be pissa, olora, corda, eva or pissa_niter_N"):
+        Subspace(init)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from pm_llm.adapters import lora_layers
 from pm_llm.config import load_config
@@ -16,7 +18,7 @@ from pm_llm.constraints.osft import Osft, block_importance
 from pm_llm.errors import PmLlmError
 from pm_llm.inputs import second_moments
 from pm_llm.subspace import Sketch, extended, extended_by_moments, without
-from tests.conftest import FAMILIES, batch_of, features, make_peft
+from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
 from tests.invariants.step_script import make_trainer, weights
 
 
@@ -261,3 +263,13 @@ def test_osft_refuses_company_and_four_bits() -> None:
             load_config(None, {"method": "osft", **keys}).check()
     assert load_config(None, {"method": "osft", "constrain": ["osft", "replay"]}).check()
     assert load_config(None, {"method": "osft", "merge": "optimal"}).check()
+
+
+def test_blocks_that_no_row_passes_do_not_count() -> None:
+    base = make_model("llama")
+    names = {f"model.layers.{i}" for i in range(len(base.model.layers))}
+    base.model.tower = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([copy.deepcopy(base.model.layers[0])])})
+    wide = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
+    live = Live(dict(lora_layers(wide)), "default")
+    found = block_importance(Context(1, live=live, model=wide, chosen=chosen_rows("llama")[0]))
+    assert set(found) == names

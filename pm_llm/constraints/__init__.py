@@ -105,7 +105,7 @@ class Constraint:
     `in_coordinates` whether it compares A and B with what they were after past tasks, `scales_update` whether
     :meth:`after_update` scales what the optimizer did, so that it comes before those that set values,
     `trains_weights` whether the base weights are trained in place of A and B, `fixes_a` whether A stays as it is while
-    B is trained, `moves` whether :meth:`before_pass` moves A and B for good. `needs_fisher` names the form of Fisher
+    B is trained, `moves` whether it moves A by itself, or says where A may go. `needs_fisher` names the form of Fisher
     that :meth:`remember` is given. `old_data` says whether rows of past tasks are kept, `stores` what is kept between
     tasks.
     """

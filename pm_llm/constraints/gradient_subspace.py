@@ -35,6 +35,7 @@ class GradientSubspace(Spans):
     _sketches: dict[str, Sketch] = field(default_factory=dict, init=False, repr=False)
     stores = "a basis of past gradients a module"
     called = "gradient_subspace"
+    moves = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

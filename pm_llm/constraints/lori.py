@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pm_llm.constraints import Constraint, Context, Live, Step
-from pm_llm.errors import check_number
+from pm_llm.errors import PmLlmError, check_number
 from pm_llm.merges import Merge
 from pm_llm.starts import Start, check_fresh
 
@@ -23,7 +23,8 @@ class Lori(Constraint):
 
     Args:
         keep: Share of B's entries that are trained in the end (the paper: 0.1).
-        calibration: Share of a task's steps for the choice; 0 with `keep` 1: B is trained whole throughout (LoRI-D).
+        calibration: Share of a task's steps for the choice, after which at least one is left; 0 with `keep` 1: B is
+            trained whole throughout (LoRI-D).
     """
 
     keep: float = 0.1
@@ -43,6 +44,8 @@ class Lori(Constraint):
         self._masks = []
 
     def before_update(self, step: Step, live: Live) -> None:
+        if step.steps == 1 and self.keep < 1:
+            raise PmLlmError("lori: a task of one step leaves none to train what it chose. Give it more, or keep 1.")
         for i, name in enumerate(live.layers):
             a, b = live.weights(name)
             a.grad = None  # optimizers pass over it
@@ -51,7 +54,7 @@ class Lori(Constraint):
 
     def after_update(self, step: Step, live: Live) -> None:
         matrices = [live.weights(name)[1] for name in live.layers]
-        if not self._masks and self.keep < 1 and step.step + 1 >= self.calibration * step.steps:
+        if not self._masks and self.keep < 1 and step.step + 1 >= min(self.calibration * step.steps, step.steps - 1):
             sizes = torch.cat([b.data.abs().flatten() for b in matrices])
             least = sizes.topk(max(1, round(self.keep * sizes.numel()))).values[-1]
             self._masks = [(b.data.abs() >= least).float() for b in matrices]

@@ -75,7 +75,7 @@ def tokens(name: str, batch: Mapping[str, Any], seq2seq: bool) -> Tensor | None:
     """
     parts = name.split(".")
     crossing = any("EncDec" in part or "encoder_attn" in part for part in parts)
-    of_encoder = "decoder" not in parts or (crossing and parts[-1] in ("k", "v", "k_proj", "v_proj"))
-    if not of_encoder and seq2seq:
+    of_encoder = "encoder" in parts or (crossing and parts[-1] in ("k", "v", "k_proj", "v_proj"))
+    if not of_encoder and seq2seq:  # the head's, too
         return batch["labels"] != -100
     return batch["attention_mask"].bool() if "attention_mask" in batch else None

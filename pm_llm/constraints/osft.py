@@ -56,9 +56,9 @@ class Osft(Constraint):
     back to the base weights: leave it at 0.
 
     `k / min(d_out, d_in) = minimum + I (target - minimum)` adapts to the layer: I is the mean cosine of what goes into
-    and comes out of the module's block, divided by its mean over the blocks. (The paper's I compares inputs and
-    outputs of a layer; for matrices that are not square we take the block's.) It is measured, on the rows that a
-    Fisher would be measured on, before each task.
+    and comes out of the module's block, divided by its mean over the blocks; at most all directions but one stay. (The
+    paper's I compares inputs and outputs of a layer; for matrices that are not square we take the block's.) It is
+    measured, on the rows that a Fisher would be measured on, before each task.
 
     What was learned, `U S V' - U0 S0 V0'`, is handed on as a LoRA adapter: its best approximation of rank `rank`,
     whose relative error (Frobenius, over all modules) is recorded with the stage as `osft_error`. A and B are not
@@ -164,7 +164,8 @@ def off_kept(layer: Any, side: str, adapter: str, move: Tensor) -> Tensor:
 
 def block_importance(context: Context) -> dict[str, float]:
     """For each block with an adapted module the mean cosine, at least 0, of its input and output states (d,) over all
-    positions of the chosen rows. Modules outside of blocks, such as a head, have none."""
+    positions of the chosen rows. Modules outside of blocks, such as a head, have none, nor have blocks that no row
+    passes, as of a vision tower."""
     assert context.live is not None
     assert context.chosen is not None
     blocks = {block for block in map(block_of, context.live.layers) if block}
@@ -172,7 +173,7 @@ def block_importance(context: Context) -> dict[str, float]:
     with _comparing(context.model.get_base_model(), sums):
         pass_rows(context.model, context.chosen)
     found = {name: total(x).tolist() for name, x in sums.items()}
-    return {name: max(cosines / max(count, 1.0), 0.0) for name, (cosines, count) in found.items()}
+    return {name: max(cosines / count, 0.0) for name, (cosines, count) in found.items() if count}
 
 
 @contextmanager

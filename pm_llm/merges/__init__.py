@@ -52,7 +52,9 @@ class Fold:
     on_base: bool = False
 
     def vector(self, name: str) -> LowRank:
-        """What training changed: the task vector, or all of an adapter that began at the base model."""
+        """What is new with the task: the task vector, or all of an adapter that began at the base model. (Where it
+        began at the last adapter as it was trained, start last or orthogonal, the vector also brings back what merging
+        took off that.)"""
         return self.new[name] if self.on_base else self.delta(name)
 
     def delta(self, name: str) -> LowRank:
@@ -92,6 +94,7 @@ class Merge:
     needs_probe = False  # whether `fold.probe` must be there
     needs_history = False  # whether a running adapter means nothing without the folds that made it
     old_adapters = False  # whether all tasks' adapters are kept
+    adds = False  # whether all of an adapter that began at the base model is new, see :meth:`Fold.vector`
     in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
     stores = ""  # what is kept from task to task, besides the running adapter
     zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made
@@ -103,7 +106,13 @@ class Merge:
     def check(self, start: Start) -> None:
         """Raise PmLlmError if the rule means nothing with this start."""
         if self.in_factors:
-            check_continues(f"merge {type(self).__name__.lower()}", start)
+            rule = f"merge {type(self).__name__.lower()}"
+            check_continues(rule, start)
+            if self.needs_fisher and not start.keeps_coordinates:
+                raise PmLlmError(
+                    f"{rule} weights A and B entry by entry: it needs a start that keeps A and B as they were "
+                    f"(continue or last). The start is {start.name()!r}."
+                )
 
     def coefficients(self, fold: Fold) -> Coefficients:
         """alpha_t for each module. Called once a fold, before :meth:`merge`; may look at every module."""
@@ -111,8 +120,12 @@ class Merge:
 
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
         """One module of the new running adapter, before truncation. Called on several threads."""
-        update = fold.delta(name).scale(alpha)
-        return lowrank.add(fold.running[name], update) if fold.running else update
+        new = fold.new[name].scale(alpha)
+        instead = fold.continues and not (self.adds and fold.on_base)  # M + alpha (theta - M), with M's rank once
+        if not fold.running or (instead and alpha == 1):
+            return new
+        past = fold.running[name]
+        return lowrank.add(past.scale(1 - alpha) if instead else past, new)
 
     def direction(self, fold: Fold) -> dict[str, LowRank]:
         """The task vector of each module, as a change of its weights."""
@@ -127,7 +140,7 @@ class Merge:
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What the rule must remember of past tasks (constant in their number)."""
+        """What the rule must remember of past tasks; constant in their number, but for `old_adapters`."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -221,7 +234,7 @@ class Merger:
             self.rule = Choice(choice.name, {**choice.options, **options}).build("merge")
         if truncation not in ("plain", "fisher"):
             raise PmLlmError(f"truncation is {truncation!r}; it must be plain or fisher.")
-        if truncation == "fisher" and not self.rule.needs_fisher:
+        if truncation == "fisher" and (not self.rule.needs_fisher or self.rule.in_factors):
             raise PmLlmError(f"truncation fisher needs a merge that keeps one; {type(self.rule).__name__} does not.")
         self.max_rank, self.truncation = max_rank, truncation
         self.tasks = 0
@@ -283,7 +296,7 @@ class Merger:
 
         def module(name: str) -> tuple[LowRank, float, float]:
             merged = self.rule.merge(fold, name, alpha.used[name])
-            kept, lost, total = self._truncated(name, merged)
+            kept, lost, total = self._truncated(name, merged, fold.new[name].rank)
             if zeros is not None:
                 kept = LowRank(zeros(*kept.B.shape).copy_(kept.B), zeros(*kept.A.shape).copy_(kept.A))
             elif kept is merged:  # it may hold a mapped file's own tensors
@@ -303,9 +316,14 @@ class Merger:
         self.tasks += 1
         return new.replace_factors({name: kept for name, (kept, _, _) in found.items()})
 
-    def _truncated(self, name: str, x: LowRank) -> tuple[LowRank, float, float]:
-        """At most `max_rank` of a module, and the squared Frobenius norms of what was cut and of the whole."""
-        if self.max_rank is None or x.rank <= self.max_rank:
+    def _truncated(self, name: str, x: LowRank, rank: int) -> tuple[LowRank, float, float]:
+        """At most `max_rank` of a module, and the squared Frobenius norms of what was cut and of the whole; where
+        the task's `rank` does not need more, at most what a matrix of its shape can have, which cuts nothing."""
+        full = max(min(x.shape), rank)
+        if self.max_rank is None or full <= self.max_rank:
+            kept = x if x.rank <= full else lowrank.truncate(x, full)[0]
+            return kept, 0.0, lowrank.inner(x, x)
+        if x.rank <= self.max_rank:
             return x, 0.0, lowrank.inner(x, x)
         weights = self.rule.weights(name) if self.truncation == "fisher" else None
         if weights is None or not all(w.max() > 0 for w in weights):
@@ -316,7 +334,7 @@ class Merger:
         return kept, max(0.0, lowrank.inner(change, change)), lowrank.inner(x, x)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to go on from (constant in the number of tasks); :attr:`tasks` is the other half."""
+        """Tensors to go on from; :attr:`tasks` is the other half."""
         return self.rule.state()
 
     def load_state(self, state: dict[str, Tensor], tasks: int) -> None:

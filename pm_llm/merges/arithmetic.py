@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pm_llm import lowrank
 from pm_llm.errors import check_number
-from pm_llm.lowrank import LowRank
 from pm_llm.merges import Coefficients, Fold, Merge
 
 
@@ -15,13 +13,10 @@ class Arithmetic(Merge):
     """`M_t = M_{t-1} + scale * Delta_t`, so `M_t = scale * sum_i Delta_i`: the first task is scaled too."""
 
     scale: float = 1.0
+    adds = True
 
     def __post_init__(self) -> None:
         check_number("task_arithmetic: scale", self.scale)
 
     def coefficients(self, fold: Fold) -> Coefficients:
         return Coefficients.same(float(self.scale), fold.new)
-
-    def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
-        update = fold.vector(name).scale(alpha)
-        return lowrank.add(fold.running[name], update) if fold.running else update

@@ -16,6 +16,7 @@ from pm_llm.fisher import Fisher, Past, Room, past_of, scale_of
 from pm_llm.lowrank import LowRank
 from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates, entrywise
 from pm_llm.parallel import each
+from pm_llm.starts import Start
 
 OPTIONS = {
     "granularity": ("model", "layer", "module"),
@@ -91,6 +92,14 @@ class Optimal(Merge):
             )
         self.in_factors, self.needs_probe = self.space == "factors", self.current == "line"
         self.needs_direction, self.needs_losses = self.current == "exact", self.fisher_scale == "measured"
+
+    def check(self, start: Start) -> None:
+        super().check(start)
+        if self.needs_losses and (start.on_base or start.needs_last):
+            raise PmLlmError(
+                "optimal: fisher_scale measured needs a start at the merged model: it measures what the task vector "
+                f"gained there. The start is {start.name()!r}."
+            )
 
     def coefficients(self, fold: Fold) -> Coefficients:
         room = Room(self.zeros, self.pairs, self.rank, self.directions)

@@ -32,6 +32,7 @@ class Transfer(Merge):
     adapter: str = ""
     scale: float = 1.0
     _vector: Adapter | None = field(default=None, init=False, repr=False)
+    needs_history, adds = True, True
 
     def __post_init__(self) -> None:
         if not self.adapter:
@@ -39,11 +40,17 @@ class Transfer(Merge):
         check_number("transfer: scale", self.scale)
 
     def check(self, start: Start) -> None:
-        Adapter.load(self.adapter)
+        if start.needs_last:
+            raise PmLlmError(
+                f"merge transfer needs a start at the merged or the base model, not at the last adapter as it was "
+                f"trained, which lacks the vector. The start is {start.name()!r}."
+            )
+        Adapter.load(self.adapter).check_finite("instruction")
 
     def coefficients(self, fold: Fold) -> Coefficients:
         if not fold.running:
             self._vector = Adapter.load(self.adapter)
+            self._vector.check_finite("instruction")
             ours, theirs = ({name: x.shape for name, x in one.items()} for one in (fold.new, self._vector.factors))
             if ours != theirs:
                 raise PmLlmError(
@@ -53,10 +60,11 @@ class Transfer(Merge):
         return Coefficients.same(1.0, fold.new)
 
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
+        merged = super().merge(fold, name, alpha)
         if fold.running:
-            return lowrank.add(fold.running[name], fold.vector(name))
+            return merged
         assert self._vector is not None
-        return lowrank.add(fold.vector(name), self._vector.factors[name].scale(self.scale))
+        return lowrank.add(merged, self._vector.factors[name].scale(self.scale))
 
 
 def task_vector(base: Any, tuned: nn.Module, modules: Iterable[str], rank: int) -> tuple[dict[str, LowRank], float]:

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import corda
 from peft.tuners.lora.config import CordaConfig
+from transformers.pytorch_utils import Conv1D
 
 from pm_llm import lowrank
 from pm_llm.adapters import Adapter, check_rank, lora_layers, set_active
@@ -56,7 +57,7 @@ class Subspace(Start):
 
     def __post_init__(self) -> None:
         name, _, steps = self.init.partition("_niter_")
-        if name not in INITS or (steps and not (name == "pissa" and steps.isdigit())):
+        if self.init not in INITS and not (name == "pissa" and steps.isdigit()):
             raise PmLlmError(f"subspace: init is {self.init!r}; it must be {', '.join(INITS)} or pissa_niter_N.")
         self.offset = name != "eva"
 
@@ -116,6 +117,8 @@ class Subspace(Start):
                         layer.pissa_init(TASK, self.init)
                     elif self.init == "corda":
                         layer.corda_init(TASK, self.init)
+                    elif isinstance(layer.get_base_layer(), Conv1D):
+                        raise ValueError("the module is a Conv1D, whose weight PEFT would take for its transpose")
                     else:
                         layer.olora_init(TASK)
             except (TypeError, ValueError) as error:
