@@ -14,8 +14,10 @@ rows alone allow, since few seeds may agree by chance. Differences are paired.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,11 +104,16 @@ def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def add(path: Path, one: dict[str, Any]) -> None:
-    """Put a record into a file, in place of one of the same name, order and seed."""
-    before = read(path) if path.exists() else []
-    others = [other for other in before if _key(other) != _key(one)]
-    write(path.with_suffix(".tmp"), [*others, one])
-    path.with_suffix(".tmp").replace(path)
+    """Put a record into a file, in place of one of the same name, order and seed. Processes take turns."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        before = read(path) if path.exists() else []
+        others = [other for other in before if _key(other) != _key(one)]
+        write(path.with_suffix(".tmp"), [*others, one])
+        path.with_suffix(".tmp").replace(path)
+    finally:
+        os.close(folder)
 
 
 def _key(one: dict[str, Any]) -> tuple[str, str, int]:

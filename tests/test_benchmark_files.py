@@ -416,3 +416,17 @@ def test_curvature_memory(tmp_path) -> None:
     expected = ["memory", "memory, blocks given back", "disk", "disk, blocks given back"]
     assert [row["sums in"] for row in found] == expected
     assert "| disk |" in done.stdout
+
+
+def test_records_of_several_processes_at_once(tmp_path) -> None:
+    """As of one `methods.py` a core, with one folder."""
+    file = tmp_path / "records.jsonl"
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import records\n"
+        "for i in range(150):\n    records.add(Path(sys.argv[2]), dict(name=sys.argv[3], order='o', seed=i))"
+    )
+    words = [sys.executable, "-c", code, str(ROOT / "benchmarks"), str(file)]
+    both = [subprocess.Popen([*words, name]) for name in ("a", "b")]
+    assert [one.wait(60) for one in both] == [0, 0]
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted((one["name"], one["seed"]) for one in found) == [(n, i) for n in "ab" for i in range(150)]
