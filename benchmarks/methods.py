@@ -108,9 +108,9 @@ def main() -> None:
                 new = {**config.plain(), "words": config.parsed_method().plain()}
                 differing = changes(old, new)
                 differing += [
-                    f"{key}: {old[key]!r} -> {new[key]!r}"
+                    f"{key}: {old.get(key)!r} -> {new[key]!r}"
                     for key in ROWS
-                    if key != "data_dir" and old[key] != new[key]
+                    if key != "data_dir" and old.get(key) != new[key]
                 ]
                 if differing:
                     parser.error(f"{given.out / name} was run with other settings: {'; '.join(differing)}")

@@ -196,9 +196,8 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
         if not values:
             raise PmLlmError(f"--{key} needs a value.")
     given = {key: values[0] if len(values) == 1 else values for key, values in overrides.items()}
-    one = {
-        key for key in lists & given.keys() if not isinstance(given[key], list) and given[key] not in (None, "none")
-    }
+    none = {key for key in given if key.startswith("lora.") and given[key] in (None, "none")}
+    one = {key for key in (lists & given.keys()) - none if not isinstance(given[key], list)}
     return {key: [value] if key in one else value for key, value in given.items()}
 
 
@@ -301,13 +300,16 @@ def check_tasks(given: argparse.Namespace, config: RunConfig) -> int:
 def score(given: argparse.Namespace) -> int:
     """`pm-llm score`: scores of saved predictions."""
     from pm_llm.evaluation.predictions import read_all
+    from pm_llm.methods import Method
     from pm_llm.run_dir import RunDir
 
     paths, tasks = [Path(given.predictions)], None
     if paths[0].is_dir():
         run_dir = RunDir.open(paths[0])
         state = run_dir.state()
-        paths, tasks = run_dir.predictions(len(state["stages"]) - 1), state["tasks"]
+        words = [state["config"][key] for key in ("method", "start", "constrain", "merge")]
+        tasks = [] if Method.parse(*words).task_id else state["tasks"]  # no mean of what its result is not used for
+        paths = run_dir.predictions(len(state["stages"]) - 1)
     found = read_all(paths)
     if not found:
         raise PmLlmError(f"{given.predictions} holds no predictions: nothing has been scored yet.")

@@ -145,7 +145,8 @@ def _is_of_devices(error: Exception) -> bool:
     """Whether an accelerator or another process said it, as while a checkpoint's weights are gathered."""
     import torch
 
-    return isinstance(error, (torch.OutOfMemoryError, getattr(torch.distributed, "DistError", ())))
+    others = (getattr(torch, "AcceleratorError", ()), getattr(torch.distributed, "DistError", ()))
+    return isinstance(error, (torch.OutOfMemoryError, *others))
 
 
 @contextmanager

@@ -127,7 +127,7 @@ class Method:
             method = dataclasses.replace(method, constrain=tuple(Choice.parse(i, "constrain") for i in items))
         if merge is not None:
             method = dataclasses.replace(method, merge=Choice.parse(merge, "merge"))
-        return method
+        return dataclasses.replace(method, task_id=method.task_id and method == PRESETS[preset])
 
     def in_factors(self) -> Method:
         """The same in the space of the LoRA factors: the adapter continues, all else is of A and of B."""

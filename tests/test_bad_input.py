@@ -392,9 +392,7 @@ def test_the_process_exits_with_two(tmp_path) -> None:
 
 
 def test_lists_can_be_set_to_none() -> None:
-    found = parse_overrides(
-        ["--lora.layers_to_transform", "none", "--lora.target_modules", "none", "--tasks", "a.csv"]
-    )
-    assert found == {"lora.layers_to_transform": "none", "lora.target_modules": "none", "tasks": ["a.csv"]}
+    found = parse_overrides(["--lora.layers_to_transform", "none", "--lora.target_modules", "none", "--tasks", "none"])
+    assert found == {"lora.layers_to_transform": "none", "lora.target_modules": "none", "tasks": ["none"]}
     lora = load_config(None, found).lora
     assert (lora.layers_to_transform, lora.target_modules) == (None, None)

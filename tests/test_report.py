@@ -15,6 +15,7 @@ import pytest
 from pm_llm.cli import _score_lines, main
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import interval, mean_interval, paired_difference
+from pm_llm.evaluation.matrix import Matrix
 from pm_llm.evaluation.predictions import Predictions, read_predictions
 from pm_llm.report import comparison, describe
 from pm_llm.report.data import difference, open_run
@@ -283,10 +284,11 @@ def test_check_tells_what_a_run_would_train_on(pico_folders, tmp_path, capsys) -
     assert f"{tmp_path / 'b.jsonl'}:1: " in capsys.readouterr().err
 
 
-def test_a_model_for_each_task_is_judged_task_by_task(tmp_path) -> None:
+def test_a_model_for_each_task_is_judged_task_by_task(tmp_path, capsys) -> None:
     """Its last adapter on all tasks says nothing of it; seqlora with another merge is no baseline."""
     common = {"evaluate": "seen", "order": ["topic", "sentiment"], "train.max_steps": 10, "max_test_samples": 8}
     words = {"per_task": {}, "seqlora": {}, "other": {"method": "seqlora", "merge": "average"}}
+    words["others"] = {"method": "per_task", "start": "continue", "merge": "average"}  # a sequence like any other
     for name, options in words.items():
         keys = {"method": name, **common, **options}
         ContinualSequence(config_for("embedded:llama", tmp_path / name, **keys)).run()
@@ -304,8 +306,24 @@ def test_a_model_for_each_task_is_judged_task_by_task(tmp_path) -> None:
     low = results["seqlora"]["average_accuracy"]
     gaps = [f"{(one['average_accuracy'] - low) / (90 - low):.2f}" for one in results.values()]
     assert [row[header.index("gap closed")] for row in rows] == gaps
-    assert [row[header.index("backward transfer")] == "-" for row in rows] == [True, False, False]
+    assert [row[header.index("backward transfer")] == "-" for row in rows] == [True, False, False, False]
     assert write_report(list(runs.values()), tmp_path / "report")
+    capsys.readouterr()
+    assert main(["score", str(tmp_path / "per_task")]) == 0
+    assert "mean" not in capsys.readouterr().out  # of the last adapter on all tasks
+    old = {key: x for key, x in own.items() if key != "task_id"} | {"average_accuracy": 1.0, "backward_transfer": 2.0}
+    run_dir = RunDir.open(tmp_path / "per_task")
+    with run_dir.locked():
+        run_dir.write_results(old)  # as by a version that did not tell
+    again = open_run(tmp_path / "per_task")
+    assert {key: again.results[key] for key in own} == own
+    assert "backward_transfer" not in again.results
+    assert again.final == runs["per_task"].final
+
+
+def test_a_task_that_recurs_is_known_by_its_last_stage() -> None:
+    matrix = Matrix.from_rows(["a", "b"], [[25, None], [0, 50], [75, 0], [0, 100]], ["a", "b", "a", "b"])
+    assert matrix.with_task_known() == {"average_accuracy": 87.5, "plasticity": 62.5}
 
 
 def test_a_model_for_each_task_that_was_not_scored_as_such(pico_folders, tmp_path) -> None:

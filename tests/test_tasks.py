@@ -343,6 +343,10 @@ def test_rows_given_for_validation_stay_validation_rows(tmp_path) -> None:
     (task,) = user_tasks({"data": str(tmp_path / "a.jsonl"), "validation_data": str(tmp_path / "v.jsonl")})
     assert len(task.validation) == 3
     assert len(task.test) == round(0.1 * 2 * len(ROWS))
+    for split, n in (("train", 4), ("dev", 2)):
+        Dataset.from_list(ROWS[:n]).to_json(str(tmp_path / "b" / f"{split}.jsonl"))
+    (task,) = user_tasks({"data": str(tmp_path / "b"), "validation_data": str(tmp_path / "v.jsonl")})
+    assert (len(task.train), len(task.test), len(task.validation)) == (4, 2, 3)
 
 
 def test_labels_that_exact_match_cannot_tell_apart() -> None:

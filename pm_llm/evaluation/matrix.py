@@ -160,8 +160,11 @@ class Matrix:
         return {name: getattr(self, name)() for name in NUMBERS[evaluate] if several or name not in NEED_TWO}
 
     def with_task_known(self, evaluate: str = "seen") -> dict[str, float]:
-        """The same where each task is answered by its own stage's model: `mean_j a[j][j]`, if it is measured."""
-        return {} if evaluate == "final" else {"average_accuracy": self.plasticity(), "plasticity": self.plasticity()}
+        """The same where each task is answered by the model of its own (last) stage, if that is measured."""
+        if evaluate == "final":
+            return {}
+        own = self.learned(len(self.stages) - 1).items()
+        return {"average_accuracy": fmean(self.get(i, j) for j, i in own), "plasticity": self.plasticity()}
 
     def rows(self) -> list[list[float | None]]:
         """The matrix as lists, a row a stage, None where nothing was measured."""

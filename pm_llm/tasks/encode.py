@@ -191,7 +191,8 @@ def chat_problem(tokenizer: Any, example: Example) -> str | None:
 
 def _answered(tokenizer: Any, example: Example) -> tuple[str, str]:
     """What the chat template puts between its generation prompt and an answer, such as Qwen3's empty thoughts, and
-    the answer as it ends a turn. The first belongs to the prompt: no answer is learnt or judged by it."""
+    the answer as it ends a turn. The first belongs to the prompt: no answer is learnt or judged by it. An answer that
+    brings thoughts of its own has none before it."""
     turns = list(example.messages or ())
     before = _chat(tokenizer, turns, prompt=True)
 

@@ -136,10 +136,14 @@ def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
         return _examples(splits[split](), spec, problems) if split in splits else None
 
     train, test, validation = read(spec.train_split) or [], read(spec.test_split), None
-    if spec.test_split in splits or spec.validation_data is not None:
+    given = spec.validation_data is not None
+    if spec.test_split in splits or given:
         validation = read(spec.validation_split)
-    else:  # validation stands in for test, unless it was given as such
-        test = next((read(split) for split in (spec.validation_split, *_TEST_ALIASES) if split in splits), None)
+    if spec.test_split not in splits:  # validation stands in for test, unless it was given as such
+        names = [
+            name for name in (spec.validation_split, *_TEST_ALIASES) if not given or name != spec.validation_split
+        ]
+        test = next((read(split) for split in names if split in splits), None)
     if test is None:
         what = f"task {name!r} has no test split and test_size"
         train, test = _split_off(train, spec.test_size, spec.seed, what, problems)

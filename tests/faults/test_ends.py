@@ -282,7 +282,13 @@ def test_other_optimizers_and_recomputed_activations_go_on_too(forker, pico_fold
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(RuntimeError("disk"), PmLlmError), (torch.OutOfMemoryError("all"), None)]
+    ("error", "told"),
+    [
+        (RuntimeError("disk"), PmLlmError),
+        (torch.OutOfMemoryError("all"), None),
+        (torch.AcceleratorError("assert", 1), None),
+        (torch.distributed.DistError("a peer is gone"), None),
+    ],
 )
 def test_what_a_device_says_is_not_taken_for_the_disk(error, told, tmp_path) -> None:
     with pytest.raises(told or type(error)), writing(tmp_path):
