@@ -54,7 +54,7 @@ def main() -> None:
     from pm_llm.evaluation.generate import generate
     from pm_llm.methods import PRESETS
     from pm_llm.report.data import open_run
-    from pm_llm.resume import ROWS, changes
+    from pm_llm.resume import changes
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="embedded:llama")
@@ -106,12 +106,7 @@ def main() -> None:
                 run = open_run(given.out / name)
                 old = {**run.results["config"], "words": run.results["method"]}  # a preset may have changed
                 new = {**config.plain(), "words": config.parsed_method().plain()}
-                differing = changes(old, new)
-                differing += [
-                    f"{key}: {old.get(key)!r} -> {new[key]!r}"
-                    for key in ROWS
-                    if key != "data_dir" and old.get(key) != new[key]
-                ]
+                differing = changes(old, new, rows=True)
                 if differing:
                     parser.error(f"{given.out / name} was run with other settings: {'; '.join(differing)}")
                 found.append(records.record(method, str(order or "given"), seed, run))

@@ -45,6 +45,7 @@ RESULTS = (
 
 def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
     """What is kept of a finished run (a :class:`pm_llm.report.data.Run`); `rows` are each test row's numbers."""
+    from pm_llm.methods import knows_task
 
     results = run.results
     config = {key: value for key, value in results["config"].items() if key not in PATHS}
@@ -53,7 +54,7 @@ def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
         results |= {"matrix": results["matrix"][-1:], "seconds": results["seconds"][-1:]}
     return {
         **{"name": name, "order": order, "seed": seed, "model": Path(results["config"]["model"]).name},
-        "task_id": results["task_id"],
+        "task_id": knows_task(config["method"], results["method"]),
         "config": config,
         **{key: results[key] for key in RESULTS if key in results},
         "state_bytes": state_bytes(run.path),

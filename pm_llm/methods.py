@@ -199,6 +199,20 @@ PRESETS: dict[str, Method] = {
     "joint": _preset("alone", Choice("replay", {"share": 1.0, "longer": True}), "replace", "bound: all rows so far"),
     "per_task": _preset("alone", None, "replace", "bound: a model of its own for each task", task_id=True),
 }
+
+
+def preset_of(name: str, words: dict[str, Any]) -> Method | None:
+    """The preset that a run was, from its `method` and its three words as they were; None if these were others."""
+    found = PRESETS.get(name)
+    return found if found is not None and found.plain() == words else None
+
+
+def knows_task(name: str, words: dict[str, Any]) -> bool:
+    """Whether the result of such a run is used with the task known."""
+    found = preset_of(name, words)
+    return found is not None and found.task_id
+
+
 # on what the tests run each preset; they take their parameters from here, and the table of methods its last columns
 TESTED: dict[str, tuple[str, ...]] = {
     "LLaMA": tuple(PRESETS),

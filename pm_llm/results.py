@@ -34,7 +34,6 @@ def gather_results(run: dict[str, Any], method: Method, columns: Mapping[str, Ta
     return {
         "config": config,
         "method": method.plain(),
-        "task_id": method.task_id,
         "versions": stages[-1]["versions"],
         "tasks": matrix.tasks,
         "stages": matrix.stages,

@@ -136,9 +136,16 @@ def _differences(
     return found
 
 
-def changes(old: dict[str, Any], new: dict[str, Any], stages_only: bool = False) -> list[str]:
-    """`key: old -> new` of two configurations; with `stages_only`, without what a stage may have of its own."""
-    a, b = _settings(old), _settings(new)
+def changes(old: dict[str, Any], new: dict[str, Any], stages_only: bool = False, rows: bool = False) -> list[str]:
+    """`key: old -> new` of two configurations.
+
+    Args:
+        old: One.
+        new: The other.
+        stages_only: Without what a stage may have of its own.
+        rows: With the keys that choose rows, which runs judge by the rows themselves.
+    """
+    a, b = _settings(old, rows), _settings(new, rows)
     return [
         f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
         for key in a | b
@@ -146,9 +153,9 @@ def changes(old: dict[str, Any], new: dict[str, Any], stages_only: bool = False)
     ]
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """By dotted key, without those that say nothing or are judged by rows."""
-    aside = (*ROWS, "fuar")  # FUAR is computed from scores when a run is finished
+def _settings(config: dict[str, Any], rows: bool = False) -> dict[str, Any]:
+    """By dotted key, without those that say nothing or, unless `rows`, are judged by rows."""
+    aside = ("fuar", *(("data_dir",) if rows else ROWS))  # FUAR is computed from scores when a run is finished
     return {key: value for key, value in _flat(config).items() if key not in FREE and key.split(".")[0] not in aside}
 
 

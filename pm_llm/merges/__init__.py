@@ -320,16 +320,16 @@ class Merger:
         """At most `max_rank` of a module, and the squared Frobenius norms of what was cut and of the whole; where
         the task's `rank` does not need more, at most what a matrix of its shape can have, which cuts nothing."""
         full = max(min(x.shape), rank)
-        if self.max_rank is None or full <= self.max_rank:
-            kept = x if x.rank <= full else lowrank.truncate(x, full)[0]
-            return kept, 0.0, lowrank.inner(x, x)
-        if x.rank <= self.max_rank:
+        limit = full if self.max_rank is None else min(full, self.max_rank)
+        if x.rank <= limit:
             return x, 0.0, lowrank.inner(x, x)
+        if limit == full:
+            return lowrank.truncate(x, full)[0], 0.0, lowrank.inner(x, x)
         weights = self.rule.weights(name) if self.truncation == "fisher" else None
         if weights is None or not all(w.max() > 0 for w in weights):
-            return lowrank.truncate(x, self.max_rank)
+            return lowrank.truncate(x, limit)
         # a row that no task cares for keeps a little weight, or what it holds would be lost to rounding
-        kept, _, _ = lowrank.truncate(x, self.max_rank, *((w / w.max()).clamp(min=1e-6).sqrt() for w in weights))
+        kept, _, _ = lowrank.truncate(x, limit, *((w / w.max()).clamp(min=1e-6).sqrt() for w in weights))
         change = lowrank.add(x, kept.scale(-1.0))
         return kept, max(0.0, lowrank.inner(change, change)), lowrank.inner(x, x)
 

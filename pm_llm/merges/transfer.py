@@ -45,12 +45,16 @@ class Transfer(Merge):
                 f"merge transfer needs a start at the merged or the base model, not at the last adapter as it was "
                 f"trained, which lacks the vector. The start is {start.name()!r}."
             )
-        Adapter.load(self.adapter).check_finite("instruction")
+        self._load()
+
+    def _load(self) -> Adapter:
+        vector = Adapter.load(self.adapter)
+        vector.check_finite("instruction")
+        return vector
 
     def coefficients(self, fold: Fold) -> Coefficients:
         if not fold.running:
-            self._vector = Adapter.load(self.adapter)
-            self._vector.check_finite("instruction")
+            self._vector = self._load()
             ours, theirs = ({name: x.shape for name, x in one.items()} for one in (fold.new, self._vector.factors))
             if ours != theirs:
                 raise PmLlmError(

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from pm_llm.evaluation.matrix import Matrix, gap_closed
-from pm_llm.methods import PRESETS
+from pm_llm.methods import knows_task, preset_of
 
 LABELS = {
     "average_accuracy": "average accuracy",
@@ -30,7 +30,7 @@ def describe(results: dict[str, Any]) -> str:
 def numbers(results: dict[str, Any]) -> list[str]:
     """A line for each number of a run; FUAR is None where nothing was gained."""
     known = [(label, results[key]) for key, label in LABELS.items() if key in results]
-    if results.get("task_id"):
+    if knows_task(results["config"]["method"], results["method"]):
         known = [(f"{label}, each task by its own adapter", x) for label, x in known[:1]]
     return [f"{label}: nothing was gained" if x is None else f"{label}: {x:.2f}" for label, x in known]
 
@@ -68,8 +68,8 @@ def comparison(
 
 def _final(runs: Sequence[dict[str, Any]], preset: str) -> float | None:
     """The mean final average of the runs of a preset as it is; None if there is none."""
-    words = PRESETS[preset].plain()
-    found = [run["average_accuracy"] for run in runs if (run["config"]["method"], run["method"]) == (preset, words)]
+    its_runs = [run for run in runs if run["config"]["method"] == preset and preset_of(preset, run["method"])]
+    found = [run["average_accuracy"] for run in its_runs]
     return fmean(found) if found else None
 
 

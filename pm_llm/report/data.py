@@ -11,7 +11,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import Interval, interval, mean_interval, paired_difference
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.predictions import Predictions, read_all
-from pm_llm.methods import PRESETS, Method
+from pm_llm.methods import knows_task
 from pm_llm.report import LABELS
 from pm_llm.run_dir import RunDir
 
@@ -71,23 +71,20 @@ class Run:
 
     def _said(self, stage: int) -> list[Predictions]:
         """On every task trained by then; none where one is missing."""
-        own = self.results["task_id"]
-        at = {self.matrix.tasks[j]: i if own else stage for j, i in self.matrix.learned(stage).items()}
-        known = all(name in self.predictions.get(i, {}) for name, i in at.items())
-        return [self.predictions[i][name] for name, i in at.items()] if known else []
+        known = knows_task(self.results["config"]["method"], self.results["method"])
+        at = {self.matrix.tasks[j]: i if known else stage for j, i in self.matrix.learned(stage).items()}
+        made = all(name in self.predictions.get(i, {}) for name, i in at.items())
+        return [self.predictions[i][name] for name, i in at.items()] if made else []
 
 
 def open_run(path: str | Path) -> Run:
     """A finished run. Raises PmLlmError if it is not finished or lacks a prediction."""
     run_dir = RunDir.open(path)
     results = run_dir.results()
-    if "task_id" not in results:  # of a version that did not tell
-        own = Method.parse(results["config"]["method"]).task_id
-        results["task_id"] = own and results["method"] == PRESETS[results["config"]["method"]].plain()
-        if results["task_id"]:
-            results = {key: x for key, x in results.items() if key not in LABELS}
-            results |= Matrix.from_results(results).with_task_known(results["config"]["evaluate"])
     method, folder = results["config"]["method"], run_dir.path.name
+    if knows_task(method, results["method"]):  # earlier versions wrote what the last model says of all
+        results = {key: x for key, x in results.items() if key not in LABELS}
+        results |= Matrix.from_results(results).with_task_known(results["config"]["evaluate"])
     stages = range(len(results["stages"]))
     scored = [*([UNTRAINED] if results["untrained"] else []), *stages]
     return Run(
