@@ -83,8 +83,8 @@ class Adapter:
         for name, x in self.factors.items():
             if not (torch.isfinite(x.A).all() and torch.isfinite(x.B).all()):
                 raise PmLlmError(
-                    f"the {which} adapter has weights that are NaN or infinite in {name}. "
-                    "Training diverged: lower the learning rate. Nothing was merged."
+                    f"the {which} adapter has weights that are NaN or infinite in {name}; nothing was merged. "
+                    "The training that made it diverged: lower its learning rate."
                 )
 
     def replace_factors(self, factors: Mapping[str, LowRank]) -> Adapter:
