@@ -81,15 +81,24 @@ def main() -> None:
     given, more = parser.parse_known_args()
     keys = keys_of(more)
     found: dict[str, dict[str, Any]] = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
+    common = {
+        **BOTH,
+        **(REAL if given.data_dir else EMBEDDED),
+        "data_dir": given.data_dir,
+        "model": given.model,
+        **keys,
+    }
     for seed in given.seeds:
         for form in ("dense", "factored"):
-            if f"{form} {seed}" in found:
+            if held := found.get(f"{form} {seed}"):
+                if held.get("settings") != common:
+                    parser.error(
+                        f"{given.out} holds runs with other settings: {held.get('settings')}. Choose another file."
+                    )
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                settings = {**BOTH, **(REAL if given.data_dir else EMBEDDED), "data_dir": given.data_dir}
-                settings |= {"model": given.model, "seed": seed, **keys}
-                settings |= {"fisher.form": form, "output_dir": f"{folder}/run"}
-                found[f"{form} {seed}"] = run(settings, shadowed=form == "dense")
+                settings = {**common, "seed": seed, "fisher.form": form, "output_dir": f"{folder}/run"}
+                found[f"{form} {seed}"] = {"settings": common, **run(settings, shadowed=form == "dense")}
             if given.out:
                 given.out.write_text(json.dumps(found, indent=1) + "\n")
     rows = []

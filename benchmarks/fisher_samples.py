@@ -21,8 +21,10 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", default="embedded:llama")
     arguments.add_argument("--samples", type=int, nargs="+", default=[16, 32, 64, 128])
-    arguments.add_argument("--draws", type=int, default=5)
+    arguments.add_argument("--draws", type=int, default=5, help="at least 2")
     given, more = arguments.parse_known_args()
+    if given.draws < 2:
+        arguments.error(f"--draws is {given.draws}: the spread of one draw is unknown. Give at least 2.")
     import dataclasses
 
     from pm_llm import ContinualSequence, Merger

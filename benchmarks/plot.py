@@ -7,7 +7,6 @@ shows.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 import records
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from pm_llm.methods import Method
 
 SHOWN = re.compile(r"!\[[^\]]*\]\((\S+)\.svg\)")
 # Okabe and Ito's colours, which the colour-blind can tell apart
@@ -38,7 +39,7 @@ def draw(found: Sequence[dict[str, Any]]) -> Figure:
         axes.hlines(y, low, high, color=COLOURS[kind], linewidth=1)
         axes.plot(value, y, "o", color=COLOURS[kind], label=None if kind in labelled else kind, markersize=4)
         labelled.add(kind)
-        if not records.is_bound(runs[0]):
+        if not records.is_bound(runs[0]) and all("plasticity" in one for one in runs):
             learnt = fmean(one["plasticity"] for one in runs)
             axes.plot([value, learnt], [y, y], color="#999999", linewidth=0.8, linestyle=":", zorder=0)
             axes.plot(learnt, y, "o", color=COLOURS[kind], markerfacecolor="white", markersize=7, zorder=1)
@@ -50,9 +51,10 @@ def draw(found: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _kind(one: dict[str, Any]) -> str:
-    if one["task_id"] or "replay" in json.dumps(one["method"]):
+    method = Method.parse("seqlora", **one["method"])
+    if one["task_id"] or method.keeps_rows() or method.merge.build("merge").old_adapters:
         return "keeps rows or adapters"
-    return "merged in closed form" if "optimal" in json.dumps(one["method"]["merge"]) else "others"
+    return "merged in closed form" if method.merge.name == "optimal" else "others"
 
 
 def shown(page: Path) -> Iterator[tuple[Path, Path]]:

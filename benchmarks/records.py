@@ -227,12 +227,12 @@ def lead(records: Sequence[dict[str, Any]], name: str, without: Sequence[str] = 
 
 def is_bound(one: dict[str, Any]) -> bool:
     """Whether a run is of no sequence of one model, which could forget: a model a task, or `joint`."""
-    return one["task_id"] or "plasticity" not in one
+    return one["task_id"] or one["config"]["method"] == "joint"
 
 
 def _mean(runs: Sequence[dict[str, Any]], key: str, form: str) -> str:
-    """Over runs; of one task there is no backward transfer."""
-    return format(fmean(one[key] for one in runs), form) if key in runs[0] else "-"
+    """Over runs; of one task there is no backward transfer, nor where tasks were scored at the end alone."""
+    return format(fmean(one[key] for one in runs), form) if all(key in one for one in runs) else "-"
 
 
 def _shown(found: np.ndarray, sign: str) -> str:

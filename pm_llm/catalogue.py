@@ -21,7 +21,7 @@ def _row(name: str, method: Method) -> list[str]:
     constraints = [choice.build("constrain") for choice in method.constrain]
     keeps = ["the last adapter"] if start.needs_last else []
     keeps += [part.stores for part in (*constraints, merge) if part.stores]
-    needs = ["old data"] if any(c.old_data for c in constraints) else []
+    needs = ["old data"] if method.keeps_rows() else []
     needs += ["old adapters"] if merge.old_adapters else []
     needs += ["a task id"] if method.task_id else []
     return [

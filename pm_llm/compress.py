@@ -102,7 +102,8 @@ def expand(compressed: str | Path, out: str | Path) -> None:
 def _spend(factors: Mapping[str, LowRank], budget: int) -> dict[str, tuple[Tensor, Tensor, int]]:
     """For each module its factors (d, rank), and the bits they are to be quantised to."""
     # a file's header has 190 bytes for a module, three times its name, and its own
-    options = {name: _options(x, 190 + 3 * len(name)) for name, x in factors.items()}
+    sides = {name: _sides(x) for name, x in factors.items()}
+    options = {name: _options(*two, 190 + 3 * len(name)) for name, two in sides.items()}
     budget -= 256
     at = dict.fromkeys(options, 0)
     spent = sum(steps[0][0] for steps in options.values())
@@ -113,7 +114,7 @@ def _spend(factors: Mapping[str, LowRank], budget: int) -> dict[str, tuple[Tenso
 
     def steps(name: str) -> list[tuple[float, int, str, int]]:
         """What could be done next with a module: (squared error for a byte, bytes, its name, the option)."""
-        size, error, *_ = options[name][at[name]]
+        size, error, _, _ = options[name][at[name]]
         later = list(enumerate(options[name]))[at[name] + 1 :]
         found = [((other[1] - error) / (other[0] - size), other[0] - size, name, i) for i, other in later]
         return [step for step in found if step[1] <= budget - spent]
@@ -126,24 +127,37 @@ def _spend(factors: Mapping[str, LowRank], budget: int) -> dict[str, tuple[Tenso
             spent, at[name] = spent + cost, i
         if found := steps(name):  # also where that step did not fit any more: a smaller one may
             heapq.heappush(heap, min(found))
-    return {name: options[name][i][2:] for name, i in at.items()}
+    chosen = {name: options[name][i][2:] for name, i in at.items()}
+    return {
+        name: (sides[name][0][:, :rank].float(), sides[name][1][:, :rank].float(), bits)
+        for name, (rank, bits) in chosen.items()
+    }
 
 
-def _options(x: LowRank, header: int) -> list[tuple[int, float, Tensor, Tensor, int]]:
-    """(bytes, squared error, U, V, bits) of every rank and number of bits that nothing smaller is better than."""
+def _sides(x: LowRank) -> tuple[Tensor, Tensor]:
+    """`U sqrt(S)` and `V sqrt(S)`, each (d, rank), in double precision."""
     q_b, r_b = torch.linalg.qr(x.B.double())
     q_a, r_a = torch.linalg.qr(x.A.double().T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    left, right = (q_b @ u) * s.sqrt(), (q_a @ vh.T) * s.sqrt()
+    return (q_b @ u) * s.sqrt(), (q_a @ vh.T) * s.sqrt()
+
+
+def _options(left: Tensor, right: Tensor, header: int) -> list[tuple[int, float, int, int]]:
+    """(bytes, squared error, rank, bits) of every rank and number of bits that nothing smaller is better than.
+
+    With a and b the rounded sides cut to a rank, `|U S V' - a b'|^2 = sum S^2 - 2 <U'a, V'b> + <a'a, b'b>`; of all
+    ranks at once, these are running sums over two matrices.
+    """
     found = []
+    total = ((left.T @ left) * (right.T @ right)).sum()
     for bits in BITS:
-        rounded = [dequantised(*quantised(side.float(), bits)).double() for side in (left, right)]
-        for rank in range(1, len(s) + 1):
+        a, b = (dequantised(*quantised(side.float(), bits)).double() for side in (left, right))
+        mixed = ((left.T @ a) * (right.T @ b)).sum(0).cumsum(0)
+        own = ((a.T @ a) * (b.T @ b)).cumsum(0).cumsum(1).diagonal()
+        for rank, error in enumerate((total - 2 * mixed + own).tolist(), 1):
             size = header + sum((rank * len(side) * bits + 7) // 8 + 4 * rank for side in (left, right))
-            a, b = (side[:, :rank] for side in rounded)
-            error = float(s.square().sum() - 2 * ((left.T @ a) * (right.T @ b)).sum() + ((a.T @ a) * (b.T @ b)).sum())
-            found.append((size, error, left[:, :rank].float(), right[:, :rank].float(), bits))
-    best: list[tuple[int, float, Tensor, Tensor, int]] = []
+            found.append((size, error, rank, bits))
+    best: list[tuple[int, float, int, int]] = []
     for option in sorted(found, key=lambda one: one[:2]):
         if not best or option[1] < best[-1][1]:
             best.append(option)

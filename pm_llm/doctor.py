@@ -203,10 +203,15 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     layers: Any = lora_layers(add_task_adapter(model, config.lora, seq2seq, "task")).values()
     shapes = [(layer.out_features, layer.in_features, layer.r["task"]) for layer in layers]
     trained = sum((n + m) * r for n, m, r in shapes)
-    merged = sum((n + m) * min(n, m, config.max_rank or tasks * r) for n, m, r in shapes)
     merge = config.parsed_method().merge.build("merge")
+    tops = [min(n, m, config.max_rank or (n if merge.dense else tasks * r)) for n, m, r in shapes]
+    merged = sum((n + m) * top for (n, m, _), top in zip(shapes, tops, strict=True))
     form = merge.fisher_form(config.fisher.form) if merge.needs_fisher else ""
-    kept = sum(_kept(merge, form, tasks, n, m, r) for n, m, r in shapes)
+    on_base = config.parsed_method().start.name == "alone"
+    kept = sum(
+        _kept(merge, form, tasks, n, m, r, r if on_base else min(n, m, top + r))
+        for (n, m, r), top in zip(shapes, tops, strict=True)
+    )
     constraints = [choice.build("constrain") for choice in config.parsed_method().constrain]
     memories = sum(one.remembers(n, m, r) for one in constraints for n, m, r in shapes)
     sums = sum(_sums(form, n, m, r) for n, m, r in shapes)
@@ -220,10 +225,11 @@ def _sums(form: str, n: int, m: int, r: int) -> int:
     return sizes.get(form, 0)
 
 
-def _kept(merge: Any, form: str, tasks: int, n: int, m: int, r: int) -> int:
-    """Numbers that the merge remembers of one (n, m) matrix with an adapter of rank r, after that many tasks."""
+def _kept(merge: Any, form: str, tasks: int, n: int, m: int, r: int, whole: int) -> int:
+    """Numbers that the merge remembers of one (n, m) matrix after that many tasks; an adapter is of rank r, a task's
+    model of rank `whole`."""
     if not form:
-        return tasks * (n + m) * r if merge.old_adapters else 0
+        return tasks * (n + m) * (whole if merge.whole else r) if merge.old_adapters else 0
     if form == "factors":
         return 2 * (n + m) * r
     if form == "dense":

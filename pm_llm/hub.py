@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 from pm_llm.errors import PmLlmError, first_line
-from pm_llm.run_dir import RunDir
+from pm_llm.methods import knows_task
+from pm_llm.run_dir import STAGES, TASK_ADAPTER, RunDir
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
@@ -20,7 +21,8 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
     nothing is sent: the card is written to `README.md` in the run's folder.
 
     Raises:
-        PmLlmError: If the run is not finished, the name is no repository name, or the Hub refuses.
+        PmLlmError: If the run is not finished or has no one adapter for all tasks, the name is no repository name, or
+            the Hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -36,6 +38,11 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
         raise PmLlmError(f"{repo_id!r} is no repository name: {error}") from error
     if "/" not in repo_id:
         raise PmLlmError(f"{repo_id!r} names no user. Give user/name.")
+    if knows_task(results["config"]["method"], results["method"]):
+        raise PmLlmError(
+            f"{run.path} has an adapter for each task, in {STAGES}/*/{TASK_ADAPTER}, and none for all of them: choose "
+            "the ones to upload (`PeftModel.push_to_hub`), or run a method that ends in one adapter."
+        )
     adapter = run.adapter
     config = json.loads((adapter / FILES[0]).read_text())
     with tempfile.TemporaryDirectory() as scratch:
@@ -57,7 +64,7 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
                     f"{repo_id} exists and is public. Make it private on the Hub, or leave out --private."
                 )
             commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(results['tasks'])} tasks"
+                repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(results['stages'])} tasks"
             )
         except PmLlmError:
             raise

@@ -139,6 +139,10 @@ class Method:
 
         return Method(Choice("continue"), tuple(moved(choice) for choice in self.constrain), moved(self.merge))
 
+    def keeps_rows(self) -> bool:
+        """Whether rows of past tasks are trained on again."""
+        return any(choice.build("constrain").old_data for choice in self.constrain)
+
     def plain(self) -> dict[str, Any]:
         """As YAML would hold it."""
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -65,6 +67,13 @@ def is_seq2seq(config: Any) -> bool:
         return True
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.is_encoder_decoder and not encoder:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+        model = getattr(transformers, found if isinstance(found, str) else found[0])
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise PmLlmError(
+                f"a {kind!r} model keeps no key-value cache, which scoring goes on from. "
+                "Use a LLaMA-like or a T5-like model."
+            )
         return False
     raise PmLlmError(
         f"a {kind!r} model is neither a decoder nor an encoder-decoder that generates text. "

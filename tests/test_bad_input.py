@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, MambaConfig
 
 from pm_llm.adapters import Adapter
 from pm_llm.cli import main, parse_overrides
@@ -93,6 +93,13 @@ def test_a_model_that_cannot_generate(run, tmp_path, pico_folders) -> None:
     for file in Path(pico_folders["llama"]).glob("token*"):
         shutil.copy(file, tmp_path / "bert")
     one_line(*run("--model", tmp_path / "bert"), "'bert'", "neither a decoder nor an encoder-decoder")
+
+
+def test_a_model_without_a_key_value_cache(run, tmp_path, pico_folders) -> None:
+    MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64).save_pretrained(tmp_path / "mamba")
+    for file in Path(pico_folders["llama"]).glob("token*"):
+        shutil.copy(file, tmp_path / "mamba")
+    one_line(*run("--model", tmp_path / "mamba"), "'mamba'", "keeps no key-value cache")
 
 
 def test_a_model_that_is_not_there(run, tmp_path) -> None:

@@ -78,6 +78,15 @@ def test_claims_of_the_core(file: str, words: str, expected: str, tmp_path, monk
     assert json.loads((tmp_path / "found.json").read_text())
 
 
+def test_coefficients_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    (tmp_path / "found.json").write_text(json.dumps({"dense 0": {"settings": {"model": "other"}, "raw": [1.0]}}))
+    monkeypatch.setattr(sys, "argv", ["coefficient", "--seeds", "0", "--out", str(tmp_path / "found.json")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "benchmarks/coefficient.py"), run_name="__main__")
+    assert "holds runs with other settings: {'model': 'other'}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> None:
     """With the trunk below the first adapted layer looked up; a second call runs nothing again."""
@@ -196,7 +205,7 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     def one(name: str, seed: int, right: list[int], key: str = "k") -> dict:
         rows = {"t": {"scorer": "exact_match", "key": f"{key}{seed}", "numbers": [[float(x)] for x in right]}}
         more = {"order": "t", "backward_transfer": -1.0, "plasticity": 50.0, "coefficients": [1.0]}
-        more |= {"task_id": False, "seconds": [{"train": 60.0}], "state_bytes": 2**20}
+        more |= {"config": {"method": name}, "task_id": False, "seconds": [{"train": 60.0}], "state_bytes": 2**20}
         return {"name": name, "seed": seed, "rows": rows, **more}
 
     right, wrong = [1] * 30 + [0] * 10, [1] * 10 + [0] * 30
@@ -210,6 +219,10 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     assert 0.2 * scale < high - low < 0.32 * scale  # 1.96 * 2 * sqrt(.75 * .25 / 40) = .268
     alone = {key: value for key, value in one("pm", 0, right).items() if key != "backward_transfer"}  # of one task
     assert "| - | 50.0 | 1.00 |" in records.table([alone])
+    scored_last = {key: value for key, value in alone.items() if key != "plasticity"}
+    for some in ([scored_last], [one("pm", 0, right), {**scored_last, "order": "u"}]):
+        assert "| - | - | 1.00 |" in records.table(some)
+    assert "| - | - | - |" in records.table([one("joint", 0, right)])
     seeds = records.averages([one("pm", 0, right), one("pm", 1, wrong), one("pm", 2, right)])["pm"]
     mean, half = 1.75 / 3, 4.303 * np.std([0.75, 0.25, 0.75], ddof=1) / 3**0.5
     assert records.interval(seeds / scale) == pytest.approx((mean, mean - half, mean + half))
@@ -295,6 +308,11 @@ def test_a_figure_of_records(monkeypatch, tmp_path) -> None:
     rings = {(value, names.index(name)) for name, value in learnt.items()}
     assert len(points) == len(averages) + len(rings)
     assert rings < points
+
+    kinds = {name: plot._kind({"task_id": False, "method": PRESETS[name].plain()}) for name in PRESETS}
+    assert {kinds[name] for name in ("ties", "frank_wolfe", "replay", "joint")} == {"keeps rows or adapters"}
+    assert kinds["pm"] == kinds["pm_curvature"] == "merged in closed form"
+    assert kinds["seqlora"] == kinds["opcm"] == "others"
 
     (tmp_path / "one.jsonl").write_bytes(data.read_bytes())
     (tmp_path / "page.md").write_text("![what it shows](one.svg)\n")

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pm_llm import ContinualSequence
+from pm_llm.adapters import Adapter
 from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.doctor import expected_bytes
@@ -60,6 +61,33 @@ def test_the_room_it_asks_for_has_what_a_method_remembers(method: str, pico_fold
     files = [*(tmp_path / "run").rglob("memory.safetensors"), *(tmp_path / "run").rglob("curv*")]
     remembered = sum(x.nbytes for path in files for x in load_file(path).values())
     assert remembered <= expected_bytes(config)[0] - expected_bytes(plain)[0] < 4 * remembered
+
+
+@pytest.mark.parametrize(
+    ("words", "rank"),
+    [
+        ({"method": "ties"}, 32),
+        ({"method": "opcm"}, 10),
+        ({"method": "frank_wolfe", "start": "fresh"}, 14),
+        ({"method": "frank_wolfe"}, 6),
+        ({"method": "inclora"}, 6),
+    ],
+)
+def test_the_room_it_asks_for_is_enough_whatever_the_merge_does_to_the_rank(words, rank, pico_folders, tmp_path):
+    """Entry by entry a merge is of full rank after the first task already."""
+    keys = {"max_rank": None, "benchmark": "embedded", "order": "sentiment,topic,intent", "lora.r": 2, **words}
+    keys |= {"train.max_steps": 1, "lora.target_modules": ["q_proj"]}
+    config = load_config(None, {**config_for(pico_folders["llama"], tmp_path / "run").plain(), **keys})
+    ContinualSequence(config).run()
+    ranks = [
+        kept.rank
+        for path in (tmp_path / "run").glob("stages/*/adapter")
+        for kept in Adapter.load(path).factors.values()
+    ]
+    memory = [x for path in (tmp_path / "run").rglob("memory.safetensors") for x in load_file(path).values()]
+    written = [*(tmp_path / "run").rglob("stages/*/*adapter/*.safetensors")]
+    assert max(ranks) == rank
+    assert sum(path.stat().st_size for path in written) + sum(x.nbytes for x in memory) < expected_bytes(config)[0]
 
 
 @pytest.mark.parametrize("form", ["dense", "factored", "kronecker"])

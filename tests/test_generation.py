@@ -247,6 +247,19 @@ def test_label_mode_answers_with_labels_only(answering) -> None:
     )
 
 
+def test_white_space_around_labels_does_not_count(answering) -> None:
+    """`accuracy` compares answers as they stand, and references have none."""
+    model, encoder = answering
+    task = replace(make_task("intent", 8, 12), scorer="accuracy")
+    bare = answer_task(model, encoder, task, EvaluationSection(mode="labels"))
+    rows = [replace(row, completion=f" {row.completion}") for row in task.test]
+    spaced = replace(task, test=rows, labels=tuple(f" {label}" for label in task.labels))
+    found = answer_task(model, encoder, spaced, EvaluationSection(mode="labels"))
+    assert set(found.predictions) <= set(task.labels)
+    assert found.predictions == bare.predictions
+    assert found.score() == bare.score()
+
+
 # ---- predictions on disk ----
 def test_scores_follow_from_the_file_alone(answering, tmp_path) -> None:
     model, encoder = answering

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from pm_llm.config import load_config
-from pm_llm.report.card import _is_hub_id, _serving
+from pm_llm.methods import PRESETS
+from pm_llm.report.card import _is_hub_id, _serving, write_card
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, pm_llm, small_tasks
 from tests.hub_server import TOKEN, HubServer
@@ -136,6 +137,25 @@ def test_vllm_flag_is_an_allowed_rank() -> None:
     assert "--max-lora-rank 16" in _serving("u/n", "base", 16, "CAUSAL_LM")
     assert "vllm serve" not in _serving("u/n", "base", 960, "CAUSAL_LM")
     assert "vllm serve" not in _serving("u/n", "base", 16, "SEQ_2_SEQ_LM")
+
+
+def test_a_card_says_whose_rows_were_trained_on(finished_runs, tmp_path) -> None:
+    with open(f"{finished_runs['llama']}/results.json") as file:
+        results = json.load(file)
+    for method, said in (("pm", "without keeping old data"), ("joint", "with rows of earlier tasks")):
+        found = {**results, "method": PRESETS[method].plain()}
+        card = write_card(found, "user/name", "gpt2", 4, None, tmp_path / "README.md")
+        assert f"fine-tuned on 2 tasks one after the other, {said}:\nsentiment, topic." in card
+
+
+def test_adapters_for_one_task_each_are_not_pushed_as_one(pico_folders, tmp_path) -> None:
+    keys = {"model": pico_folders["llama"], "output_dir": str(tmp_path / "run"), "method": "per_task"}
+    config = load_config(None, {**keys, "train.max_steps": 1, "max_length": 96})
+    ContinualSequence(config, small_tasks("sentiment", "topic")).run()
+    done = pm_llm("push", str(tmp_path / "run"), "user/name", "--dry-run")
+    assert done.returncode == 2
+    assert "an adapter for each task, in stages/*/task_adapter" in done.stderr
+    assert not (tmp_path / "run" / "README.md").exists()
 
 
 def test_bad_names_and_unfinished_runs(finished_runs, tmp_path) -> None:

@@ -372,6 +372,31 @@ def test_rules_refuse_starts_that_break_their_meaning(start, merge, expected, tm
         load_config(None, {"method": "inclora", "start": start, "merge": merge}).check()
 
 
+@pytest.mark.parametrize("rule", ["dare", "frank_wolfe", "opcm", "optimal"])
+def test_a_fold_that_failed_can_be_tried_again(rule: str) -> None:
+    """Its task counts once."""
+
+    def full(*shape: int) -> torch.Tensor:
+        raise OSError(28, "No space left on device")
+
+    def folded_after(failures: int) -> Adapter:
+        merger, running = Merger(rule), None
+        for t in range(3):
+            new = random_adapter(t)
+            fisher = {name: x.dense() ** 2 for name, x in new.factors.items()} if rule == "optimal" else None
+            probe = SimpleNamespace(slopes=lambda at, ways: [0.0] * len(ways))
+            for _ in range(failures):
+                with pytest.raises(OSError, match="No space"):
+                    merger.fold(running, new, fisher, continues=True, probe=probe, zeros=full)
+            running = merger.fold(running, new, fisher, continues=True, probe=probe)
+        assert merger.tasks == 3
+        return running
+
+    straight, after_failures = folded_after(0), folded_after(2)
+    for name in straight.factors:
+        assert torch.equal(dense(after_failures, name), dense(straight, name))
+
+
 def test_ranks_do_not_grow_beyond_what_a_matrix_can_have() -> None:
     """`M + a (theta - M)` is `(1 - a) M + a theta`, whose rank grows by one adapter's."""
     came, left, _ = folded("average", 8, continues=True)

@@ -47,7 +47,7 @@ def log_likelihoods(
 def choose_labels(
     model: Any, encoder: Encoder, examples: Sequence[Example], labels: Sequence[str], *sizes: Any
 ) -> list[str]:
-    """The label that each example's answer most likely begins with. Sizes as in `generate`.
+    """The label that each example's answer most likely begins with, bare as generated ones. Sizes as in `generate`.
 
     Where one label begins with another, the end of sequence counts as part of each: it tells them apart.
 
@@ -76,7 +76,7 @@ def choose_labels(
             value = torch.maximum(found, value)
         return chosen.tolist()
 
-    return [labels[i] for i in _read(model, encoder, examples, options, best, *sizes)]
+    return [labels[i].strip() for i in _read(model, encoder, examples, options, best, *sizes)]
 
 
 def label_ids(encoder: Encoder, example: Example, labels: Sequence[str]) -> list[list[int]]:

@@ -94,6 +94,7 @@ class Merge:
     needs_probe = False  # whether `fold.probe` must be there
     needs_history = False  # whether a running adapter means nothing without the folds that made it
     old_adapters = False  # whether all tasks' adapters are kept
+    dense = False  # whether the result's rank may be any, whatever the adapters' ranks
     adds = False  # whether all of an adapter that began at the base model is new, see :meth:`Fold.vector`
     in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
     stores = ""  # what is kept from task to task, besides the running adapter
@@ -292,6 +293,15 @@ class Merger:
             probe,
             on_base,
         )
+        before = self.rule.state()
+        try:
+            return new.replace_factors(self._folded(fold, zeros))
+        except BaseException:  # the same fold may be tried again
+            self.rule.load_state(before)
+            raise
+
+    def _folded(self, fold: Fold, zeros: Zeros | None) -> dict[str, LowRank]:
+        """The new running adapter's modules; counts the task."""
         alpha = self.rule.coefficients(fold)
 
         def module(name: str) -> tuple[LowRank, float, float]:
@@ -303,7 +313,7 @@ class Merger:
                 kept = LowRank(kept.B.clone(), kept.A.clone())
             return kept, lost, total
 
-        found = each(module, new.factors)
+        found = each(module, fold.new)
         lost, total = sum(lost for _, lost, _ in found.values()), sum(total for _, _, total in found.values())
         self.report = FoldReport(
             alpha.used,
@@ -314,7 +324,7 @@ class Merger:
             self.rule.curvature_errors(),
         )
         self.tasks += 1
-        return new.replace_factors({name: kept for name, (kept, _, _) in found.items()})
+        return {name: kept for name, (kept, _, _) in found.items()}
 
     def _truncated(self, name: str, x: LowRank, rank: int) -> tuple[LowRank, float, float]:
         """At most `max_rank` of a module, and the squared Frobenius norms of what was cut and of the whole; where

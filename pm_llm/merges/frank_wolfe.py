@@ -27,7 +27,7 @@ class FrankWolfe(Stored):
 
     steps: int = 3
     weights_of: list[float] = field(default_factory=list, init=False, repr=False)
-    needs_probe = True
+    needs_probe, whole, dense = True, True, False
 
     def __post_init__(self) -> None:
         check_number("frank_wolfe: steps", self.steps, 0, whole=True)

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pm_llm import __version__
 from pm_llm.evaluation.matrix import Matrix
+from pm_llm.methods import Method
 from pm_llm.report import numbers, words
 
 # the ranks vLLM's --max-lora-rank accepts
@@ -73,10 +74,13 @@ def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, tas
     shown_numbers = "\n".join(f"- {line}" for line in numbers(results))
     auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
     shown = base_model if _is_hub_id(base_model) else "BASE_MODEL"
+    rows = (
+        "with rows of earlier tasks" if Method.parse("seqlora", **method).keeps_rows() else "without keeping old data"
+    )
     return f"""# {repo_id.rpartition("/")[2]}
 
-One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.stages)} tasks one after the other, without
-keeping old data: {", ".join(matrix.stages)}.
+One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.stages)} tasks one after the other, {rows}:
+{", ".join(matrix.stages)}.
 
 ## Method
 

@@ -42,7 +42,14 @@ def matrix(results: dict[str, Any]) -> Figure:
             if x == x:
                 red, green, blue, _ = image.cmap(image.norm(x))
                 dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                axes.text(j, i, f"{x:.0f}", ha="center", va="center", color="white" if dark else "black")
+                axes.text(
+                    j,
+                    i,
+                    f"{x:.1f}" if x < 10 and results["lower_is_better"] else f"{x:.0f}",
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                )
     return figure
 
 

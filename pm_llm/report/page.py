@@ -168,8 +168,6 @@ def _matrix_cells(run: Run) -> list[tuple[str, list[Interval | None], Interval |
 def _band(found: Interval | None, sign: bool = False) -> str:
     if found is None:
         return ""
-    return (
-        f"{found.value:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
-        if sign
-        else f"{found.value:.1f} ({found.low:.0f}–{found.high:.0f})"
-    )
+    if sign:
+        return f"{found.value:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+    return f"{found.value:.1f} ({found.low:.1f}–{found.high:.1f})"
