@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that `pm-llm --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass, field
 from math import inf
@@ -251,8 +252,15 @@ class RunConfig:
             raise PmLlmError("truncation fisher needs merge optimal in the space of the weights. Set it to plain.")
 
     def plain(self) -> dict[str, Any]:
-        """As YAML would hold it."""
-        return dataclasses.asdict(self)
+        """As YAML would hold it: no tuple, no :class:`Choice`."""
+
+        def word(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [word(x) for x in value]
+            return value.plain() if isinstance(value, Choice) else value
+
+        words = {name: word(getattr(self, name)) for name in ("start", "constrain", "merge")}
+        return json.loads(json.dumps({**dataclasses.asdict(self), **words}))
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -260,7 +268,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
 
     Raises:
         PmLlmError: If the file is missing or no mapping, a key is unknown (the nearest known one is named), or a value
-            has the wrong type.
+            has the wrong type, or a method is given over a file that replaces words of another.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -272,7 +280,15 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
             raise PmLlmError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise PmLlmError(f"{path} holds no mapping of keys to values.")
-    for key, value in (overrides or {}).items():
+    given = overrides or {}
+    if given.get("method", values.get("method")) != values.get("method"):
+        for word in ("start", "constrain", "merge"):
+            if values.get(word) is not None and word not in given:
+                raise PmLlmError(
+                    f"{path} sets {word}: {values[word]!r}, which would replace that of {given['method']!r}. "
+                    f"Give --{word} null for the method's own, or --{word} as you want it."
+                )
+    for key, value in given.items():
         section, _, name = key.rpartition(".")
         target = values.setdefault(section, {}) if section else values
         if not isinstance(target, dict):
@@ -283,18 +299,18 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
 
 def flags() -> list[tuple[str, str]]:
     """Every dotted key with its help text and default, for `--help`."""
-    rows = []
+    rows, hints = [], typing.get_type_hints(RunConfig)
     for f in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(f.default_factory):
             rows += [(f"{f.name}.{g.name}", _help(g)) for g in dataclasses.fields(f.default_factory)]
         else:
-            rows.append((f.name, _help(f)))
+            rows.append((f.name, _help(f, "unset" if hints[f.name] is Any else "none")))  # which `none` would not mean
     return rows
 
 
-def _help(f: dataclasses.Field) -> str:
+def _help(f: dataclasses.Field, nothing: str = "none") -> str:
     default = f.default_factory() if callable(f.default_factory) else f.default
-    shown = "none" if default is None else default
+    shown = nothing if default is None else default
     return f"{f.metadata['help']} (default: {shown})"
 
 

@@ -9,25 +9,34 @@ from typing import Any
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig
 
 from pm_llm.checkpoints import Checkpoints
 from pm_llm.config import RunConfig
 from pm_llm.constraints import Constraint
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, first_line
 from pm_llm.models import Base
 from pm_llm.processes import process_state
 from pm_llm.progress import TrainingBar, say
 from pm_llm.sharding import weights_only
 from pm_llm.stopping import Stopping
 from pm_llm.trainer import AlreadyTrainedError, ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
+from pm_llm.values import exponents
 
-# fields of TrainingArguments that going on from a checkpoint depends on
+# fields of TrainingArguments and SFTConfig that going on from a checkpoint, or which rows are trained on, depends on
 OURS = {
     *("output_dir", "seed", "save_strategy", "save_steps", "save_only_model", "save_total_limit", "ignore_data_skip"),
     *("load_best_model_at_end", "auto_find_batch_size", "push_to_hub", "eval_strategy", "eval_on_start"),
+    *("max_length", "packing", "padding_free", "assistant_only_loss"),
 }
+
+
+class SaveSteps(TrainerCallback):
+    """Checkpoints are as frequent as is asked for now, not as when the one that training goes on from was written."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 def train(
@@ -66,9 +75,11 @@ def train(
                 processing_class=base.tokenizer,
                 constraint=constraints,
                 checkpoints=checkpoints,
-                callbacks=[TrainingBar(f"train {label}"), stop],
+                callbacks=[TrainingBar(f"train {label}"), stop, SaveSteps()],
             )
         except ValueError as error:
+            if config.train.extra:  # which may ask for what does not go together
+                raise PmLlmError(f"train: {first_line(error)}") from error
             if "PEFT adapter" not in str(error):  # of modules that TRL does not train
                 raise
             raise PmLlmError(str(error)) from error
@@ -77,6 +88,8 @@ def train(
         try:
             with weights_only():
                 trainer.train(resume_from_checkpoint=newest)
+        except ImportError as error:  # of what `train.extra` asks for
+            raise PmLlmError(f"train: {first_line(error)}") from error
         except AlreadyTrainedError:
             model.train()  # as it would be, for the constraints to log
             trainer.log({})
@@ -121,6 +134,6 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
     if not seq2seq:
         fields["max_length"] = None  # rows are cut inside their frame already
     try:
-        return (Seq2SeqTrainingArguments if seq2seq else SFTConfig)(**{**fields, **config.train.extra})
-    except (TypeError, ValueError) as error:
+        return (Seq2SeqTrainingArguments if seq2seq else SFTConfig)(**{**fields, **exponents(config.train.extra)})
+    except (TypeError, ValueError, ImportError) as error:
         raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error

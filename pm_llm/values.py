@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from math import isfinite
@@ -18,6 +19,18 @@ NAMES: dict[Any, str] = {
     list: "a list",
     type(None): "none",
 }
+
+
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def exponents(value: Any) -> Any:
+    """The same with each text like `1e-6`, which YAML 1.1 does not take for a number, as the number; also inside."""
+    if isinstance(value, dict):
+        return {key: exponents(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [exponents(x) for x in value]
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:

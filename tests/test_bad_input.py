@@ -18,12 +18,13 @@ from transformers import BertConfig, BertLMHeadModel, MambaConfig
 
 from pm_llm.adapters import Adapter
 from pm_llm.cli import main, parse_overrides
-from pm_llm.config import load_config
+from pm_llm.config import RunConfig, load_config
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.merges import Merger
-from pm_llm.methods import PRESETS
+from pm_llm.methods import PRESETS, Choice
 from pm_llm.sequence import ContinualSequence
 from pm_llm.tasks import Example, Task, checked
+from pm_llm.training import training_arguments
 from tests.conftest import ROOT, make_peft, pm_llm, small_tasks
 
 
@@ -78,11 +79,38 @@ def test_unknown_yaml_key_names_the_nearest(tmp_path, run) -> None:
         (("--train.extra", "{no_such: 1}"), ("no_such", "TrainingArguments")),
         (("--train.extra", "{max_steps: 9}"), ("sets max_steps", "Set train.max_steps instead")),
         (("--train.extra", "{eval_strategy: steps}"), ("eval_strategy", "Leave it out")),
+        (("--train.extra", "{max_length: 26}"), ("max_length", "Leave it out")),  # it would cut answers off
+        (("--train.extra", "{packing: true}"), ("packing", "Leave it out")),
         (("--seed",), ("--seed needs a value",)),
     ],
 )
 def test_values(arguments, expected, run) -> None:
     one_line(*run(*arguments), *expected)
+
+
+def test_a_configuration_made_in_python_is_what_its_file_says(tmp_path) -> None:
+    choice = Choice("perturb", {"epsilon": 0.2})
+    config = RunConfig(constrain=(choice, "sparse"), merge=Choice("optimal"), order=("sentiment", "topic"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.plain()))
+    again = load_config(tmp_path / "config.yaml")
+    assert again.plain() == config.plain()
+    assert again.parsed_method() == config.parsed_method()
+    assert config.plain()["constrain"] == [{"name": "perturb", "epsilon": 0.2}, "sparse"]
+
+
+def test_numbers_with_an_exponent_in_extra(tmp_path) -> None:
+    """YAML 1.1 takes `1e-6` for a text."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {extra: {adam_epsilon: 1e-6, lr_scheduler_kwargs: {min_lr: 2e-5}, run_name: 1e-6b}}\n")
+    arguments = training_arguments(load_config(path), False, tmp_path, 0)
+    assert arguments.adam_epsilon == 1e-6
+    assert arguments.lr_scheduler_kwargs == {"min_lr": 2e-5}
+    assert arguments.run_name == "1e-6b"
+
+
+def test_extra_settings_that_do_not_go_together(run) -> None:
+    """Some are found by the Trainer alone; they are one line all the same."""
+    one_line(*run("--benchmark", "embedded", "--train.extra", "{use_liger_kernel: true}"), "train: ", "liger")
 
 
 def test_a_model_that_cannot_generate(run, tmp_path, pico_folders) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -49,6 +50,9 @@ def test_the_worked_example_runs(tmp_path, monkeypatch, pico_folders) -> None:
     (tmp_path / path).parent.mkdir()
     (tmp_path / path).write_text(file)
     monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_pm_llm.py").write_text(f"{line}\nimport sys, pm_llm.cli\nsys.exit(pm_llm.cli.main())\n")
+    said = subprocess.run([sys.executable, "my_pm_llm.py", "methods"], cwd=tmp_path, capture_output=True, text=True)
+    assert "| `median` | fresh | none | median | the median of the task vectors |" in said.stdout, said.stderr
     try:
         exec(line, {})
         names: dict = {}

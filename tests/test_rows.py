@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pm_llm.cli import main
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.tasks import load_tasks
+from pm_llm.tasks import load_probes, load_tasks
 from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.rows import read_rows
 
@@ -195,6 +195,8 @@ def test_class_labels_become_their_names(tmp_path) -> None:
     [
         ({"instruction": "add", "input": "1 2", "output": "3"}, "add\n\n1 2", "3"),
         ({"instruction": "sing", "input": "", "output": "la"}, "sing", "la"),
+        ({"instruction": "when", "context": "in 1921", "response": "1921"}, "when\n\nin 1921", "1921"),
+        ({"question": "q", "context": "", "answer": "a"}, "q", "a"),
         ({"question": "q", "answer": "a", "text": "no"}, "q", "a"),
         ({"text": "t", "label": "l"}, "t", "l"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "q", "a"),
@@ -204,6 +206,26 @@ def test_columns_are_found(row: dict, prompt: str, completion: str, tmp_path) ->
     (tmp_path / "a.jsonl").write_text((json.dumps(row) + "\n") * 10)
     (task,) = load_tasks(RunConfig(tasks=[str(tmp_path / "a.jsonl")]))
     assert (task.train[0].prompt, task.train[0].completion) == (prompt, completion)
+
+
+def test_a_context_is_not_left_out_unsaid(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text((json.dumps({"question": "q", "context": "c", "answer": "a"}) + "\n") * 10)
+    with pytest.raises(PmLlmError, match=r"a `context`, which its question alone leaves out.*\(also 2-10\)"):
+        load_tasks(RunConfig(tasks=[str(tmp_path / "a.jsonl")]))
+    named = {"data": str(tmp_path / "a.jsonl"), "prompt": "question", "completion": "answer"}
+    (task,) = load_tasks(RunConfig(tasks=[named]))
+    assert task.train[0].prompt == "q"
+
+
+def test_bad_rows_of_a_probe(tmp_path, capsys) -> None:
+    """Its file is read for training and test rows alike; a bad row is one all the same."""
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "x" * (i < 6)}) + "\n" for i in range(9)))
+    with pytest.raises(PmLlmError, match="3 things are wrong"):
+        load_probes(RunConfig(probes=[str(path)]))
+    (probe,) = load_probes(RunConfig(probes=[str(path)], bad_rows="drop"))
+    assert len(probe.test) == 6
+    assert capsys.readouterr().out.count("3 bad rows left out") == 1
 
 
 def test_a_validation_share_is_split_off_and_scored(tmp_path) -> None:

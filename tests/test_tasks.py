@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from datasets import Dataset, DatasetDict
 
+from pm_llm import ContinualSequence
 from pm_llm.cli import main
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
@@ -347,6 +348,28 @@ def test_rows_given_for_validation_stay_validation_rows(tmp_path) -> None:
         Dataset.from_list(ROWS[:n]).to_json(str(tmp_path / "b" / f"{split}.jsonl"))
     (task,) = user_tasks({"data": str(tmp_path / "b"), "validation_data": str(tmp_path / "v.jsonl")})
     assert (len(task.train), len(task.test), len(task.validation)) == (4, 2, 3)
+
+
+def test_rows_that_are_the_test_are_not_the_validation(tmp_path) -> None:
+    rows = [{**row, "prompt": f"{i} {row['prompt']}"} for i, row in enumerate(ROWS * 4)]
+    for split, some in (("train", rows[6:]), ("validation", rows[:4]), ("test", rows[4:6])):
+        Dataset.from_list(some).to_json(str(tmp_path / "a" / f"{split}.jsonl"))
+    entry = {"data": str(tmp_path / "a"), "test_split": "validation"}
+    (task,) = user_tasks(entry)
+    assert (len(task.train), len(task.test), len(task.validation)) == (len(rows) - 6, 4, 0)
+    (task,) = user_tasks({**entry, "validation_size": 0.5})
+    assert len(task.test) == 4
+    assert len(task.validation) == len(task.train) == (len(rows) - 6) / 2
+
+
+def test_two_tasks_of_one_name(pico_folders, tmp_path) -> None:
+    """A task may recur, but only as itself."""
+    config = RunConfig(model=pico_folders["llama"], output_dir=str(tmp_path / "run"))
+    one = Task("same", [Example("a", "x")], [Example("b", "x")])
+    assert list(ContinualSequence(config, [one, replace(one)]).distinct) == ["same"]
+    for other in (replace(one, test=[Example("c", "x")]), replace(one, train=[Example("d", "a longer answer")])):
+        with pytest.raises(PmLlmError, match="have one name: same"):
+            ContinualSequence(config, [one, other])
 
 
 def test_labels_that_exact_match_cannot_tell_apart() -> None:

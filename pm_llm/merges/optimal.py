@@ -85,7 +85,9 @@ class Optimal(Merge):
                 raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be a whole number from 1.")
 
         if self.form is not None and self.space == "factors":
-            raise PmLlmError(f"optimal: form {self.form!r} is of the space of the weights. Unset form, or space.")
+            raise PmLlmError(
+                f"optimal: form {self.form!r} (as pm_curvature has it) is of the weights. Unset form, or space."
+            )
         if self.current == "line" and (self.granularity != "model" or not self.clip):
             raise PmLlmError(
                 "optimal: current line gives one alpha for the model, in [0, 1]. Unset granularity and clip."

@@ -182,11 +182,7 @@ def load_tasks(config: RunConfig) -> list[Task]:
         names = pick_order(config.order, {"as given": list(tasks)}, list(tasks))
     if config.evaluation.split == "validation":
         tasks = {name: _on_validation(task, problems) for name, task in tasks.items()}
-    problems.check()
-    for line in problems.summary():
-        from pm_llm.progress import say
-
-        say(line)
+    problems.tell()
     one_direction(tasks.values())
     cut = {
         name: task.subset(config.max_train_samples, config.max_test_samples, config.seed)
@@ -202,7 +198,7 @@ def load_probes(config: RunConfig) -> list[Task]:
     problems = Problems(drop=config.bad_rows == "drop")
     folder = Path(config.data_dir) if config.data_dir else None
     tasks = load_user_tasks(config.probes, folder, problems, probe=True)
-    problems.check()
+    problems.tell()
     return [task.subset(None, config.max_test_samples, config.seed) for task in tasks]
 
 
@@ -223,10 +219,15 @@ def checked(tasks: Sequence[Task]) -> list[Task]:
 
 
 def distinct(tasks: Sequence[Task]) -> dict[str, Task]:
-    """Name -> task, of a recurring task the first."""
+    """Name -> task, of a recurring task the first. Raises PmLlmError if two of one name are not the same task."""
     found: dict[str, Task] = {}
     for task in tasks:
-        found.setdefault(task.name, task)
+        first = found.setdefault(task.name, task)
+        one, other = ((x.scorer, x.labels, list(x.test), list(x.whole or x.train)) for x in (first, task))
+        if first is not task and one != other:
+            raise PmLlmError(
+                f"two tasks of other rows, labels or scorers have one name: {task.name}. Give each its own."
+            )
     return found
 
 

@@ -25,6 +25,7 @@ class Problems:
 
     drop: bool = False
     found: list[Found] = field(default_factory=list)
+    seen: set[Found] = field(default_factory=set)
     dropped: dict[str, set[str]] = field(default_factory=dict)
     rows: int = 0
 
@@ -32,9 +33,10 @@ class Problems:
         """A bad row at `place`; the caller leaves it out."""
         if self.drop:
             self.dropped.setdefault(place.rpartition(":")[0] or place, set()).add(place)
-            return
-        self.rows += 1
-        self.add(place, what)
+        elif not place or (place, what) not in self.seen:  # a probe's file is read twice
+            self.seen.add((place, what))
+            self.rows += 1
+            self.add(place, what)
 
     def add(self, place: str, what: str) -> None:
         """Something wrong that leaving out a row cannot mend."""
@@ -56,6 +58,14 @@ class Problems:
         lines = "\n  ".join(told[:SHOWN])
         more = f"\n  and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
         raise PmLlmError(f"{len(self.found)} things are wrong with the tasks.{advice}\n  {lines}{more}")
+
+    def tell(self) -> None:
+        """Raises PmLlmError as :meth:`check`; else says, a line a file, how many rows were left out."""
+        from pm_llm.progress import say
+
+        self.check()
+        for line in self.summary():
+            say(line)
 
     def summary(self) -> list[str]:
         """One line a file from which rows were left out."""

@@ -17,7 +17,8 @@ from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.rows import READERS, Row, dataset_rows, read_rows
 
 _TEST_ALIASES = ("validation", "dev", "eval")
-# columns that are found without being named, the first pair that is there; `input` joins `instruction`
+MORE = ("input", "context")  # what joins `instruction`, the first that is there
+# columns that are found without being named, the first pair that is there
 PAIRS = (
     *(("prompt", answer) for answer in ("completion", "answer", "response", "label")),
     *(("instruction", answer) for answer in ("output", "response", "answer")),
@@ -137,7 +138,7 @@ def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
 
     train, test, validation = read(spec.train_split) or [], read(spec.test_split), None
     given = spec.validation_data is not None
-    if spec.test_split in splits or given:
+    if given or (spec.test_split in splits and spec.test_split != spec.validation_split):
         validation = read(spec.validation_split)
     if spec.test_split not in splits:  # validation stands in for test, unless it was given as such
         names = [
@@ -229,11 +230,16 @@ def _example(row: Row, prompt: str, completion: str | None, spec: UserTask, prob
     body, answer = row.text(prompt, problems), row.text(completion, problems)
     if body is None or answer is None:
         return None
-    if prompt == "instruction" and spec.prompt is None and row.values.get("input"):
-        more = row.text("input", problems)
-        if more is None:
+    more = [name for name in MORE if row.values.get(name)] if (prompt, spec.prompt) == ("instruction", None) else []
+    if more:
+        text = row.text(more[0], problems)
+        if text is None:
             return None
-        body += f"\n\n{more}"
+        body += f"\n\n{text}"
+    elif spec.prompt is None and row.values.get("context"):
+        what = f"it has a `context`, which its {prompt} alone leaves out"
+        problems.row(row.place, f"{what}. Put both into one column, or name `prompt: {prompt}` to go without.")
+        return None
     return Example(body, answer, id=name, place=row.place)
 
 

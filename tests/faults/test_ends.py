@@ -219,6 +219,17 @@ def test_a_restart_that_is_stopped_goes_on(forker, pico_folders, tmp_path) -> No
     assert seen
 
 
+def test_checkpoints_are_as_frequent_as_is_asked_for_now(forker, pico_folders, tmp_path) -> None:
+    """Also in the task that is in training, whose checkpoint remembers another interval."""
+    run, folder = tmp_path / "run", "work/01-sentiment/checkpoint-"
+    keys = {"train.max_steps": 60, "train.save_steps": 5}
+    argv = [*arguments(pico_folders["llama"], order="sentiment", **keys), "--output_dir", run]
+    assert forker(*argv, kill=60.0, when=str(run / f"{folder}*")).status != 0
+    ended = forker(*argv, "--train.save_steps", "1", kill=60.0, when=str(run / f"{folder}*[1-46-9]"))
+    assert "going on from" in ended.said
+    assert ended.status != 0  # it was killed, for there was one
+
+
 def test_results_of_fewer_tasks_are_not_the_runs(forker, pico_folders, tmp_path, capsys) -> None:
     run = tmp_path / "run"
     assert forker(*arguments(pico_folders["llama"], order="sentiment"), "--output_dir", run).status == 0

@@ -8,7 +8,10 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from pm_llm.cli import main
 from pm_llm.config import flags, load_config
+from pm_llm.errors import PmLlmError
+from pm_llm.methods import PRESETS
 from pm_llm.models import lora_config, resolve
 from pm_llm.tasks import BENCHMARKS, load_benchmark
 from pm_llm.tasks.order import pick_order
@@ -37,6 +40,7 @@ def test_recipe(path: Path, tmp_path) -> None:
     for kind, choices in (("start", [method.start]), ("merge", [method.merge]), ("constrain", method.constrain)):
         for choice in choices:
             choice.build(kind)
+    assert all(load_config(path, {"method": name}).parsed_method() == preset for name, preset in PRESETS.items())
     if config.model.startswith("embedded:"):
         seq2seq = "t5" in config.model
         assert Path(resolve(config.model), "model.safetensors").is_file()
@@ -73,6 +77,16 @@ def test_help_lists_every_key() -> None:
     assert {"model", "lora.r", "train.learning_rate", "fisher.samples", "evaluate"} <= set(keys)
     text = pm_llm("run", "--help").stdout
     assert all(f"  --{key}\n" in text for key in keys)
+
+
+def test_a_method_over_a_file_that_sets_words_of_another(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"method": "pm", "constrain": {"name": "perturb", "epsilon": 0.3}}))
+    with pytest.raises(PmLlmError, match="Give --constrain null for the method's own"):
+        load_config(path, {"method": "ewc"})
+    assert load_config(path, {"method": "ewc", "constrain": None}).parsed_method() == PRESETS["ewc"]
+    assert load_config(path, {"method": "pm"}).constrain == {"name": "perturb", "epsilon": 0.3}
+    assert main(["run", "--config", str(path), "--method", "ewc", "--constrain", "null", "--tasks", "nowhere"]) == 2
 
 
 def test_unused_yaml_does_not_slip_through(tmp_path) -> None:
