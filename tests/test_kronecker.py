@@ -234,7 +234,7 @@ def test_the_merge_may_name_its_form(pico_folders, tmp_path) -> None:
         config = config_for(pico_folders["llama"], tmp_path / str(i), **{"evaluate": "final", **keys})
         found.append(ContinualSequence(config).run()["raw_coefficients"])
     assert found[0] == found[1] != found[2]
-    with pytest.raises(PmLlmError, match="space of the weights"):
+    with pytest.raises(PmLlmError, match="Unset form, or space"):
         load_config(None, {"method": "pm_curvature", "space": "factors"}).check()
     with pytest.raises(PmLlmError, match="None or dense or factored or kronecker"):
         Merger("optimal", form="diagonal")
