@@ -1,7 +1,7 @@
 """Records of runs, one JSON line each, and the table they give: what `methods.py` writes and the docs show.
 
     python benchmarks/records.py docs/results/FILE.jsonl        # print its table
-    python benchmarks/records.py docs/results/FILE.jsonl --lead pm_curvature    # by how much it is ahead, paired
+    python benchmarks/records.py docs/results/FILE.jsonl --lead pm_curvature [--without TASK ...]    # its lead, paired
     python benchmarks/records.py --keep RUN [RUN ...] --into FILE.jsonl         # records of runs made otherwise
     python benchmarks/records.py --write docs/results.md        # renew a page: tables at their markers, figures
 
@@ -270,12 +270,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("records", type=Path, nargs="*", metavar="RECORDS.jsonl")
     parser.add_argument("--lead", metavar="NAME", help="how far this method is ahead of the others")
+    parser.add_argument("--without", nargs="+", default=(), metavar="TASK", help="tasks that do not count for it")
     parser.add_argument("--write", type=Path, metavar="PAGE.md", help="renew the tables and figures of this page")
     parser.add_argument("--keep", type=Path, nargs="+", metavar="RUN", help="finished runs, named by their folders")
     parser.add_argument("--into", type=Path, metavar="FILE.jsonl", help="where their records go")
     given = parser.parse_args()
     if bool(given.keep) != bool(given.into):
         parser.error("--keep RUN ... and --into FILE.jsonl go together.")
+    if given.without and not given.lead:
+        parser.error("--without TASK ... goes with --lead NAME.")
     if given.write:
         import plot
 
@@ -290,7 +293,7 @@ def main() -> None:
             add(given.into, record(path.name, str(config["order"] or "given"), config["seed"], run))
     else:
         found = [one for path in given.records for one in read(path)]
-        print(lead(found, given.lead) if given.lead else table(found))
+        print(lead(found, given.lead, given.without) if given.lead else table(found))
 
 
 if __name__ == "__main__":
