@@ -311,55 +311,55 @@ from pm_llm.tasks.encode import Encoder, longest_answer
 from tests.test_generation import mixed_rows
 
 state = process_state()
-base = load_base(sys.argv[1])
-model, encoder = base.model.eval(), Encoder(base.tokenizer, base.seq2seq, 160, 6)
-calls = []
-model.register_forward_pre_hook(lambda *a: calls.append(1))
-for rows in (mixed_rows(), mixed_rows()[:1]):
-    calls.clear()
-    said = generate(model, encoder, rows, 3)
-    chosen = choose_labels(model, encoder, rows, ["positive", "negative"], 3)
-    found = [state.process_index, state.num_processes, len(calls), said, chosen]
-    open(f"{sys.argv[2]}-{state.num_processes}-{state.process_index}-{len(rows)}.json", "w").write(json.dumps(found))
+for family in ("llama", "t5"):
+    base = load_base(f"embedded:{family}")
+    model, encoder = base.model.eval(), Encoder(base.tokenizer, base.seq2seq, 160, 6)
+    calls = []
+    model.register_forward_pre_hook(lambda *a: calls.append(1))
+    for rows in (mixed_rows(), mixed_rows()[:1]):
+        calls.clear()
+        said = generate(model, encoder, rows, 3)
+        chosen = choose_labels(model, encoder, rows, ["positive", "negative"], 3)
+        found = [state.process_index, state.num_processes, len(calls), said, chosen]
+        name = f"{sys.argv[1]}/{family}-{state.num_processes}-{state.process_index}-{len(rows)}.json"
+        open(name, "w").write(json.dumps(found))
 shut_down()
 """
 
 
 @pytest.mark.slow
-def test_evaluate_under_a_launcher(tmp_path) -> None:
+def test_evaluate_under_a_launcher(tmp_path, capsys) -> None:
     """As in the docs: two processes, one set of lines, one file, the scores of one process."""
     arguments = ["evaluate", "--model", "embedded:llama", "--benchmark", "embedded", "--order", "topic,intent"]
     arguments += ["--max_test_samples", "21", "--max_length", "96"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml"), "-m", "pm_llm.cli"]
+    whole = [*launch, *arguments, "--predictions", str(tmp_path / "two.jsonl")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    said = []
-    for name, command in (("two", launch), ("one", [sys.executable, "-m", "pm_llm.cli"])):
-        whole = [*command, *arguments, "--predictions", str(tmp_path / f"{name}.jsonl")]
-        done = subprocess.run(whole, capture_output=True, text=True, env=environment, timeout=200)
-        assert done.returncode == 0, done.stderr
-        said.append([line for line in done.stdout.splitlines() if "\t" in line])
+    done = subprocess.run(whole, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert main([*arguments, "--predictions", str(tmp_path / "one.jsonl")]) == 0
+    said = [[x for x in text.splitlines() if "\t" in x] for text in (done.stdout, capsys.readouterr().out)]
     assert said[0] == said[1]
     assert len(said[0]) == 3
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_processes_share_the_rows_and_agree(family: str, tmp_path) -> None:
+def test_two_processes_share_the_rows_and_agree(tmp_path) -> None:
     """16 rows in batches of 3 make six batches for two processes; then one row, so that one has nothing to do."""
     script = tmp_path / "answer.py"
     script.write_text(SCRIPT)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    arguments = [str(script), f"embedded:{family}", str(tmp_path / "said")]
+    arguments = [str(script), str(tmp_path)]
     launch += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for command in (launch, [sys.executable, *arguments]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
         assert done.returncode == 0, done.stderr
-    for rows in (16, 1):
+    for family, rows in itertools.product(FAMILIES, (16, 1)):
         alone, *shares = (
-            json.loads((tmp_path / f"said-{name}-{rows}.json").read_text()) for name in ("1-0", "2-0", "2-1")
+            json.loads((tmp_path / f"{family}-{name}-{rows}.json").read_text()) for name in ("1-0", "2-0", "2-1")
         )
         assert [share[:2] for share in (alone, *shares)] == [[0, 1], [0, 2], [1, 2]]
         assert all(share[3:] == alone[3:] for share in shares)

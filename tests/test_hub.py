@@ -41,22 +41,23 @@ LOAD = """
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-base, adapter, family = sys.argv[1:]
+base, family, *adapters = sys.argv[1:]
 auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
-model = PeftModel.from_pretrained(auto.from_pretrained(base), adapter).eval()
 ids = torch.arange(3, 20)[None]
 extra = {"decoder_input_ids": ids[:, :4]} if family == "t5" else {}
-with torch.no_grad():
-    print("sum", model(input_ids=ids, **extra).logits.double().sum().item())
+for adapter in adapters:
+    model = PeftModel.from_pretrained(auto.from_pretrained(base), adapter).eval()
+    with torch.no_grad():
+        print("sum", model(input_ids=ids, **extra).logits.double().sum().item())
 """
 
 
-def logit_sum(base: str, adapter: str, family: str, env: dict[str, str]) -> float:
+def logit_sums(base: str, family: str, *adapters: str, env: dict[str, str]) -> list[float]:
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, base, adapter, family], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LOAD, base, family, *adapters], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    return float(re.search(r"^sum (.*)$", done.stdout, re.M)[1])
+    return [float(x) for x in re.findall(r"^sum (.*)$", done.stdout, re.M)]
 
 
 @pytest.mark.slow
@@ -73,9 +74,10 @@ def test_push_and_load_again(family: str, large: tuple[str, ...], finished_runs,
         assert set(hub.files["user/my-adapter"]) >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
         for text in (done.stdout, done.stderr, hub.files["user/my-adapter"]["README.md"].decode()):
             assert TOKEN not in text
-        from_hub = logit_sum(pico_folders[family], "user/my-adapter", family, env)
-        local = logit_sum(pico_folders[family], f"{finished_runs[family]}/adapter", family, env)
-        assert from_hub == local
+        local = f"{finished_runs[family]}/adapter"
+        sums = logit_sums(pico_folders[family], family, "user/my-adapter", local, env=env)
+        assert len(sums) == 2
+        assert sums[0] == sums[1]
         assert any(r.startswith("GET /user/my-adapter/resolve/main/adapter_model") for r in hub.requests)
         again = pm_llm("push", finished_runs[family], "user/my-adapter", env=env, timeout=120)
         assert again.returncode == 0, again.stderr  # pushing to what exists is an update

@@ -46,13 +46,19 @@ class Forker:
         )
 
     def __call__(
-        self, *argv: object, kill: float | None = None, when: str = "", number: int = signal.SIGKILL
+        self,
+        *argv: object,
+        kill: float | None = None,
+        when: str = "",
+        number: int = signal.SIGKILL,
+        cwd: Path = ROOT,
     ) -> Ended:
         """Run `pm-llm ARGV`, and send a signal after `kill` seconds, or as soon as a path like `when` is there."""
         self.log.write_text("")
         job = {
             "argv": [str(word) for word in argv],
             "log": str(self.log),
+            "cwd": str(cwd),
             "kill": kill,
             "when": when,
             "signal": int(number),

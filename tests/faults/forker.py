@@ -1,6 +1,7 @@
 """Runs `pm-llm` commands in forked processes that can be killed, without importing everything anew for each.
 
-Reads a JSON object a line: `argv`, `log` (file for what it prints), `kill` (seconds after which it gets `signal`).
+Reads a JSON object a line: `argv`, `log` (file for what it prints), `cwd`, `kill` (seconds after which it gets
+`signal`).
 Answers `{"status": ..., "seconds": ...}`, the status as `os.waitstatus_to_exitcode` gives it (-9: killed).
 """
 
@@ -21,9 +22,10 @@ import pm_llm.status  # noqa: F401
 from pm_llm.cli import main
 
 
-def child(argv: list[str], log: str) -> None:
+def child(argv: list[str], log: str, cwd: str) -> None:
     """Become a process of its own that runs one command."""
     os.setsid()
+    os.chdir(cwd)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -48,7 +50,7 @@ def serve() -> None:
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            child(job["argv"], job["log"])
+            child(job["argv"], job["log"], job["cwd"])
         if job["kill"] is not None:
             while time.monotonic() - started < job["kill"] and not os.waitid(
                 os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT

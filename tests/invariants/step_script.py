@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pm_llm import ContinualSeq2SeqTrainer, ContinualSFTTrainer, Perturb
 from pm_llm.processes import shut_down
-from tests.conftest import features, make_peft, tokenizer
+from tests.conftest import FAMILIES, features, make_peft, tokenizer
 
 
 def make_trainer(family: str, out: str, batch: int, accumulation: int, constraint=(), plain: bool = False, **options):
@@ -59,10 +59,11 @@ def one_step(trainer) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    family, out, batch, accumulation = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    trainer = make_trainer(family, out, batch, accumulation, Perturb(epsilon=0.5, probability=0.5))
-    result = one_step(trainer)
-    if PartialState().is_main_process:
-        torch.save(result, f"{out}/step.pt")
+    out, batch, accumulation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    for family in FAMILIES:
+        trainer = make_trainer(family, out, batch, accumulation, Perturb(epsilon=0.5, probability=0.5))
+        result = one_step(trainer)
+        if PartialState().is_main_process:
+            torch.save(result, f"{out}/{family}.pt")
     del trainer
     shut_down()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -82,39 +83,41 @@ class TestFold:
 
 
 LOADER = """
-import sys, torch
+import json, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-base, adapter, batch, out, seq2seq = sys.argv[1:]
-auto = AutoModelForSeq2SeqLM if seq2seq == "t5" else AutoModelForCausalLM
-model = PeftModel.from_pretrained(auto.from_pretrained(base), adapter).eval()
-with torch.no_grad():
-    torch.save(model(**torch.load(batch)).logits, out)
+for folder, (family, base) in json.loads(sys.argv[1]).items():
+    auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    model = PeftModel.from_pretrained(auto.from_pretrained(base), f"{folder}/adapter").eval()
+    with torch.no_grad():
+        torch.save(model(**torch.load(f"{folder}/batch.pt")).logits, f"{folder}/out.pt")
 assert not any(name.startswith("pm_llm") for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip_in_a_fresh_process(family: str, kind: str, tmp_path, pico_folders) -> None:
-    model, batch = two_adapters(family, kind)
-    running, new = Adapter.from_model(model, "running"), Adapter.from_model(model, "new")
-    merged = Merger("constant", coefficient=0.6, max_rank=5).fold(running, new)
-    merged.save(tmp_path / "adapter")
-    merged.attach(model, "merged")
-    expected = logits(model, batch, "merged")
-    torch.save(batch, tmp_path / "batch.pt")
-    arguments = [pico_folders[family], tmp_path / "adapter", tmp_path / "batch.pt", tmp_path / "out.pt", family]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-c", LOADER, *map(str, arguments)], check=True, cwd=tmp_path, env=environment, timeout=120
-    )
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, atol=0, rtol=0)
-    reread = Adapter.load(tmp_path / "adapter")
-    assert reread.rank == 5
-    for name, x in merged.factors.items():
-        assert torch.equal(reread.factors[name].A, x.A)
-        assert torch.equal(reread.factors[name].B, x.B)
+def test_round_trip_in_a_fresh_process(tmp_path, pico_folders) -> None:
+    """By PEFT alone, of every family and kind of adapter."""
+    merged, expected, jobs = {}, {}, {}
+    for family in FAMILIES:
+        for kind in KINDS:
+            model, batch = two_adapters(family, kind)
+            running, new = Adapter.from_model(model, "running"), Adapter.from_model(model, "new")
+            folder = tmp_path / f"{family}-{kind}"
+            merged[folder] = Merger("constant", coefficient=0.6, max_rank=5).fold(running, new)
+            merged[folder].save(folder / "adapter")
+            merged[folder].attach(model, "merged")
+            expected[folder] = logits(model, batch, "merged")
+            torch.save(batch, folder / "batch.pt")
+            jobs[str(folder)] = (family, pico_folders[family])
+    command = [sys.executable, "-c", LOADER, json.dumps(jobs)]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    for folder, logit in expected.items():
+        torch.testing.assert_close(torch.load(folder / "out.pt"), logit, atol=0, rtol=0)
+        reread = Adapter.load(folder / "adapter")
+        assert reread.rank == 5
+        for name, x in merged[folder].factors.items():
+            assert torch.equal(reread.factors[name].A, x.A)
+            assert torch.equal(reread.factors[name].B, x.B)
 
 
 def test_the_base_of_pico_folders_is_the_model(pico_folders) -> None:
