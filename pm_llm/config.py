@@ -201,8 +201,11 @@ class RunConfig:
     def _check_method(self, method: Method) -> None:
         start, merge = method.start.build("start"), method.merge.build("merge")
         if self.space == "factors":
-            if self.start is not None and method.start != Choice.parse(self.start, "start"):
-                raise PmLlmError(f"space factors needs start continue; start is {self.start!r}. Leave it out.")
+            own = Method.parse(self.method, self.start).start
+            if own != method.start and (self.start is not None or own.name != "fresh"):
+                raise PmLlmError(
+                    f"space factors needs start continue; start is {own.plain()!r}. Give --start continue."
+                )
             if not merge.in_factors:
                 raise PmLlmError("space factors needs merge optimal, or another merge of the factors themselves.")
         merge.check(start)
@@ -252,7 +255,7 @@ class RunConfig:
             raise PmLlmError("truncation fisher needs merge optimal in the space of the weights. Set it to plain.")
 
     def plain(self) -> dict[str, Any]:
-        """As YAML would hold it: no tuple, no :class:`Choice`."""
+        """As YAML would hold it: no tuple, no :class:`Choice`; a path or a date as text."""
 
         def word(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
@@ -260,7 +263,7 @@ class RunConfig:
             return value.plain() if isinstance(value, Choice) else value
 
         words = {name: word(getattr(self, name)) for name in ("start", "constrain", "merge")}
-        return json.loads(json.dumps({**dataclasses.asdict(self), **words}))
+        return json.loads(json.dumps({**dataclasses.asdict(self), **words}, default=str))
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -281,13 +284,16 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
         if not isinstance(values, dict):
             raise PmLlmError(f"{path} holds no mapping of keys to values.")
     given = overrides or {}
-    if given.get("method", values.get("method")) != values.get("method"):
-        for word in ("start", "constrain", "merge"):
-            if values.get(word) is not None and word not in given:
-                raise PmLlmError(
-                    f"{path} sets {word}: {values[word]!r}, which would replace that of {given['method']!r}. "
-                    f"Give --{word} null for the method's own, or --{word} as you want it."
-                )
+    method = values.get("method", RunConfig.method)
+    if given.get("method", method) != method:
+        usual = {"start": "null", "constrain": "null", "merge": "null", "space": RunConfig.space}
+        words = [w for w in usual if values.get(w) not in (None, usual[w]) and w not in given]
+        if words:
+            raise PmLlmError(
+                f"{path} sets {', '.join(f'{w}: {values[w]!r}' for w in words)}, which would replace what "
+                f"{given['method']!r} has. Give {' '.join(f'--{w} {usual[w]}' for w in words)} for "
+                "the method's own, or the words that you want."
+            )
     for key, value in given.items():
         section, _, name = key.rpartition(".")
         target = values.setdefault(section, {}) if section else values

@@ -204,10 +204,11 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     shapes = [(layer.out_features, layer.in_features, layer.r["task"]) for layer in layers]
     trained = sum((n + m) * r for n, m, r in shapes)
     merge = config.parsed_method().merge.build("merge")
-    tops = [min(n, m, config.max_rank or (n if merge.dense else tasks * r)) for n, m, r in shapes]
+    on_base = config.parsed_method().start.name == "alone"
+    any_rank = merge.dense or (merge.whole and not on_base)  # a whole model's holds what is merged before it
+    tops = [min(n, m, config.max_rank or (n if any_rank else tasks * r)) for n, m, r in shapes]
     merged = sum((n + m) * top for (n, m, _), top in zip(shapes, tops, strict=True))
     form = merge.fisher_form(config.fisher.form) if merge.needs_fisher else ""
-    on_base = config.parsed_method().start.name == "alone"
     kept = sum(
         _kept(merge, form, tasks, n, m, r, r if on_base else min(n, m, top + r))
         for (n, m, r), top in zip(shapes, tops, strict=True)

@@ -38,7 +38,7 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
         raise PmLlmError(f"{repo_id!r} is no repository name: {error}") from error
     if "/" not in repo_id:
         raise PmLlmError(f"{repo_id!r} names no user. Give user/name.")
-    if knows_task(results["config"]["method"], results["method"]):
+    if knows_task(results["config"]["method"], results["method"]) and len(results["stages"]) > 1:
         raise PmLlmError(
             f"{run.path} has an adapter for each task, in {STAGES}/*/{TASK_ADAPTER}, and none for all of them: choose "
             "the ones to upload (`PeftModel.push_to_hub`), or run a method that ends in one adapter."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from pm_llm.values import exponents
 OURS = {
     *("output_dir", "seed", "save_strategy", "save_steps", "save_only_model", "save_total_limit", "ignore_data_skip"),
     *("load_best_model_at_end", "auto_find_batch_size", "push_to_hub", "eval_strategy", "eval_on_start"),
-    *("max_length", "packing", "padding_free", "assistant_only_loss"),
+    *("max_length", "packing", "padding_free", "assistant_only_loss", "dataloader_drop_last"),
 }
 
 
@@ -77,12 +79,15 @@ def train(
                 checkpoints=checkpoints,
                 callbacks=[TrainingBar(f"train {label}"), stop, SaveSteps()],
             )
-        except ValueError as error:
-            if config.train.extra:  # which may ask for what does not go together
-                raise PmLlmError(f"train: {first_line(error)}") from error
-            if "PEFT adapter" not in str(error):  # of modules that TRL does not train
+        except PmLlmError:
+            raise
+        except (ValueError, RuntimeError, ImportError) as error:
+            if "PEFT adapter" in str(error):  # of modules that TRL does not train
+                raise PmLlmError(str(error)) from error
+            if not config.train.extra:
                 raise
-            raise PmLlmError(str(error)) from error
+            # it may ask for what does not go together, or is not installed
+            raise PmLlmError(f"train: {first_line(error)}") from error
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         try:
@@ -133,7 +138,13 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
     }
     if not seq2seq:
         fields["max_length"] = None  # rows are cut inside their frame already
+    arguments_class = Seq2SeqTrainingArguments if seq2seq else SFTConfig
+    types = {f.name: str(f.type) for f in dataclasses.fields(arguments_class)}
+    extra = {
+        key: exponents(x) if re.search("float|dict", types.get(key, "")) else x
+        for key, x in config.train.extra.items()
+    }
     try:
-        return (Seq2SeqTrainingArguments if seq2seq else SFTConfig)(**{**fields, **exponents(config.train.extra)})
+        return arguments_class(**{**fields, **extra})
     except (TypeError, ValueError, ImportError) as error:
         raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error

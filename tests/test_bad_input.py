@@ -81,6 +81,8 @@ def test_unknown_yaml_key_names_the_nearest(tmp_path, run) -> None:
         (("--train.extra", "{eval_strategy: steps}"), ("eval_strategy", "Leave it out")),
         (("--train.extra", "{max_length: 26}"), ("max_length", "Leave it out")),  # it would cut answers off
         (("--train.extra", "{packing: true}"), ("packing", "Leave it out")),
+        (("--train.extra", "{dataloader_drop_last: true}"), ("dataloader_drop_last", "Leave it out")),
+        (("--method", "slao", "--space", "factors"), ("space factors", "start continue", "'orthogonal'")),
         (("--seed",), ("--seed needs a value",)),
     ],
 )
@@ -96,21 +98,24 @@ def test_a_configuration_made_in_python_is_what_its_file_says(tmp_path) -> None:
     assert again.plain() == config.plain()
     assert again.parsed_method() == config.parsed_method()
     assert config.plain()["constrain"] == [{"name": "perturb", "epsilon": 0.2}, "sparse"]
+    assert RunConfig(output_dir=tmp_path / "run").plain()["output_dir"] == str(tmp_path / "run")
 
 
 def test_numbers_with_an_exponent_in_extra(tmp_path) -> None:
     """YAML 1.1 takes `1e-6` for a text."""
     path = tmp_path / "mine.yaml"
-    path.write_text("train: {extra: {adam_epsilon: 1e-6, lr_scheduler_kwargs: {min_lr: 2e-5}, run_name: 1e-6b}}\n")
+    path.write_text("train: {extra: {adam_epsilon: 1e-6, lr_scheduler_kwargs: {min_lr: 2e-5}, run_name: 1e5}}\n")
     arguments = training_arguments(load_config(path), False, tmp_path, 0)
     assert arguments.adam_epsilon == 1e-6
     assert arguments.lr_scheduler_kwargs == {"min_lr": 2e-5}
-    assert arguments.run_name == "1e-6b"
+    assert arguments.run_name == "1e5"
 
 
 def test_extra_settings_that_do_not_go_together(run) -> None:
     """Some are found by the Trainer alone; they are one line all the same."""
     one_line(*run("--benchmark", "embedded", "--train.extra", "{use_liger_kernel: true}"), "train: ", "liger")
+    one_line(*run("--benchmark", "embedded", "--train.extra", "{report_to: no_such}"), "train: ", "no_such")
+    one_line(*run("--benchmark", "embedded", "--train.extra", "{report_to: comet_ml}"), "train: ", "comet")
 
 
 def test_a_model_that_cannot_generate(run, tmp_path, pico_folders) -> None:

@@ -148,6 +148,12 @@ def test_a_card_says_whose_rows_were_trained_on(finished_runs, tmp_path) -> None
         found = {**results, "method": PRESETS[method].plain()}
         card = write_card(found, "user/name", "gpt2", 4, None, tmp_path / "README.md")
         assert f"fine-tuned on 2 tasks one after the other, {said}:\nsentiment, topic." in card
+    own = {**PRESETS["seqlora"].plain(), "merge": "median", "constrain": ["mine"]}  # of a package not imported here
+    card = write_card({**results, "method": own}, "user/name", "gpt2", 4, None, tmp_path / "README.md")
+    assert "fine-tuned on 2 tasks one after the other:\nsentiment, topic." in card
+    own = {**PRESETS["joint"].plain(), "merge": "median"}
+    card = write_card({**results, "method": own}, "user/name", "gpt2", 4, None, tmp_path / "README.md")
+    assert "one after the other, with rows of earlier tasks:" in card
 
 
 def test_adapters_for_one_task_each_are_not_pushed_as_one(pico_folders, tmp_path) -> None:

@@ -196,7 +196,10 @@ def test_class_labels_become_their_names(tmp_path) -> None:
         ({"instruction": "add", "input": "1 2", "output": "3"}, "add\n\n1 2", "3"),
         ({"instruction": "sing", "input": "", "output": "la"}, "sing", "la"),
         ({"instruction": "when", "context": "in 1921", "response": "1921"}, "when\n\nin 1921", "1921"),
-        ({"question": "q", "context": "", "answer": "a"}, "q", "a"),
+        ({"instruction": "i", "input": "in", "context": "c", "output": "o"}, "i\n\nin\n\nc", "o"),
+        ({"instruction": "i", "context": ["c"], "output": "o"}, "i", "o"),
+        ({"question": "q", "context": " ", "answer": "a"}, "q", "a"),
+        ({"question": "q", "context": {"from": "x"}, "answer": "a"}, "q", "a"),
         ({"question": "q", "answer": "a", "text": "no"}, "q", "a"),
         ({"text": "t", "label": "l"}, "t", "l"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "q", "a"),
@@ -210,8 +213,11 @@ def test_columns_are_found(row: dict, prompt: str, completion: str, tmp_path) ->
 
 def test_a_context_is_not_left_out_unsaid(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text((json.dumps({"question": "q", "context": "c", "answer": "a"}) + "\n") * 10)
-    with pytest.raises(PmLlmError, match=r"a `context`, which its question alone leaves out.*\(also 2-10\)"):
-        load_tasks(RunConfig(tasks=[str(tmp_path / "a.jsonl")]))
+    for bad_rows in ("error", "drop"):  # it is no row's fault
+        with pytest.raises(PmLlmError, match="a `context`, which question alone leaves out") as error:
+            load_tasks(RunConfig(tasks=[str(tmp_path / "a.jsonl")], bad_rows=bad_rows))
+        assert len(str(error.value).splitlines()) == 1
+        assert "--bad_rows" not in str(error.value)
     named = {"data": str(tmp_path / "a.jsonl"), "prompt": "question", "completion": "answer"}
     (task,) = load_tasks(RunConfig(tasks=[named]))
     assert task.train[0].prompt == "q"

@@ -362,11 +362,28 @@ def test_rows_that_are_the_test_are_not_the_validation(tmp_path) -> None:
     assert len(task.validation) == len(task.train) == (len(rows) - 6) / 2
 
 
+def test_rows_of_two_uses_are_not_asked_for_under_one_name(tmp_path) -> None:
+    rows = [{**row, "prompt": f"{i} {row['prompt']}"} for i, row in enumerate(ROWS * 4)]
+    for split, some in (("train", rows[6:]), ("validation", rows[:4])):
+        Dataset.from_list(some).to_json(str(tmp_path / "a" / f"{split}.jsonl"))
+    file = str(tmp_path / "v.jsonl")
+    Dataset.from_list(rows[4:6]).to_json(file)
+    for more, said in (
+        ({"validation_data": file, "test_split": "validation"}, "test_split and validation_split are both"),
+        ({"test_data": file, "test_split": "x", "validation_split": "x"}, "test_split and validation_split are both"),
+        ({"test_data": file, "validation_data": file}, "test_data and validation_data are both"),
+    ):
+        with pytest.raises(PmLlmError, match=said):
+            user_tasks({"data": str(tmp_path / "a"), **more})
+
+
 def test_two_tasks_of_one_name(pico_folders, tmp_path) -> None:
     """A task may recur, but only as itself."""
     config = RunConfig(model=pico_folders["llama"], output_dir=str(tmp_path / "run"))
     one = Task("same", [Example("a", "x")], [Example("b", "x")])
     assert list(ContinualSequence(config, [one, replace(one)]).distinct) == ["same"]
+    from_elsewhere = replace(one, train=[Example("a", "x", id="1", place="b.jsonl:1")])
+    assert list(ContinualSequence(config, [one, from_elsewhere]).distinct) == ["same"]
     for other in (replace(one, test=[Example("c", "x")]), replace(one, train=[Example("d", "a longer answer")])):
         with pytest.raises(PmLlmError, match="have one name: same"):
             ContinualSequence(config, [one, other])

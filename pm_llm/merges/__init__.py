@@ -95,6 +95,7 @@ class Merge:
     needs_history = False  # whether a running adapter means nothing without the folds that made it
     old_adapters = False  # whether all tasks' adapters are kept
     dense = False  # whether the result's rank may be any, whatever the adapters' ranks
+    whole = False  # whether what is kept of a task is its model, not its task vector
     adds = False  # whether all of an adapter that began at the base model is new, see :meth:`Fold.vector`
     in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
     stores = ""  # what is kept from task to task, besides the running adapter
@@ -145,7 +146,7 @@ class Merge:
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`; also of what it gave before the first fold, where a fold failed."""
 
 
 def check_space(rule: str, space: str) -> bool:

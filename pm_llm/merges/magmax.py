@@ -19,6 +19,8 @@ class MagMax(Merge):
     is of full rank; the error is told.
     """
 
+    dense = True
+
     def coefficients(self, fold: Fold) -> Coefficients:
         return Coefficients.same(1.0, fold.new)
 

@@ -35,7 +35,7 @@ class Opcm(Merge):
     variant: str = "paper"
     norms: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # mean over the task vectors
     scales: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # lambda
-    needs_history = True
+    needs_history, dense = True, True
     stores = "two norms a module"
 
     def __post_init__(self) -> None:

@@ -23,7 +23,6 @@ class Stored(Merge):
     vectors: list[dict[str, LowRank]] = field(default_factory=list, init=False, repr=False)
     needs_history = True
     old_adapters = True
-    whole = False  # whether what is kept of a task is its model, not its task vector
     dense = True
     stores = "every task's adapter"
 

@@ -223,12 +223,17 @@ def distinct(tasks: Sequence[Task]) -> dict[str, Task]:
     found: dict[str, Task] = {}
     for task in tasks:
         first = found.setdefault(task.name, task)
-        one, other = ((x.scorer, x.labels, list(x.test), list(x.whole or x.train)) for x in (first, task))
-        if first is not task and one != other:
+        if first is not task and _content(first) != _content(task):
             raise PmLlmError(
                 f"two tasks of other rows, labels or scorers have one name: {task.name}. Give each its own."
             )
     return found
+
+
+def _content(task: Task) -> tuple[Any, ...]:
+    """What makes a task the same, wherever its rows were read."""
+    rows = ([replace(row, id=None, place="") for row in some] for some in (task.test, task.whole or task.train))
+    return task.scorer, task.labels, *rows
 
 
 def load_benchmark(name: str) -> Any:

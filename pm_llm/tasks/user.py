@@ -17,7 +17,8 @@ from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.rows import READERS, Row, dataset_rows, read_rows
 
 _TEST_ALIASES = ("validation", "dev", "eval")
-MORE = ("input", "context")  # what joins `instruction`, the first that is there
+CONTEXT = "context"
+MORE = ("input", CONTEXT)  # what joins `instruction`, where they are there
 # columns that are found without being named, the first pair that is there
 PAIRS = (
     *(("prompt", answer) for answer in ("completion", "answer", "response", "label")),
@@ -122,6 +123,17 @@ def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
         splits = {spec.train_split: lambda: read_rows(path, problems)}
     else:
         splits = _from_datasets(load_hub_dataset(spec.data, spec.subset), spec.data)
+    files = (spec.test_data, spec.validation_data)
+    for key, same in (
+        ("split", any(files) and spec.test_split == spec.validation_split),
+        ("data", all(files) and files[0] == files[1]),
+    ):
+        if same:
+            both = getattr(spec, f"test_{key}")
+            problems.add(
+                "", f"task {name!r}: test_{key} and validation_{key} are both {both!r}. Give each its own rows."
+            )
+            return Task(name, [], [], spec.scorer)
     for split, file in ((spec.test_split, spec.test_data), (spec.validation_split, spec.validation_data)):
         if file is not None:
             splits[split] = partial(read_rows, _place(file, folder), problems)
@@ -208,6 +220,13 @@ def _examples(rows: list[Row], spec: UserTask, problems: Problems) -> list[Examp
         )
         return []
     common = max((columns for columns in found if columns is not None), key=found.__getitem__)
+    prompt, completion = common
+    if spec.prompt is None and completion is not None and prompt != "instruction":
+        place = next((row.place for row in rows if _has_context(row)), None)
+        if place is not None:
+            what = f"there is a `context`, which {prompt} alone leaves out"
+            problems.add(place, f"{what}. Put both into one column, or name `prompt: {prompt}` to go without.")
+            return []
     examples = [_example(row, *common, spec, problems) for row in rows]
     return [example for example in examples if example is not None]
 
@@ -230,17 +249,21 @@ def _example(row: Row, prompt: str, completion: str | None, spec: UserTask, prob
     body, answer = row.text(prompt, problems), row.text(completion, problems)
     if body is None or answer is None:
         return None
-    more = [name for name in MORE if row.values.get(name)] if (prompt, spec.prompt) == ("instruction", None) else []
-    if more:
-        text = row.text(more[0], problems)
+    joined = (prompt, spec.prompt) == ("instruction", None)
+    for column in (name for name in MORE if joined and row.values.get(name)):
+        if column == CONTEXT and not _has_context(row):
+            continue
+        text = row.text(column, problems)
         if text is None:
             return None
         body += f"\n\n{text}"
-    elif spec.prompt is None and row.values.get("context"):
-        what = f"it has a `context`, which its {prompt} alone leaves out"
-        problems.row(row.place, f"{what}. Put both into one column, or name `prompt: {prompt}` to go without.")
-        return None
     return Example(body, answer, id=name, place=row.place)
+
+
+def _has_context(row: Row) -> bool:
+    """A text; of another type it says something of the row (where it is from, and the like)."""
+    value = row.values.get(CONTEXT)
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _chat(row: Row, column: str, name: str | None, problems: Problems) -> Example | None:
