@@ -203,8 +203,8 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     layers: Any = lora_layers(add_task_adapter(model, config.lora, seq2seq, "task")).values()
     shapes = [(layer.out_features, layer.in_features, layer.r["task"]) for layer in layers]
     trained = sum((n + m) * r for n, m, r in shapes)
-    merge = config.parsed_method().merge.build("merge")
-    on_base = config.parsed_method().start.name == "alone"
+    method = config.parsed_method()
+    merge, on_base = method.merge.build("merge"), method.start.name == "alone"
     any_rank = merge.dense or (merge.whole and not on_base)  # a whole model's holds what is merged before it
     tops = [min(n, m, config.max_rank or (n if any_rank else tasks * r)) for n, m, r in shapes]
     merged = sum((n + m) * top for (n, m, _), top in zip(shapes, tops, strict=True))
@@ -213,7 +213,7 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
         _kept(merge, form, tasks, n, m, r, r if on_base else min(n, m, top + r))
         for (n, m, r), top in zip(shapes, tops, strict=True)
     )
-    constraints = [choice.build("constrain") for choice in config.parsed_method().constrain]
+    constraints = [choice.build("constrain") for choice in method.constrain]
     memories = sum(one.remembers(n, m, r) for one in constraints for n, m, r in shapes)
     sums = sum(_sums(form, n, m, r) for n, m, r in shapes)
     return 4 * (tasks * (merged + trained + memories) + 2 * kept + 2 * (3 * trained + merged)), 4 * sums, tasks

@@ -211,6 +211,15 @@ def preset_of(name: str, words: dict[str, Any]) -> Method | None:
     return found if found is not None and found.plain() == words else None
 
 
+def keeps_rows(words: dict[str, Any]) -> bool | None:
+    """Whether rows of past tasks were trained on again in such a run; None if a constraint is not known here."""
+    names = [one if isinstance(one, str) else one["name"] for one in words["constrain"]]
+    known = [one for one, name in zip(words["constrain"], names, strict=True) if name in CONSTRAINTS]
+    if Method.parse("seqlora", constrain=known).keeps_rows():
+        return True
+    return False if len(known) == len(names) else None
+
+
 def knows_task(name: str, words: dict[str, Any]) -> bool:
     """Whether the result of such a run is used with the task known."""
     found = preset_of(name, words)

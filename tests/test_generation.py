@@ -308,10 +308,11 @@ from pm_llm.evaluation.likelihood import choose_labels
 from pm_llm.models import load_base
 from pm_llm.processes import process_state, shut_down
 from pm_llm.tasks.encode import Encoder, longest_answer
+from tests.conftest import FAMILIES
 from tests.test_generation import mixed_rows
 
 state = process_state()
-for family in ("llama", "t5"):
+for family in FAMILIES:
     base = load_base(f"embedded:{family}")
     model, encoder = base.model.eval(), Encoder(base.tokenizer, base.seq2seq, 160, 6)
     calls = []

@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from pm_llm.config import load_config
+from pm_llm.hub import push_run
 from pm_llm.methods import PRESETS
 from pm_llm.report.card import _is_hub_id, _serving, write_card
 from pm_llm.sequence import ContinualSequence
@@ -164,6 +166,8 @@ def test_adapters_for_one_task_each_are_not_pushed_as_one(pico_folders, tmp_path
     assert done.returncode == 2
     assert "an adapter for each task, in stages/*/task_adapter" in done.stderr
     assert not (tmp_path / "run" / "README.md").exists()
+    ContinualSequence(replace(config, output_dir=str(tmp_path / "one")), small_tasks("topic")).run()
+    assert "would upload to user/name" in push_run(tmp_path / "one", "user/name", dry_run=True)  # its only one
 
 
 def test_bad_names_and_unfinished_runs(finished_runs, tmp_path) -> None:

@@ -198,6 +198,7 @@ def test_class_labels_become_their_names(tmp_path) -> None:
         ({"instruction": "when", "context": "in 1921", "response": "1921"}, "when\n\nin 1921", "1921"),
         ({"instruction": "i", "input": "in", "context": "c", "output": "o"}, "i\n\nin\n\nc", "o"),
         ({"instruction": "i", "context": ["c"], "output": "o"}, "i", "o"),
+        ({"question": "q", "context": "", "answer": "a"}, "q", "a"),
         ({"question": "q", "context": " ", "answer": "a"}, "q", "a"),
         ({"question": "q", "context": {"from": "x"}, "answer": "a"}, "q", "a"),
         ({"question": "q", "answer": "a", "text": "no"}, "q", "a"),

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pm_llm import __version__
 from pm_llm.evaluation.matrix import Matrix
-from pm_llm.methods import CONSTRAINTS, Method
+from pm_llm.methods import keeps_rows
 from pm_llm.report import numbers, words
 
 # the ranks vLLM's --max-lora-rank accepts
@@ -74,11 +74,7 @@ def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, tas
     shown_numbers = "\n".join(f"- {line}" for line in numbers(results))
     auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
     shown = base_model if _is_hub_id(base_model) else "BASE_MODEL"
-    # of a constraint of one's own, which may not be imported here, it is not known
-    known = [one for one in method["constrain"] if (one if isinstance(one, str) else one["name"]) in CONSTRAINTS]
-    rows = "" if len(known) < len(method["constrain"]) else ", without keeping old data"
-    if Method.parse("seqlora", constrain=known).keeps_rows():
-        rows = ", with rows of earlier tasks"
+    rows = {True: ", with rows of earlier tasks", False: ", without keeping old data", None: ""}[keeps_rows(method)]
     return f"""# {repo_id.rpartition("/")[2]}
 
 One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.stages)} tasks one after the other{rows}:

@@ -17,8 +17,7 @@ from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.rows import READERS, Row, dataset_rows, read_rows
 
 _TEST_ALIASES = ("validation", "dev", "eval")
-CONTEXT = "context"
-MORE = ("input", CONTEXT)  # what joins `instruction`, where they are there
+INSTRUCTION, CONTEXT = "instruction", "context"  # the second joins the first, as `input` does
 # columns that are found without being named, the first pair that is there
 PAIRS = (
     *(("prompt", answer) for answer in ("completion", "answer", "response", "label")),
@@ -111,6 +110,12 @@ def _parse(entry: Any) -> UserTask:
     for label in spec.labels:
         if not isinstance(label, str):
             raise PmLlmError(f"labels: {label!r} is no text. Quote it: YAML takes yes, no and 1 for something else.")
+    given = [file for file in (spec.test_data, spec.validation_data) if file is not None]
+    one_split = given and spec.test_split == spec.validation_split
+    if one_split or len(given) > len(set(given)):
+        key, value = ("split", spec.test_split) if one_split else ("data", spec.test_data)
+        both = f"test_{key} and validation_{key} are both {value!r}"
+        raise PmLlmError(f"task {spec.name or spec.data}: {both}. Give each its own rows.")
     return spec
 
 
@@ -123,17 +128,6 @@ def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
         splits = {spec.train_split: lambda: read_rows(path, problems)}
     else:
         splits = _from_datasets(load_hub_dataset(spec.data, spec.subset), spec.data)
-    files = (spec.test_data, spec.validation_data)
-    for key, same in (
-        ("split", any(files) and spec.test_split == spec.validation_split),
-        ("data", all(files) and files[0] == files[1]),
-    ):
-        if same:
-            both = getattr(spec, f"test_{key}")
-            problems.add(
-                "", f"task {name!r}: test_{key} and validation_{key} are both {both!r}. Give each its own rows."
-            )
-            return Task(name, [], [], spec.scorer)
     for split, file in ((spec.test_split, spec.test_data), (spec.validation_split, spec.validation_data)):
         if file is not None:
             splits[split] = partial(read_rows, _place(file, folder), problems)
@@ -221,7 +215,7 @@ def _examples(rows: list[Row], spec: UserTask, problems: Problems) -> list[Examp
         return []
     common = max((columns for columns in found if columns is not None), key=found.__getitem__)
     prompt, completion = common
-    if spec.prompt is None and completion is not None and prompt != "instruction":
+    if spec.prompt is None and completion is not None and prompt != INSTRUCTION:
         place = next((row.place for row in rows if _has_context(row)), None)
         if place is not None:
             what = f"there is a `context`, which {prompt} alone leaves out"
@@ -249,14 +243,12 @@ def _example(row: Row, prompt: str, completion: str | None, spec: UserTask, prob
     body, answer = row.text(prompt, problems), row.text(completion, problems)
     if body is None or answer is None:
         return None
-    joined = (prompt, spec.prompt) == ("instruction", None)
-    for column in (name for name in MORE if joined and row.values.get(name)):
-        if column == CONTEXT and not _has_context(row):
-            continue
-        text = row.text(column, problems)
-        if text is None:
+    if (prompt, spec.prompt) == (INSTRUCTION, None):
+        more = [*(["input"] if row.values.get("input") else []), *([CONTEXT] if _has_context(row) else [])]
+        texts = [text for column in more if (text := row.text(column, problems)) is not None]
+        if len(texts) < len(more):
             return None
-        body += f"\n\n{text}"
+        body = "\n\n".join([body, *texts])
     return Example(body, answer, id=name, place=row.place)
 
 
