@@ -6,7 +6,7 @@ import gc
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ from pm_llm.models import EMBEDDED
 from pm_llm.tasks import Task
 from pm_llm.tasks.embedded import make_task
 from pm_llm.tasks.encode import Encoder
+from tests.forks import ROOT, Forker
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 FAMILIES = ("llama", "t5")
 
@@ -125,6 +125,13 @@ def batch_of(family: str, rows: list[dict[str, list[int]]]) -> dict[str, torch.T
         ),
         "labels": torch.tensor([r["labels"] + [-100] * (width - len(r["labels"])) for r in rows]),
     }
+
+
+@pytest.fixture(scope="session")
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
+    found = Forker(tmp_path_factory.mktemp("forker"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

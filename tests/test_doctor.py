@@ -17,7 +17,8 @@ from pm_llm.config import load_config
 from pm_llm.doctor import expected_bytes
 from pm_llm.durable import size_of
 from pm_llm.fisher.measure import sum_fisher
-from tests.conftest import FAMILIES, make_peft, pm_llm
+from tests.conftest import FAMILIES, make_peft
+from tests.forks import Forker
 from tests.hub_server import TOKEN, HubServer
 from tests.test_hub import environment
 from tests.test_sequence import config_for
@@ -148,16 +149,18 @@ def test_a_full_disk_and_a_missing_package(pico_folders, tmp_path, capsys, monke
 
 def test_the_token_is_never_shown(pico_folders, tmp_path) -> None:
     with HubServer() as hub:
-        env = environment(hub, tmp_path)
-        done = pm_llm("doctor", "--model", pico_folders["llama"], *TASKS, env=env)
-        assert done.returncode == 0, done.stderr
-        assert f"logged in as user at {hub.url}" in done.stdout
-        assert TOKEN not in done.stdout + done.stderr
-        done = pm_llm("doctor", "--model", pico_folders["llama"], *TASKS, env=env | {"HF_TOKEN": TOKEN[:-1]})
-        assert "does not take the token" in done.stdout
-        assert TOKEN[:-1] not in done.stdout + done.stderr
-    done = pm_llm("doctor", "--model", pico_folders["llama"], *TASKS, env=env)
-    assert "does not take the token" in done.stdout
+        forker = Forker(tmp_path, environment(hub, tmp_path))
+        words = ["doctor", "--model", pico_folders["llama"], *TASKS]
+        done = forker(*words)
+        assert done.status == 0, done.said
+        assert f"logged in as user at {hub.url}" in done.said
+        assert TOKEN not in done.said
+        done = forker(*words, env={"HF_TOKEN": TOKEN[:-1]})
+        assert "does not take the token" in done.said
+        assert TOKEN[:-1] not in done.said
+    done = forker(*words)
+    forker.close()
+    assert "does not take the token" in done.said
 
 
 def test_bad_input_is_one_line(capsys) -> None:

@@ -16,7 +16,8 @@ from pm_llm.cli import main
 from pm_llm.errors import PmLlmError
 from pm_llm.foreign import check_files
 from pm_llm.sharding import weights_only
-from tests.conftest import make_peft, pm_llm
+from tests.conftest import make_peft
+from tests.forks import Forker
 from tests.hub_server import HubServer
 from tests.test_hub import environment
 
@@ -177,12 +178,13 @@ def test_from_the_hub_too(adapter, tmp_path, pico_folders) -> None:
     with HubServer() as hub:
         hub.repos["user/bad"] = {}
         hub.files["user/bad"] = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
-        home = environment(hub, tmp_path / "home")
+        forker = Forker(tmp_path, environment(hub, tmp_path / "home"))
         for name, expected in (("bad", "keys that this PEFT does not know"), ("none", "and the Hub says")):
-            done = pm_llm("evaluate", "--model", pico_folders["llama"], "--adapter", f"user/{name}", *TASKS, env=home)
-            assert done.returncode == 2
-            assert expected in done.stderr
-            assert "Traceback" not in done.stderr
+            done = forker("evaluate", "--model", pico_folders["llama"], "--adapter", f"user/{name}", *TASKS)
+            assert done.status == 2
+            assert expected in done.said
+            assert "Traceback" not in done.said
+        forker.close()
 
 
 def test_a_model_that_wants_to_run_its_own_code(pico_folders, tmp_path, capsys) -> None:

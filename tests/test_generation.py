@@ -347,17 +347,14 @@ def test_evaluate_under_a_launcher(tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_rows_and_agree(tmp_path) -> None:
+def test_two_processes_share_the_rows_and_agree(forker, tmp_path) -> None:
     """16 rows in batches of 3 make six batches for two processes; then one row, so that one has nothing to do."""
     script = tmp_path / "answer.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    arguments = [str(script), str(tmp_path)]
-    launch += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for command in (launch, [sys.executable, *arguments]):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-        assert done.returncode == 0, done.stderr
+    launcher = ["--config_file", ROOT / "accelerate_configs/ddp_cpu.yaml", "--main_process_port", "0"]
+    for what, words in (("launch", launcher), ("script", [])):
+        ended = forker(*words, script, tmp_path, what=what, kill=200.0)
+        assert ended.status == 0, ended.said
     for family, rows in itertools.product(FAMILIES, (16, 1)):
         alone, *shares = (
             json.loads((tmp_path / f"{family}-{name}-{rows}.json").read_text()) for name in ("1-0", "2-0", "2-1")

@@ -12,12 +12,14 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.hub import push_run
 from pm_llm.methods import PRESETS
 from pm_llm.report.card import _is_hub_id, _serving, write_card
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, pm_llm, small_tasks
+from tests.forks import Forker
 from tests.hub_server import TOKEN, HubServer
 
 
@@ -36,6 +38,7 @@ def finished_runs(pico_folders, tmp_path_factory) -> dict[str, str]:
 
 def environment(hub: HubServer, home, **extra: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    clean["HF_HUB_OFFLINE"] = "0"  # or `tests` sets it as forks import it
     return {**clean, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **extra}
 
 
@@ -68,21 +71,23 @@ def test_push_and_load_again(family: str, large: tuple[str, ...], finished_runs,
     with HubServer(large) as hub:
         # with a file that goes through LFS the plain protocol is used; small files need none
         env = environment(hub, tmp_path, **({"HF_HUB_DISABLE_XET": "1"} if large else {}))
-        done = pm_llm("push", finished_runs[family], "user/my-adapter", "--private", env=env, timeout=120)
-        assert done.returncode == 0, done.stderr
+        forker = Forker(tmp_path, env)
+        done = forker("push", finished_runs[family], "user/my-adapter", "--private", kill=120.0)
+        assert done.status == 0, done.said
         assert (
             hub.repos["user/my-adapter"].get("private") or hub.repos["user/my-adapter"].get("visibility") == "private"
         )
         assert set(hub.files["user/my-adapter"]) >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-        for text in (done.stdout, done.stderr, hub.files["user/my-adapter"]["README.md"].decode()):
+        for text in (done.said, hub.files["user/my-adapter"]["README.md"].decode()):
             assert TOKEN not in text
         local = f"{finished_runs[family]}/adapter"
         sums = logit_sums(pico_folders[family], family, "user/my-adapter", local, env=env)
         assert len(sums) == 2
         assert sums[0] == sums[1]
         assert any(r.startswith("GET /user/my-adapter/resolve/main/adapter_model") for r in hub.requests)
-        again = pm_llm("push", finished_runs[family], "user/my-adapter", env=env, timeout=120)
-        assert again.returncode == 0, again.stderr  # pushing to what exists is an update
+        again = forker("push", finished_runs[family], "user/my-adapter", kill=120.0)
+        assert again.status == 0, again.said  # pushing to what exists is an update
+        forker.close()
 
 
 @pytest.mark.slow
@@ -158,25 +163,25 @@ def test_a_card_says_whose_rows_were_trained_on(finished_runs, tmp_path) -> None
     assert "one after the other, with rows of earlier tasks:" in card
 
 
-def test_adapters_for_one_task_each_are_not_pushed_as_one(pico_folders, tmp_path) -> None:
+def test_adapters_for_one_task_each_are_not_pushed_as_one(pico_folders, tmp_path, capsys) -> None:
     keys = {"model": pico_folders["llama"], "output_dir": str(tmp_path / "run"), "method": "per_task"}
     config = load_config(None, {**keys, "train.max_steps": 1, "max_length": 96})
     ContinualSequence(config, small_tasks("sentiment", "topic")).run()
-    done = pm_llm("push", str(tmp_path / "run"), "user/name", "--dry-run")
-    assert done.returncode == 2
-    assert "an adapter for each task, in stages/*/task_adapter" in done.stderr
+    assert main(["push", str(tmp_path / "run"), "user/name", "--dry-run"]) == 2
+    assert "an adapter for each task, in stages/*/task_adapter" in capsys.readouterr().err
     assert not (tmp_path / "run" / "README.md").exists()
     ContinualSequence(replace(config, output_dir=str(tmp_path / "one")), small_tasks("topic")).run()
     assert "would upload to user/name" in push_run(tmp_path / "one", "user/name", dry_run=True)  # its only one
 
 
-def test_bad_names_and_unfinished_runs(finished_runs, tmp_path) -> None:
+def test_bad_names_and_unfinished_runs(finished_runs, tmp_path, capsys) -> None:
     for arguments, expected in (
         ((finished_runs["llama"], "no spaces/here"), "no repository name"),
         ((finished_runs["llama"], "nouser"), "names no user"),
         ((tmp_path, "user/name"), "not a run folder"),
     ):
-        done = pm_llm("push", *map(str, arguments))
-        assert done.returncode == 2
-        assert expected in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        capsys.readouterr()
+        assert main(["push", *map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert expected in said
+        assert len(said.strip().splitlines()) == 1

@@ -20,6 +20,7 @@ from pm_llm.adapters import Adapter
 from pm_llm.cli import main
 from tests.conftest import FAMILIES, ROOT
 from tests.faults.conftest import every_adapter_loads
+from tests.forks import Ended, Forker
 
 KINDS = ("ddp_cpu", "fsdp2", "zero2", "zero3")
 
@@ -48,6 +49,11 @@ def start(command: list[str], log: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with log.open("w") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def launch(forker: Forker, command: list[str]) -> Ended:
+    """The same launcher, where its ranks import nothing anew: for what is not about how processes start and end."""
+    return forker(*command[3:], what="launch", kill=240.0)
 
 
 def rank(number: int, parent: int) -> int | None:
@@ -87,7 +93,7 @@ def one_process(pico_folders, tmp_path_factory) -> dict[str, Path]:
     ("kind", "family"),
     [(kind, family) for kind in KINDS for family in FAMILIES if (kind, family) != ("fsdp2", "t5")],
 )
-def test_a_killed_rank_then_the_same_run(kind: str, family: str, one_process, pico_folders, tmp_path) -> None:
+def test_a_killed_rank_then_the_same_run(kind: str, family: str, forker, one_process, pico_folders, tmp_path) -> None:
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     run, log = tmp_path / "run", tmp_path / "log"
@@ -102,27 +108,28 @@ def test_a_killed_rank_then_the_same_run(kind: str, family: str, one_process, pi
     os.kill(victim, signal.SIGKILL)
     assert process.wait(timeout=120) != 0
     assert every_adapter_loads(run)
-    done = start(command, log)
-    assert done.wait(timeout=240) == 0, log.read_text()
-    assert "topic: going on from checkpoint-2" in log.read_text()
+    ended = launch(forker, command)
+    assert ended.status == 0, ended.said
+    assert "topic: going on from checkpoint-2" in ended.said
     same_as_one_process(run, one_process[family])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("space", ["weights", "factors"])
-def test_curvature_in_every_form_is_that_of_one_process(space: str, pico_folders, tmp_path) -> None:
+def test_curvature_in_every_form_is_that_of_one_process(space: str, forker, pico_folders, tmp_path) -> None:
     """Factored Fisher (or that of the factors), losses, exact curvature and the penalty, over two processes."""
     more = ["--fisher.form", "factored", "--constrain", "[perturb, curvature]", "--space", space]
     more += ["--merge", "{name: optimal, fisher_scale: measured, current: exact}", "--fisher.samples", "5"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["run", *arguments(pico_folders["llama"], 8), *more, "--output_dir", str(one)]) == 0
     command = [*launcher("ddp_cpu", tmp_path), *arguments(pico_folders["llama"], 4), *more, "--output_dir", str(two)]
-    assert start(command, tmp_path / "log").wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    ended = launch(forker, command)
+    assert ended.status == 0, ended.said
     same_as_one_process(two, one)
 
 
 @pytest.mark.slow
-def test_a_penalty_under_fsdp2_is_that_of_one_process(pico_folders, tmp_path) -> None:
+def test_a_penalty_under_fsdp2_is_that_of_one_process(forker, pico_folders, tmp_path) -> None:
     """A and B are gathered for it; two passes a step, of which each adds its share; activations are computed again."""
     more = ["--method", "pm_curvature", "--constrain", "{name: curvature, weight: 100}", "--fisher.samples", "5"]
     steps = ["--train.gradient_accumulation_steps", "2", "--train.gradient_checkpointing", "true"]
@@ -131,9 +138,8 @@ def test_a_penalty_under_fsdp2_is_that_of_one_process(pico_folders, tmp_path) ->
         changed = [*more[:3], f"{{name: curvature, weight: {weight}}}", *more[4:]]
         assert main(["run", *arguments(pico_folders["llama"], 8), *changed, "--output_dir", str(run)]) == 0
     command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["llama"], 2), *more, *steps]
-    assert start([*command, "--output_dir", str(two)], tmp_path / "log").wait(timeout=240) == 0, (
-        tmp_path / "log"
-    ).read_text()
+    ended = launch(forker, [*command, "--output_dir", str(two)])
+    assert ended.status == 0, ended.said
     same_as_one_process(two, one)
     a, b = (Adapter.load(run / "stages/02-topic/task_adapter").factors for run in (one, without))
     moved = [(a[name].dense() - b[name].dense()).norm() / a[name].dense().norm() for name in a]
@@ -157,19 +163,20 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(pico_folders, tmp_p
 
 
 @pytest.mark.slow
-def test_fsdp2_of_tied_embeddings_is_refused(pico_folders, tmp_path) -> None:
+def test_fsdp2_of_tied_embeddings_is_refused(forker, pico_folders, tmp_path) -> None:
     command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["t5"], 4), "--output_dir", str(tmp_path / "run")]
-    assert start(command, tmp_path / "log").wait(timeout=120) != 0
-    said = (tmp_path / "log").read_text()
-    assert "pm-llm: error: FSDP2 cannot share out this model" in said
-    assert "zero3.yaml" in said
+    ended = launch(forker, command)
+    assert ended.status != 0
+    assert "pm-llm: error: FSDP2 cannot share out this model" in ended.said
+    assert "zero3.yaml" in ended.said
 
 
 @pytest.mark.slow
-def test_fsdp2_of_the_factors_is_refused(pico_folders, tmp_path) -> None:
+def test_fsdp2_of_the_factors_is_refused(forker, pico_folders, tmp_path) -> None:
     command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["llama"], 4), "--space", "factors"]
-    assert start([*command, "--output_dir", str(tmp_path / "run")], tmp_path / "log").wait(timeout=120) != 0
-    assert "pm-llm: error: Perturb needs the whole adapter in every process" in (tmp_path / "log").read_text()
+    ended = launch(forker, [*command, "--output_dir", str(tmp_path / "run")])
+    assert ended.status != 0
+    assert "pm-llm: error: Perturb needs the whole adapter in every process" in ended.said
 
 
 @pytest.mark.slow

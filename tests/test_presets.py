@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from pm_llm.config import load_config
 from pm_llm.methods import TESTED
 from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer
 from tests.conftest import ROOT, batch_of, features, small_tasks
-from tests.test_launchers import launcher, same_as_one_process
+from tests.test_launchers import launch, launcher, same_as_one_process
 
 KEYS = {
     "lora.r": 4,
@@ -111,11 +109,11 @@ def test_trains_on_a_base_in_4_bits(preset: str, pico_folders, tmp_path) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_do_as_one(pico_folders, tmp_path) -> None:
+def test_two_processes_do_as_one(forker, pico_folders, tmp_path) -> None:
     presets = TESTED["DDP"]
     command = [*launcher("ddp_cpu", tmp_path)[:-1], str(ROOT / "tests/presets_script.py"), pico_folders["llama"]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, str(tmp_path / "two"), *presets], env=environment, check=True, timeout=400)
+    ended = launch(forker, [*command, str(tmp_path / "two"), *presets])
+    assert ended.status == 0, ended.said
     for preset in presets:
         sequence(preset, pico_folders["llama"], tmp_path / "one" / preset).run()
         same_as_one_process(tmp_path / "two" / preset, tmp_path / "one" / preset)

@@ -17,7 +17,6 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from tests.conftest import ROOT, features, make_model, tokenizer
-from tests.faults.conftest import Forker
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
@@ -60,12 +59,11 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_commands_and_code(place: Path, monkeypatch, tmp_path) -> None:
+def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
     """The first `pm-llm` and what is launched otherwise as typed; later ones in forks, which import nothing anew."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run = [shlex.split(c) for c in commands() if not c.startswith("make")]
     assert len(run) >= 7
-    forker = Forker(tmp_path)
     for i, command in enumerate(run):
         if i and command[0] == "pm-llm":
             ended = forker(*command[1:], cwd=place)
@@ -74,7 +72,6 @@ def test_commands_and_code(place: Path, monkeypatch, tmp_path) -> None:
             done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
             status, said = done.returncode, f"{done.stdout}\n{done.stderr}"
         assert status == 0, f"{command}\n{said}"
-    forker.close()
     for folder in ("mine", "mine-seqlora"):
         assert json.loads((place / f"runs/{folder}/results.json").read_text())["tasks"] == [
             "support",

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,72 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from pm_llm.adapters import Adapter
-from tests.conftest import FAMILIES, ROOT
+from tests.conftest import FAMILIES
 
 # how many kills a family; `make faults` draws many
 KILLS = int(os.environ.get("PM_LLM_KILLS", "4"))
 TASKS = ("sentiment", "topic", "question")
-
-
-@dataclass
-class Ended:
-    """How a command ended: its exit status (-9: killed), seconds, and what it printed."""
-
-    status: int
-    seconds: float
-    said: str
-
-
-class Forker:
-    """Runs commands in forked processes; see `forker.py`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "log"
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.faults.forker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def __call__(
-        self,
-        *argv: object,
-        kill: float | None = None,
-        when: str = "",
-        number: int = signal.SIGKILL,
-        cwd: Path = ROOT,
-    ) -> Ended:
-        """Run `pm-llm ARGV`, and send a signal after `kill` seconds, or as soon as a path like `when` is there."""
-        self.log.write_text("")
-        job = {
-            "argv": [str(word) for word in argv],
-            "log": str(self.log),
-            "cwd": str(cwd),
-            "kill": kill,
-            "when": when,
-            "signal": int(number),
-        }
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return Ended(answer["status"], answer["seconds"], self.log.read_text())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@pytest.fixture(scope="session")
-def forker(tmp_path_factory):
-    found = Forker(tmp_path_factory.mktemp("forker"))
-    yield found
-    found.close()
 
 
 def arguments(model: str, **more: object) -> list[str]:

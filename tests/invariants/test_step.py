@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from trl.trainer import utils as trl_utils
@@ -48,16 +44,11 @@ def test_accumulation_changes_nothing(family: str, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_change_nothing(tmp_path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml"), "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*launch, str(ROOT / "tests/invariants/step_script.py"), str(tmp_path), "8", "1"],
-        check=True,
-        env=environment,
-        timeout=300,
-    )
+def test_two_processes_change_nothing(forker, tmp_path) -> None:
+    words = ["--config_file", ROOT / "accelerate_configs/ddp_cpu.yaml", "--main_process_port", "0"]
+    words += [ROOT / "tests/invariants/step_script.py", tmp_path, "8", "1"]
+    ended = forker(*words, what="launch", kill=300.0)
+    assert ended.status == 0, ended.said
     for family in FAMILIES:
         whole = one_step(make_trainer(family, str(tmp_path), 16, 1, Perturb(**ALWAYS)))
         loss, gradient = torch.load(tmp_path / f"{family}.pt")

@@ -1,7 +1,7 @@
-"""Runs `pm-llm` commands in forked processes that can be killed, without importing everything anew for each.
+"""Runs commands in forked processes that can be killed, without importing everything anew for each.
 
-Reads a JSON object a line: `argv`, `log` (file for what it prints), `cwd`, `kill` (seconds after which it gets
-`signal`).
+Reads a JSON object a line: `what` (a name of RUN), `argv`, `log` (file for what it prints), `cwd`, `env` (added to its
+own), `kill` (seconds after which it gets `signal`).
 Answers `{"status": ..., "seconds": ...}`, the status as `os.waitstatus_to_exitcode` gives it (-9: killed).
 """
 
@@ -10,10 +10,12 @@ import gc
 import glob
 import json
 import os
+import runpy
 import sys
 import time
 
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 
 import pm_llm.report.figures
 import pm_llm.report.page
@@ -22,15 +24,32 @@ import pm_llm.status  # noqa: F401
 from pm_llm.cli import main
 
 
-def child(argv: list[str], log: str, cwd: str) -> None:
+def launch(argv: list[str]) -> None:
+    """`accelerate launch`, whose ranks torchrun starts as forks of this process."""
+    given = launch_command_parser().parse_args(argv)
+    given.run_path, given.start_method = True, "fork"  # torchrun's own options
+    launch_command(given)
+
+
+def script(argv: list[str]) -> None:
+    """`python SCRIPT ARGUMENTS`."""
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+RUN = {"pm-llm": main, "launch": launch, "script": script}
+
+
+def child(what: str, argv: list[str], log: str, cwd: str, env: dict[str, str]) -> None:
     """Become a process of its own that runs one command."""
     os.setsid()
     os.chdir(cwd)
+    os.environ.update(env)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     try:
-        status = main(argv)
+        status = RUN[what](argv) or 0
     except BaseException:
         import traceback
 
@@ -50,7 +69,7 @@ def serve() -> None:
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            child(job["argv"], job["log"], job["cwd"])
+            child(job["what"], job["argv"], job["log"], job["cwd"], job["env"])
         if job["kill"] is not None:
             while time.monotonic() - started < job["kill"] and not os.waitid(
                 os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
