@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from pm_llm.progress import TrainingBar, say
 from pm_llm.sharding import weights_only
 from pm_llm.stopping import Stopping
 from pm_llm.trainer import AlreadyTrainedError, ContinualSeq2SeqTrainer, ContinualSFTTrainer, original_forward
-from pm_llm.values import exponents
+from pm_llm.values import extra_value
 
 # fields of TrainingArguments and SFTConfig that going on from a checkpoint, or which rows are trained on, depends on
 OURS = {
@@ -139,11 +138,8 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
     if not seq2seq:
         fields["max_length"] = None  # rows are cut inside their frame already
     arguments_class = Seq2SeqTrainingArguments if seq2seq else SFTConfig
-    types = {f.name: str(f.type) for f in dataclasses.fields(arguments_class)}
-    extra = {
-        key: exponents(x) if re.search("float|dict", types.get(key, "")) else x
-        for key, x in config.train.extra.items()
-    }
+    hints = {f.name: f.type for f in dataclasses.fields(arguments_class)}
+    extra = {key: extra_value(x, hints.get(key), f"train.extra.{key}") for key, x in config.train.extra.items()}
     try:
         return arguments_class(**{**fields, **extra})
     except (TypeError, ValueError, ImportError) as error:

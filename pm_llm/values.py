@@ -33,6 +33,18 @@ def exponents(value: Any) -> Any:
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
+def extra_value(value: Any, hint: Any, key: str) -> Any:
+    """`value` for a field of another library: converted if plain, with :func:`exponents` if a mapping, or as it is.
+
+    Raises:
+        PmLlmError: If the field is of plain types and `value` of none of them.
+    """
+    types = {typing.get_origin(one) or one for one in typing.get_args(hint) or (hint,)}
+    if types <= {bool, int, float, str, type(None)} and hint is not None:
+        return convert(value, hint, key)
+    return exponents(value) if dict in types else value
+
+
 def convert(value: Any, hint: Any, key: str) -> Any:
     """`value` as the annotated type; an int is a float too, and YAML's `1e-3` (a string to YAML 1.1) is a number.
 
