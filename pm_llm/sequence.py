@@ -62,8 +62,9 @@ class ContinualSequence:
         self.restart_from = restart_from
         self.tasks = load_tasks(config) if tasks is None else checked(tasks)  # a stage each; a task may recur
         self.distinct = distinct(self.tasks)
-        self.columns = self.distinct | {task.name: task for task in load_probes(config)}  # all that is scored
-        if len(self.columns) < len(self.distinct) + len(config.probes):
+        probes = load_probes(config)
+        self.columns = self.distinct | {task.name: task for task in probes}  # all that is scored
+        if len(self.columns) < len(self.distinct) + len(probes):
             raise PmLlmError("a probe has the name of a task or of another probe. Give each its own `name`.")
         one_direction(self.columns.values())
         if config.fuar:

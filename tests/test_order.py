@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -162,12 +163,16 @@ def test_probes_are_scored_and_never_trained(pico_folders, tmp_path, capsys) -> 
     assert results["average_accuracy"] == pytest.approx((matrix.get(1, 0) + matrix.get(1, 1)) / 2)
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "FUAR: " in capsys.readouterr().out
+    (tmp_path / "many").mkdir()
+    for name in ("sentiment", "puzzle"):  # of which one is a task's
+        shutil.copy(tmp_path / "puzzle.jsonl", tmp_path / f"many/{name}.jsonl")
     for wrong, said in (
         ({"fuar": {**roles, "updated": "nothing"}}, "unknown task of fuar 'nothing'"),
         ({"fuar": {**roles, "kept": ["intent"]}}, "a kept task for each of 2 states"),
         ({"fuar": {"kept": "intent"}}, "it names kept"),
         ({"evaluate": "seen"}, "set evaluate to all"),
         ({"probes": [*probes, probes[0]]}, "a probe has the name"),
+        ({"probes": [str(tmp_path / "many")]}, "a probe has the name"),
     ):
         with pytest.raises(PmLlmError, match=said):
             ContinualSequence(config_for(pico_folders["llama"], tmp_path / "other", **{**overrides, **wrong}))

@@ -145,7 +145,7 @@ def test_a_file_with_many_rows_is_read_in_time(tmp_path) -> None:
         ),
         ({"validation_split": "val"}, "has no split 'val'"),
         ({"labels": [True, False]}, "labels: True is no text. Quote it"),
-        ({"test_size": 1.5}, "test_size=1.5 of 12 row"),
+        ({"test_size": 1.5}, "test_size is 1.5"),
         ({"seed": -1}, "with seed -1"),
     ],
 )

@@ -331,6 +331,55 @@ def test_batched_generation_is_one_by_one_generation(family: str) -> None:
     assert len(set(alone)) > 1
 
 
+def test_a_folder_of_shards_is_one_task(tmp_path) -> None:
+    """The layout of a dataset repository's `data`; its test rows are not trained."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, number, rows in (("train", 0, ROWS[:4]), ("train", 1, ROWS[4:6]), ("test", 0, ROWS[6:9])):
+        many = 2 if split == "train" else 1
+        Dataset.from_list(rows).to_parquet(str(folder / f"{split}-{number:05}-of-{many:05}.parquet"))
+    (task,) = user_tasks(str(folder))
+    assert [row.prompt for row in task.train] == [row["prompt"] for row in ROWS[:6]]
+    assert [row.prompt for row in task.test] == [row["prompt"] for row in ROWS[6:9]]
+    (folder / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(PmLlmError, match="1 of the 2 files"):
+        user_tasks(str(folder))
+    for name in ("train.csv", "train.jsonl"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        Dataset.from_list(ROWS).to_json(str(tmp_path / "two" / name))
+    with pytest.raises(PmLlmError, match=r"train\.csv and train\.jsonl"):
+        user_tasks(str(tmp_path / "two"))
+
+
+def test_a_folder_of_test_rows_alone(tmp_path) -> None:
+    """Enough for a probe, and no task called test."""
+    for name in ("facts", "more"):
+        (tmp_path / name).mkdir()
+        Dataset.from_list(ROWS[:5]).to_json(str(tmp_path / name / "test.jsonl"))
+    DatasetDict(validation=Dataset.from_list(ROWS[:3])).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(PmLlmError, match="'facts' has no split 'train'; it has test"):
+        user_tasks(str(tmp_path / "facts"))
+    entries = [str(tmp_path / "facts"), {"data": str(tmp_path / "more"), "name": "mine"}, str(tmp_path / "saved")]
+    probes = load_probes(RunConfig(probes=entries))
+    assert [(probe.name, len(probe.test)) for probe in probes] == [("facts", 5), ("mine", 5), ("saved", 3)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("test_size", 7, "test_size is 7"),
+        ("test_size", 0, "test_size is 0"),
+        ("validation_size", 1, "validation_size is 1"),
+        ("subset", "en", "subset 'en' is of a dataset on the Hub"),
+    ],
+)
+def test_keys_that_would_do_nothing(key: str, value, said: str, tmp_path) -> None:
+    for split in ("train", "test"):
+        Dataset.from_list(ROWS).to_json(str(tmp_path / f"{split}.jsonl"))
+    with pytest.raises(PmLlmError, match=said):
+        user_tasks({"data": str(tmp_path), key: value})
+
+
 def test_a_dataset_of_the_hub_as_a_probe_keeps_its_test_split(monkeypatch) -> None:
     splits = {name: Dataset.from_list(ROWS[:n]) for name, n in (("train", 4), ("test", 2))}
     monkeypatch.setattr("pm_llm.tasks.user.load_hub_dataset", lambda *_: splits)

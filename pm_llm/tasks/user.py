@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.rows import READERS, Row, dataset_rows, read_rows
 
 _TEST_ALIASES = ("validation", "dev", "eval")
+_SHARD = re.compile(r"-\d+-of-(\d+)$")
 INSTRUCTION, CONTEXT = "instruction", "context"  # the second joins the first, as `input` does
 # columns that are found without being named, the first pair that is there
 PAIRS = (
@@ -68,15 +70,13 @@ def load_user_tasks(
 ) -> list[Task]:
     """The tasks named by `entries` (strings or mappings); relative paths are looked up in `folder`, if given.
 
-    With `probe`, a file's rows are all test rows.
+    With `probe`, a file's rows are all test rows, and rows of training are not needed.
 
     A folder without a `train.*` file (and no saved dataset) is a folder of tasks: one a file or subfolder, by name.
+    One that holds nothing but splits is a task.
     """
     specs = [_parse(one) for entry in entries for one in _expand(entry, folder)]
-    if probe:
-        files = [_place(s.data, folder).suffix in READERS for s in specs]
-        specs = [replace(s, test_data=s.test_data or s.data) if f else s for s, f in zip(specs, files, strict=True)]
-    return [check_while(problems, partial(_load, spec, folder)) for spec in specs]
+    return [check_while(problems, partial(_load, spec, folder, probe)) for spec in specs]
 
 
 def _expand(entry: Any, folder: Path | None) -> list[Any]:
@@ -88,13 +88,19 @@ def _expand(entry: Any, folder: Path | None) -> list[Any]:
         for child in path.iterdir()
         if not child.name.startswith(".") and (child.is_dir() or child.suffix in READERS)
     )
-    if not children or any(child.stem == "train" for child in children):
+    splits = {_split_of(child) for child in children}
+    if "train" in splits or splits <= {"test", *_TEST_ALIASES}:
         return [entry]
     return [str(child.absolute()) for child in children]
 
 
 def _place(name: str, folder: Path | None) -> Path:
     return Path(name) if folder is None else folder / name  # an absolute name stays as it is
+
+
+def _split_of(file: Path) -> str:
+    """`train` for train.jsonl, and for train-00000-of-00002.parquet, as the Hub's datasets are laid out."""
+    return _SHARD.sub("", file.stem)
 
 
 def _is_saved(path: Path) -> bool:
@@ -110,6 +116,11 @@ def _parse(entry: Any) -> UserTask:
     for label in spec.labels:
         if not isinstance(label, str):
             raise PmLlmError(f"labels: {label!r} is no text. Quote it: YAML takes yes, no and 1 for something else.")
+    if not 0 < spec.test_size < 1 or not 0 <= spec.validation_size < 1:
+        key = "validation_size" if 0 < spec.test_size < 1 else "test_size"
+        raise PmLlmError(
+            f"task {spec.name or spec.data}: {key} is {getattr(spec, key):g}. Give a share between 0 and 1."
+        )
     given = [file for file in (spec.test_data, spec.validation_data) if file is not None]
     one_split = given and spec.test_split == spec.validation_split
     if one_split or len(given) > len(set(given)):
@@ -119,18 +130,26 @@ def _parse(entry: Any) -> UserTask:
     return spec
 
 
-def _load(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
+def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) -> Task:
     path = _place(spec.data, folder)
     name = spec.name or (path.stem if path.suffix in READERS else path.name)
+    here = path.is_dir() or path.suffix in READERS or path.is_file() or spec.data.startswith((".", "/"))
+    if here and spec.subset is not None:
+        raise PmLlmError(f"task {name!r}: subset {spec.subset!r} is of a dataset on the Hub, and {path} is here.")
     if path.is_dir():
         splits = _from_folder(path, spec, problems)
-    elif path.suffix in READERS or path.is_file() or spec.data.startswith((".", "/")):
+    elif here:
         splits = {spec.train_split: lambda: read_rows(path, problems)}
+        if probe:
+            splits[spec.test_split] = splits[spec.train_split]
     else:
         splits = _from_datasets(load_hub_dataset(spec.data, spec.subset), spec.data)
     for split, file in ((spec.test_split, spec.test_data), (spec.validation_split, spec.validation_data)):
         if file is not None:
             splits[split] = partial(read_rows, _place(file, folder), problems)
+    if probe:
+        scored = next((split for split in (spec.test_split, *_TEST_ALIASES) if split in splits), None)
+        splits = splits if scored is None else {spec.train_split: splits[scored]} | splits
     default = {f.name: f.default for f in fields(UserTask)}
     for key in ("train_split", "test_split", "validation_split"):
         split = getattr(spec, key)
@@ -169,8 +188,6 @@ def _split_off(
     if not rows:
         return [], []
     try:
-        if not 0 < share < 1:
-            raise ValueError("it must lie between 0 and 1")
         halves = Dataset.from_dict({"at": list(range(len(rows)))}).train_test_split(test_size=share, seed=seed)
     except ValueError as error:
         problems.add("", f"{what}={share} of {len(rows)} row(s) with seed {seed} cannot make one: {error}.")
@@ -188,10 +205,24 @@ def _from_folder(path: Path, spec: UserTask, problems: Problems) -> Splits:
         except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
             raise PmLlmError(f"{path} cannot be read as a saved dataset: {error!r}") from error
         return _from_datasets(dict(loaded) if isinstance(loaded, dict) else {spec.train_split: loaded}, str(path))
-    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in READERS}
+    files = defaultdict(list)
+    for file in sorted(path.iterdir()):
+        if file.suffix in READERS:
+            files[_split_of(file)].append(file)
     if not files:
         raise PmLlmError(f"{path} holds no {', '.join(READERS)} file and no saved dataset.")
-    return {split: partial(read_rows, file, problems) for split, file in files.items()}
+    for split, parts in files.items():
+        of = {int(found[1]) if (found := _SHARD.search(part.stem)) else 1 for part in parts}
+        if len(of) > 1 or len({part.suffix for part in parts}) > 1 or len(parts) > max(of):
+            both = " and ".join(part.name for part in parts)
+            raise PmLlmError(f"{path}: {both} are all of the split {split!r}. Keep one, or make them one.")
+        if len(parts) < max(of):
+            raise PmLlmError(f"{path} holds {len(parts)} of the {max(of)} files of the split {split!r}.")
+    return {split: partial(_joined, parts, problems) for split, parts in files.items()}
+
+
+def _joined(files: list[Path], problems: Problems) -> list[Row]:
+    return [row for file in files for row in read_rows(file, problems)]
 
 
 def _from_datasets(loaded: dict[str, Any], name: str) -> Splits:
