@@ -208,13 +208,25 @@ class Adapter:
             config.alpha_pattern = {module: scaling[module] * x.rank for module, x in self.factors.items()}
             state = self.replace_factors({module: x.scale(1 / scaling[module]) for module, x in self.factors.items()})
         model.add_adapter(name, config)
-        result: Any = set_peft_model_state_dict(model, state.peft_state(), adapter_name=name)
-        missing = [key for key in result.missing_keys if f".{name}." in key]
-        if missing or result.unexpected_keys:
-            raise PmLlmError(
-                f"the adapter does not fit the model: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}. "
-                "Is it an adapter of another base model?"
-            )
+        set_weights(model, state.peft_state(), name)
+
+
+def set_weights(model: PeftModel, weights: dict[str, Tensor], name: str) -> None:
+    """Give the adapter `name` of `model` these weights, under the names that PEFT's files have.
+
+    Raises:
+        PmLlmError: If they are not all that the adapter has there, or more; PEFT would use what fits.
+        RuntimeError: If their shapes differ.
+    """
+    result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
+    # the base model's are missing, too; prompts, which have a place of their own, PEFT gives afterwards, or raises
+    missing = [key for key in result.missing_keys if f".{name}." in key and "prompt_encoder" not in key]
+    unexpected = [key for key in result.unexpected_keys if key != "prompt_embeddings"]
+    if missing or unexpected:
+        raise PmLlmError(
+            f"the adapter does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}. "
+            "Is it an adapter of another base model?"
+        )
 
 
 def remove(model: Any, name: str) -> None:

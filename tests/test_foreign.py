@@ -173,6 +173,18 @@ def test_a_good_one_passes(adapter) -> None:
     assert check_files(adapter)["peft_type"] == "LORA"
 
 
+def test_weights_that_do_not_fit_the_model_are_not_scored(adapter, pico_folders, capsys) -> None:
+    """Of a compiled model, of fewer layers, or of more: PEFT warns at most, and the base model would answer."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    compiled = {name.replace("model.model.", "model._orig_mod.model."): x for name, x in weights.items()}
+    fewer = {name: x for name, x in weights.items() if "layers.0." in name}
+    more = weights | {name.replace("layers.1.", "layers.9."): x.clone() for name, x in weights.items()}
+    for found in (compiled, fewer, more):
+        save_file(found, adapter / "adapter_model.safetensors")
+        assert main(["evaluate", "--model", pico_folders["llama"], "--adapter", str(adapter), *TASKS]) == 2
+        assert "does not fit the model" in capsys.readouterr().err
+
+
 def test_from_the_hub_too(adapter, tmp_path, pico_folders) -> None:
     configured(run_this="x")(adapter)
     with HubServer() as hub:

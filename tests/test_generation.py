@@ -9,10 +9,11 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import MistralConfig, MistralForCausalLM, set_seed
 
 from pm_llm.cli import main
@@ -152,7 +153,10 @@ def test_common_prefix() -> None:
     assert common_prefix([[1, 2, 3]]) == 0
 
 
-@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig, IA3Config, LoHaConfig])
+DORA = partial(LoraConfig, use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig, IA3Config, LoHaConfig, DORA])
 def test_any_kind_of_adapter(config, pico_folders, tmp_path, capsys) -> None:
     """`pm-llm evaluate` gives what PEFT itself generates row by row, for adapters that are not LoRA either."""
     options = {"num_virtual_tokens": 4} if config in (PromptTuningConfig, PrefixTuningConfig) else {}

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights
 
+from pm_llm.adapters import set_weights
 from pm_llm.config import EvaluationSection, RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
@@ -54,6 +55,7 @@ def evaluate_adapter(adapter: str | None, config: RunConfig) -> list[Predictions
     if folder is not None:
         try:
             model = PeftModel.from_pretrained(model, folder)
+            set_weights(model, load_peft_weights(str(folder), device="cpu"), "default")  # again: all of them, or none
         except Exception as error:  # whatever PEFT makes of an adapter that does not fit
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
             raise PmLlmError(f"cannot load the adapter {adapter!r}: {reason}") from error
