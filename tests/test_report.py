@@ -18,6 +18,7 @@ from pm_llm.evaluation.bootstrap import interval, mean_interval, paired_differen
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.evaluation.predictions import Predictions, read_predictions
 from pm_llm.report import comparison, describe
+from pm_llm.report.card import write_card
 from pm_llm.report.data import difference, open_run
 from pm_llm.report.page import write_report
 from pm_llm.run_dir import RunDir, jsonl
@@ -242,6 +243,55 @@ def test_gap_closed_of_several_runs(runs) -> None:
     assert rows[0][header.index("gap closed")] == f"{(pm['average_accuracy'] - base) / (90 - base):.2f}"
     assert "gap closed" not in comparison([pm, seqlora], joint=seqlora["average_accuracy"])[0]
     assert "gap closed" not in comparison([pm], joint=90.0)[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": ["topic"]},
+        {"test_rows": [3, 4, 4]},
+        {"evaluation": {"mode": "labels"}},
+        {"evaluation": {"split": "validation"}},
+        {"model": "another"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_scored_otherwise_is_not_compared(change: dict, runs) -> None:
+    pm, seqlora = (open_run(runs[name]) for name in ("pm", "seqlora"))
+    key, value = next(iter(change.items()))
+    if key in seqlora.results:
+        other = {**seqlora.results, key: value}
+    else:
+        config = seqlora.results["config"]
+        value = {**config[key], **value} if isinstance(value, dict) else value
+        other = {**seqlora.results, "config": {**config, key: value}}
+    header, rows = comparison([pm.results, seqlora.results, other], joint=90.0)
+    base = seqlora.results["average_accuracy"]
+    gap = f"{(pm.results['average_accuracy'] - base) / (90 - base):.2f}"
+    assert [row[header.index("gap closed")] for row in rows] == [gap, "0.00", "0.00"]  # each by its own kind
+    assert comparison([pm.results, other], joint=90.0)[1][0][header.index("gap closed")] == "-"
+    if "mode" in change.get("evaluation", {}):  # of another split the rows are others
+        assert difference(pm, seqlora) is not None
+        assert difference(pm, replace(seqlora, results=other)) is None
+
+
+def test_how_a_run_was_scored_is_said_wherever_its_numbers_are(runs, tmp_path) -> None:
+    run = open_run(runs["pm"])
+    evaluation = {**run.results["config"]["evaluation"], "mode": "labels", "split": "validation"}
+    config = {**run.results["config"], "evaluation": evaluation}
+    results = {**run.results, "config": config, "lower_is_better": True}
+    card = write_card(results, "user/name", "gpt2", 4, None, tmp_path / "README.md")
+    page = write_report([replace(run, results=results)], tmp_path).read_text()
+    for said in (card, page, describe(results)):
+        assert "answers chosen among the labels" in said
+        assert "lower is better" in said
+        assert "validation rows" in said
+    assert "test rows" not in card.lower()
+    name = "exact_match after the last task (validation rows; answers chosen among the labels; lower is better)"
+    assert name in re.sub(r"\s+", " ", card)
+    plain = write_card(run.results, "user/name", "gpt2", 4, None, tmp_path / "README.md")
+    assert "Test rows per task" in plain
+    assert "exact_match after the last task (" not in plain
 
 
 def test_evaluate_keeps_its_predictions(runs, pico_folders, tmp_path, capsys) -> None:

@@ -22,9 +22,27 @@ LABELS = {
 
 def describe(results: dict[str, Any]) -> str:
     """The matrix with coefficients, and the numbers below it."""
-    lines = [f"method {results['config']['method']}", ""]
+    lines = [f"method {results['config']['method']}{how_scored(results)}", ""]
     lines += [Matrix.from_results(results).table(results["coefficients"]), ""]
     return "\n".join(lines + numbers(results))
+
+
+def split_of(results: dict[str, Any]) -> str:
+    """The rows that were scored: `test` or `validation`."""
+    return str(results["config"].get("evaluation", {}).get("split", "test"))
+
+
+def mode_of(results: dict[str, Any]) -> str:
+    """How tasks with labels were scored: `generate` or `labels`."""
+    return str(results["config"].get("evaluation", {}).get("mode", "generate"))
+
+
+def how_scored(results: dict[str, Any]) -> str:
+    """What must be known to read a run's numbers, where it is not the usual; with brackets, or empty."""
+    said = ["validation rows"] if split_of(results) == "validation" else []
+    said += ["answers chosen among the labels"] if mode_of(results) == "labels" else []
+    said += ["lower is better"] if results["lower_is_better"] else []
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def numbers(results: dict[str, Any]) -> list[str]:
@@ -47,23 +65,38 @@ def comparison(
 ) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of methods: the numbers that runs have, and the gap closed where it can be had.
 
+    That needs runs of `seqlora` (and of `joint`, or its number) of one model, on the same tasks, scored alike.
+
     Args:
         runs: Their `results.json`.
         joint: Final average of joint training; by default the mean of the runs of the preset `joint`.
         names: What to call the runs; by default, by their methods.
     """
     keys = [key for key in LABELS if any(run.get(key) is not None for run in runs)]
-    lower, upper = _final(runs, "seqlora"), _final(runs, "joint") if joint is None else joint
-    gap = lower is not None and upper is not None and lower != upper
-    header = ["method", *(LABELS[key] for key in keys), *(["gap closed"] if gap else []), "coefficients"]
+    gaps = [_gap(run, [one for one in runs if _scored(one) == _scored(run)], joint) for run in runs]
+    shown = any(gap is not None for gap in gaps)
+    header = ["method", *(LABELS[key] for key in keys), *(["gap closed"] if shown else []), "coefficients"]
     rows = []
-    for run, name in zip(runs, names or [run["config"]["method"] for run in runs], strict=True):
+    for run, name, gap in zip(runs, names or [run["config"]["method"] for run in runs], gaps, strict=True):
         row = [name, *("-" if run.get(key) is None else f"{run[key]:.1f}" for key in keys)]
-        if lower is not None and upper is not None and gap:
-            final = run.get("average_accuracy")
-            row.append("-" if final is None else f"{gap_closed(final, lower, upper):.2f}")
+        row += ["-" if gap is None else f"{gap:.2f}"] if shown else []
         rows.append([*row, ", ".join(f"{c:.2f}" for c in run["coefficients"])])
     return header, rows
+
+
+def _scored(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What two runs have in common whose final averages are of one kind, whatever their seeds."""
+    columns = zip(run["tasks"], run["scorers"], run["test_rows"], strict=True)
+    tasks = sorted(column for column in columns if column[0] in run["stages"])
+    return run["config"]["model"], split_of(run), mode_of(run), tasks
+
+
+def _gap(run: dict[str, Any], runs: Sequence[dict[str, Any]], joint: float | None) -> float | None:
+    final, lower = run.get("average_accuracy"), _final(runs, "seqlora")
+    upper = _final(runs, "joint") if joint is None else joint
+    if final is None or lower is None or upper is None or lower == upper:
+        return None
+    return gap_closed(final, lower, upper)
 
 
 def _final(runs: Sequence[dict[str, Any]], preset: str) -> float | None:

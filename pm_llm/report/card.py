@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from pm_llm import __version__
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.methods import keeps_rows
-from pm_llm.report import numbers, words
+from pm_llm.report import how_scored, numbers, split_of, words
 
 # the ranks vLLM's --max-lora-rank accepts
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -49,7 +49,7 @@ def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardDa
             dataset_type=task,
             dataset_name=task,
             metric_type=scorer,
-            metric_name=f"{scorer} after the last task",
+            metric_name=f"{scorer} after the last task{how_scored(results)}",
             metric_value=round(matrix.get(last, j), 2),
         )
         for j, (task, scorer) in enumerate(zip(matrix.tasks, results["scorers"], strict=True))
@@ -72,6 +72,8 @@ def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, tas
         f"{task} {c:.3f}" for task, c in zip(results["stages"], results["coefficients"], strict=True)
     )
     shown_numbers = "\n".join(f"- {line}" for line in numbers(results))
+    scorers = ", ".join(sorted(set(results["scorers"])))
+    counts = ", ".join(f"{t} {n}" for t, n in zip(results["tasks"], results["test_rows"], strict=True))
     auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
     shown = base_model if _is_hub_id(base_model) else "BASE_MODEL"
     rows = {True: ", with rows of earlier tasks", False: ", without keeping old data", None: ""}[keeps_rows(method)]
@@ -86,13 +88,13 @@ One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.stages)}
 
 ## Results
 
-Scores after each task ({", ".join(sorted(set(results["scorers"])))}, rows: the task just trained):
+Scores after each task ({scorers}, rows: the task just trained){how_scored(results)}:
 
 {matrix.table(results["coefficients"])}
 
 {shown_numbers}
 
-Test rows per task: {", ".join(f"{t} {n}" for t, n in zip(results["tasks"], results["test_rows"], strict=True))}.
+{split_of(results).capitalize()} rows per task: {counts}.
 
 ## Use
 

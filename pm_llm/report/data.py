@@ -12,7 +12,7 @@ from pm_llm.evaluation.bootstrap import Interval, interval, mean_interval, paire
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.predictions import Predictions, read_all
 from pm_llm.methods import knows_task
-from pm_llm.report import LABELS
+from pm_llm.report import LABELS, mode_of
 from pm_llm.run_dir import RunDir
 
 
@@ -97,7 +97,9 @@ def open_run(path: str | Path) -> Run:
 
 
 def difference(a: Run, b: Run) -> Interval | None:
-    """Final average of `a` minus that of `b`, paired by rows; None if they were not scored on the same rows."""
+    """Final average of `a` minus that of `b`, paired by rows; None if they were not scored on the same, alike."""
+    if mode_of(a.results) != mode_of(b.results):
+        return None
     try:
         x, y = ({one.task: one for one in run.final} for run in (a, b))
         tasks = sorted(x)

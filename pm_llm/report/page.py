@@ -18,7 +18,7 @@ from pm_llm import __version__
 from pm_llm.durable import replace_bytes, writing
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import Interval
-from pm_llm.report import comparison, figures, words
+from pm_llm.report import comparison, figures, how_scored, split_of, words
 from pm_llm.report.data import Run, difference
 
 PAGE, FIGURES = "report.html", "figures"
@@ -116,7 +116,7 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
     finals = [run.averages.get(len(run.matrix.stages) - 1) for run in runs]
     differences = [None if run is runs[0] else difference(run, runs[0]) for run in runs]
     environment = Environment(loader=PackageLoader("pm_llm.report"), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"band": _band, "words": words}
+    environment.filters |= {"band": _band, "words": words, "how": how_scored, "split": split_of}
     return environment.get_template("report.html").render(
         runs=runs,
         header=header,
