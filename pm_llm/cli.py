@@ -246,19 +246,21 @@ def status(given: argparse.Namespace) -> int:
 
 
 def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
-    """`pm-llm evaluate`: one line a task with its 95 % bootstrap interval, and their mean."""
+    """`pm-llm evaluate`: one line a task with its 95 % bootstrap interval, and their mean (probes aside)."""
     from pm_llm.evaluation.run import evaluate_adapter
     from pm_llm.processes import process_state, shut_down
     from pm_llm.progress import say
     from pm_llm.run_dir import RunDir, jsonl
+    from pm_llm.tasks import load_tasks, scored
 
     keep = Path(given.predictions) if given.predictions else None
     if keep is not None and (keep.is_dir() or not keep.absolute().parent.is_dir()):
         raise PmLlmError(f"--predictions {keep} is a folder, or in one that does not exist. Name a file.")
     if given.adapter:
         RunDir.check_within(given.adapter)
-    found = evaluate_adapter(given.adapter, config)
-    for line in _score_lines(found):
+    stages = load_tasks(config)
+    found = evaluate_adapter(given.adapter, config, scored(config, stages))
+    for line in _score_lines(found, tasks=[task.name for task in stages]):
         say(line)
     shut_down()
     if keep is not None and process_state().is_main_process:
@@ -273,11 +275,11 @@ def _score_lines(found: Sequence[Any], scorer: str | None = None, tasks: Sequenc
 
     if scorer is not None:
         found = [dataclasses.replace(one, scorer=scorer) for one in found]
-    named = [(one.task, interval(one)) for one in found]
+    named = [(one.task, interval(one), len(one.predictions)) for one in found]
     counted = [one for one in found if tasks is None or one.task in tasks]
     if len({scorer_named(one.scorer).lower_is_better for one in counted}) == 1:
-        named.append(("mean", mean_interval(counted)))
-    return [f"{name}\t{x.value:.2f}\t({x.low:.2f} to {x.high:.2f})" for name, x in named]
+        named.append(("mean", mean_interval(counted), sum(len(one.predictions) for one in counted)))
+    return [f"{name}\t{x.value:.2f}\t({x.low:.2f} to {x.high:.2f})\t{rows} rows" for name, x, rows in named]
 
 
 def doctor(given: argparse.Namespace, config: RunConfig) -> int:

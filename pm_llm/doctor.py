@@ -196,9 +196,11 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     """
     from pm_llm.adapters import lora_layers
     from pm_llm.models import add_task_adapter, empty_base
-    from pm_llm.tasks import load_tasks
+    from pm_llm.tasks import load_tasks, scored
 
-    tasks = len(load_tasks(config))
+    stages = load_tasks(config)
+    scored(config, stages)
+    tasks = len(stages)
     model, seq2seq = empty_base(config.model)
     layers: Any = lora_layers(add_task_adapter(model, config.lora, seq2seq, "task")).values()
     shapes = [(layer.out_features, layer.in_features, layer.r["task"]) for layer in layers]

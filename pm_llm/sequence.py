@@ -39,7 +39,7 @@ from pm_llm.run_dir import ADAPTER, LOG, MEMORY, TASK_ADAPTER, RunDir, jsonl
 from pm_llm.sharding import is_sharded, launched
 from pm_llm.starts import RUNNING, TASK
 from pm_llm.stopping import Stopping
-from pm_llm.tasks import Task, checked, distinct, load_probes, load_tasks, one_direction
+from pm_llm.tasks import Task, checked, distinct, load_tasks, scored
 from pm_llm.tasks.encode import encoders_for
 from pm_llm.trainer import refuse_sharding
 from pm_llm.training import train
@@ -62,11 +62,7 @@ class ContinualSequence:
         self.restart_from = restart_from
         self.tasks = load_tasks(config) if tasks is None else checked(tasks)  # a stage each; a task may recur
         self.distinct = distinct(self.tasks)
-        probes = load_probes(config)
-        self.columns = self.distinct | {task.name: task for task in probes}  # all that is scored
-        if len(self.columns) < len(self.distinct) + len(probes):
-            raise PmLlmError("a probe has the name of a task or of another probe. Give each its own `name`.")
-        one_direction(self.columns.values())
+        self.columns = scored(config, self.tasks)
         if config.fuar:
             Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
         self.method = config.parsed_method()

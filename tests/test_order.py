@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -176,6 +177,35 @@ def test_probes_are_scored_and_never_trained(pico_folders, tmp_path, capsys) -> 
     ):
         with pytest.raises(PmLlmError, match=said):
             ContinualSequence(config_for(pico_folders["llama"], tmp_path / "other", **{**overrides, **wrong}))
+
+
+def test_probes_are_known_to_every_command(pico_folders, tmp_path, capsys) -> None:
+    rows = [json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in make_task("puzzle", 2, 6).test]
+    path = tmp_path / "puzzle.jsonl"
+    path.write_text("\n".join(rows))
+    common = ["--model", pico_folders["llama"], "--benchmark", "embedded", "--order", "topic", "--max_length", "96"]
+    common += ["--max_train_samples", "8", "--max_test_samples", "5", "--probes", str(path)]
+    assert main(["tasks", "check", *common]) == 0
+    said = capsys.readouterr().out
+    assert "sequence: topic\n" in said
+    assert re.search(r"puzzle, never trained: .*\n  test: 5 rows", said)
+    assert main(["evaluate", *common]) == 0
+    topic, puzzle, mean = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert [line[0] for line in (topic, puzzle, mean)] == ["topic", "puzzle", "mean"]
+    assert [line[3] for line in (topic, puzzle, mean)] == ["5 rows"] * 3
+    assert topic[1] == mean[1]
+    path.write_text("nothing")
+    for command in (["tasks", "check"], ["doctor"], ["evaluate"]):
+        assert main([*command, *common]) != 0
+        found = capsys.readouterr()
+        assert f"{path}:1" in found.out + found.err
+
+
+def test_check_tells_what_neighbours_give(pico_folders, capsys) -> None:
+    words = ["tasks", "check", "--model", pico_folders["llama"], "--benchmark", "embedded", "--order", "topic,intent"]
+    assert main([*words, "--max_train_samples", "20", "--blur", "0.25", "--max_length", "96"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"topic: .*\n  train: 15 rows.*\n.*\n.*\n    and 5 rows of intent\n", said)
 
 
 def test_numbers_of_a_recurring_sequence() -> None:

@@ -18,7 +18,7 @@ from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.foreign import fetched
 from pm_llm.models import load_base
 from pm_llm.progress import bar
-from pm_llm.tasks import Task, distinct, load_tasks
+from pm_llm.tasks import Task, load_tasks, scored
 from pm_llm.tasks.encode import Encoder, encoders_for
 
 
@@ -41,13 +41,20 @@ def answer_task(model: Any, encoder: Encoder, task: Task, how: EvaluationSection
     return Predictions(task.name, task.scorer, answers, references, sources, keys)
 
 
-def evaluate_adapter(adapter: str | None, config: RunConfig) -> list[Predictions]:
+def evaluate_adapter(
+    adapter: str | None, config: RunConfig, tasks: dict[str, Task] | None = None
+) -> list[Predictions]:
     """The predictions of `config.model` with `adapter` (a folder or Hub id; None: the base model alone), by task.
+
+    Args:
+        adapter: The adapter.
+        config: The model, and how it is scored.
+        tasks: By name; by default all that a run of this configuration scores.
 
     Raises:
         PmLlmError: If the adapter cannot be loaded onto the model.
     """
-    tasks = distinct(load_tasks(config))
+    tasks = scored(config, load_tasks(config)) if tasks is None else tasks
     encoders = encoders_for(config, tasks.values())
     folder = fetched(adapter) if adapter is not None else None
     base = load_base(config.model, config.dtype, config.load_in_4bit)

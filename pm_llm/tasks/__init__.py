@@ -202,6 +202,20 @@ def load_probes(config: RunConfig) -> list[Task]:
     return [task.subset(None, config.max_test_samples, config.seed) for task in tasks]
 
 
+def scored(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Task]:
+    """Name -> task of all that a run of `tasks` scores: these, and the probes after them.
+
+    Raises:
+        PmLlmError: If a name is taken twice, their scores cannot be averaged, or as :func:`load_tasks` does.
+    """
+    trained, probes = distinct(tasks), load_probes(config)
+    found = trained | {task.name: task for task in probes}
+    if len(found) < len(trained) + len(probes):
+        raise PmLlmError("a probe has the name of a task or of another probe. Give each its own `name`.")
+    one_direction(found.values())
+    return found
+
+
 def check_while(problems: Problems, load: Callable[[Problems], Task]) -> Task:
     """The task that `load` gives, checked."""
     before = problems.whole

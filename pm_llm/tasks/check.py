@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 
 from pm_llm.config import RunConfig
-from pm_llm.tasks import SPLITS, Example, Task, distinct, load_tasks
+from pm_llm.tasks import SPLITS, Example, Task, distinct, load_tasks, scored
 from pm_llm.tasks.encode import Encoder, encoders_for
 
 QUANTILES = (0, 50, 90, 99, 100)
@@ -23,8 +24,10 @@ def describe_tasks(config: RunConfig) -> str:
         PmLlmError: With everything that is wrong with the rows, each with file and line.
     """
     stages = load_tasks(config)
-    tasks = list(distinct(stages).values())
-    encoders = encoders_for(config, tasks)
+    trained, columns = distinct(stages), scored(config, stages)
+    encoders = encoders_for(config, columns.values())
+    # of a probe, what is scored
+    tasks = [task if name in trained else replace(task, train=(), validation=()) for name, task in columns.items()]
     parts = ["sequence: " + ", ".join(task.name for task in stages)]
     for task in tasks:
         parts.append(_describe(task, encoders[task.name]))
@@ -32,7 +35,8 @@ def describe_tasks(config: RunConfig) -> str:
 
 
 def _describe(task: Task, encoder: Encoder) -> str:
-    lines = [f"{task.name}: scorer {task.scorer}" + (f", {len(task.labels)} labels" if task.labels else "")]
+    name = task.name if task.train else f"{task.name}, never trained"
+    lines = [f"{name}: scorer {task.scorer}" + (f", {len(task.labels)} labels" if task.labels else "")]
     for split in SPLITS:
         rows = getattr(task, split)
         if not rows:
@@ -47,7 +51,9 @@ def _describe(task: Task, encoder: Encoder) -> str:
             f"    {cut:.1%} of prompts are shortened to {encoder.prompt_budget} tokens, "
             f"{long:.1%} of answers cut at {encoder.max_new_tokens}"
         )
-    for number, row in enumerate(task.train[:3], start=1):
+        if split == "train":
+            lines += [f"    and {len(rows)} rows of {neighbour}" for neighbour, rows in task.foreign]
+    for number, row in enumerate((task.train or task.test)[:3], start=1):
         prompt = encoder.tokenizer.decode(encoder.prompt(row), skip_special_tokens=False)
         answer = encoder.tokenizer.decode(encoder.answer(row), skip_special_tokens=False)
         lines.append(f"  example {number}:\n" + _indented(f"{prompt}[[{answer}]]"))
