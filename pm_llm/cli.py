@@ -178,20 +178,22 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
     """`--key value` and `--key=value` pairs; several values make a list; `--data-dir` is `data_dir`.
 
     Raises:
-        PmLlmError: If a value is missing, or something is not a flag.
+        PmLlmError: If a value is missing, a list is given twice, or something is not a flag.
     """
     overrides: dict[str, list[Any]] = {}
+    lists = {"tasks", "probes", "lora.target_modules", "lora.layers_to_transform"}
     key = None
     for word in rest:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             key = name.replace("-", "_")
+            if key in lists & overrides.keys():
+                raise PmLlmError(f"--{key} is given twice. Give all of its values after one --{key}.")
             overrides[key] = [_yaml(value)] if equals else []
         elif key is None:
             raise PmLlmError(f"{word!r} is not a flag. Settings are given as --key value.")
         else:
             overrides[key].append(_yaml(word))
-    lists = {"tasks", "probes", "lora.target_modules", "lora.layers_to_transform"}
     for key, values in overrides.items():
         if not values:
             raise PmLlmError(f"--{key} needs a value.")
@@ -302,16 +304,17 @@ def check_tasks(given: argparse.Namespace, config: RunConfig) -> int:
 def score(given: argparse.Namespace) -> int:
     """`pm-llm score`: scores of saved predictions."""
     from pm_llm.evaluation.predictions import read_all
-    from pm_llm.methods import Method
+    from pm_llm.methods import knows_task
     from pm_llm.run_dir import RunDir
 
     paths, tasks = [Path(given.predictions)], None
     if paths[0].is_dir():
         run_dir = RunDir.open(paths[0])
         state = run_dir.state()
-        words = [state["config"][key] for key in ("method", "start", "constrain", "merge")]
-        tasks = [] if Method.parse(*words).task_id else state["tasks"]  # no mean of what its result is not used for
-        paths = run_dir.predictions(len(state["stages"]) - 1)
+        stages = state["stages"]
+        known = bool(stages) and knows_task(state["config"]["method"], stages[-1].get("words"))
+        tasks = [] if known else state["tasks"]  # no mean of what its result is not used for
+        paths = run_dir.predictions(len(stages) - 1)
     found = read_all(paths)
     if not found:
         raise PmLlmError(f"{given.predictions} holds no predictions: nothing has been scored yet.")
@@ -389,18 +392,27 @@ def report(given: argparse.Namespace) -> int:
     from pm_llm.run_dir import RunDir
 
     runs = [open_run(path) for path in given.run_dir]
+    out = Path(given.out or runs[0].path)
+    own = out.resolve() == runs[0].path.resolve()
+    if not own and (out / "state.json").exists():
+        raise PmLlmError(
+            f"{out} is the folder of a run. Choose another --out; without it the page goes to {runs[0].path}."
+        )
     for one in runs:
         print(f"{one.path}\n{describe(one.results)}\n")
+    table = compare([one.results for one in runs], given.joint, [one.name for one in runs])
     if len(runs) > 1:
-        print(compare([one.results for one in runs], given.joint, [one.name for one in runs]) + "\n")
+        print(table + "\n")
+    if given.joint is not None and "gap closed" not in table:
+        print("no gap closed: with --joint it needs a run of seqlora among these, with other scores, scored alike.\n")
     try:
         from pm_llm.report.page import FIGURES, write_report
     except ImportError as error:
         raise PmLlmError(f'the page needs matplotlib: pip install "pm_llm[report]" ({error})') from error
     run_dir = RunDir.open(given.run_dir[0])
-    with nullcontext() if given.out else run_dir.locked():
-        page = write_report(runs, given.out or given.run_dir[0], given.joint)
-        if not given.out:
+    with run_dir.locked() if own else nullcontext():
+        page = write_report(runs, out, given.joint)
+        if own:
             run_dir.record([page, *(page.parent / FIGURES).iterdir()])
     print(f"page: {page}")
     return 0

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pm_llm.adapters import Adapter, place_of, task_type_of
 from pm_llm.durable import new_folder
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, first_line
 from pm_llm.foreign import WEIGHTS_FILE
 from pm_llm.lowrank import LowRank
 
@@ -88,13 +88,16 @@ def expand(compressed: str | Path, out: str | Path) -> None:
     """Write a compressed adapter as an ordinary PEFT adapter folder `out`.
 
     Raises:
-        PmLlmError: If there is none, or `out` exists.
+        PmLlmError: If there is none, it is damaged, or `out` exists.
     """
     folder = Path(compressed)
     if not (folder / FILE).is_file():
         raise PmLlmError(f"{folder} holds no {FILE}: it is no compressed adapter.")
-    config = LoraConfig.from_pretrained(str(folder))
-    adapter = Adapter(_read(folder / FILE), place_of(config), config.base_model_name_or_path, task_type_of(config))
+    try:
+        config, factors = LoraConfig.from_pretrained(str(folder)), _read(folder / FILE)
+        adapter = Adapter(factors, place_of(config), config.base_model_name_or_path, task_type_of(config))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise PmLlmError(f"{folder} is damaged: {first_line(error)}. Compress the adapter again.") from error
     with new_folder(out) as scratch:
         adapter.save(scratch)
 

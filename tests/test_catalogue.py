@@ -64,6 +64,7 @@ def test_the_worked_example_runs(tmp_path, monkeypatch, pico_folders) -> None:
     finally:
         methods.MERGES.pop("median", None)
         PRESETS.pop("median", None)
+    assert main(["score", str(tmp_path / "run")]) == 0  # of what was said, whatever the method
     with pytest.raises(ValueError, match="unknown merge"):
         Choice.parse("median", "merge")
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 
 from pm_llm.adapters import Adapter
 from pm_llm.cli import main
@@ -70,6 +71,25 @@ def test_the_command_and_what_it_refuses(tmp_path, capsys) -> None:
     with pytest.raises(PmLlmError, match="no compressed"):
         expand(tmp_path / "whole", tmp_path / "other")
     assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize("name", [FILE, "adapter_config.json"])
+@pytest.mark.parametrize("spoil", ["halve", "remove", "plain"])
+def test_a_damaged_folder_is_not_expanded(name: str, spoil: str, tmp_path, capsys) -> None:
+    Adapter.from_model(make_peft("llama", random_b=True), "default").save(tmp_path / "whole")
+    compress(tmp_path / "whole", tmp_path / "small", 0.5)
+    file = tmp_path / "small" / name
+    if spoil == "halve":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif spoil == "remove":
+        file.unlink()
+    else:  # what it is called, and not what it should be
+        save_file({"x": torch.zeros(2)}, file)
+    assert main(["compress", "--expand", "--adapter", str(file.parent), "--out", str(tmp_path / "again")]) == 2
+    error = capsys.readouterr().err
+    assert str(file.parent) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "again").exists()
 
 
 def test_where_an_adapter_sits_survives(tmp_path) -> None:

@@ -245,6 +245,28 @@ def test_gap_closed_of_several_runs(runs) -> None:
     assert "gap closed" not in comparison([pm], joint=90.0)[0]
 
 
+def test_a_page_does_not_go_into_another_runs_folder(runs, tmp_path, capsys) -> None:
+    for name in ("pm", "seqlora"):
+        shutil.copytree(runs[name], tmp_path / name, symlinks=True)
+    assert main(["report", str(tmp_path / "pm"), "--out", str(tmp_path / "seqlora")]) == 2
+    assert "seqlora is the folder of a run" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "pm"), "--out", str(tmp_path / "pm")]) == 0  # as without --out
+    for name in ("pm", "seqlora"):
+        assert RunDir.open(tmp_path / name).damaged() == {}
+
+
+def test_a_gap_that_cannot_be_had_is_told(runs, tmp_path, capsys) -> None:
+    for words, said in (
+        (["pm", "average"], "a run of seqlora"),
+        (["pm"], "a run of seqlora"),
+        (["pm", "seqlora"], None),
+    ):
+        assert main(["report", *(str(runs[w]) for w in words), "--joint", "99", "--out", str(tmp_path / "out")]) == 0
+        out = capsys.readouterr().out
+        assert ("no gap closed" in out) == (said is not None)
+        assert said is None or said in out
+
+
 @pytest.mark.parametrize(
     "change",
     [
