@@ -235,6 +235,13 @@ def _mean(runs: Sequence[dict[str, Any]], key: str, form: str) -> str:
     return format(fmean(one[key] for one in runs), form) if all(key in one for one in runs) else "-"
 
 
+def _results(one: dict[str, Any]) -> dict[str, Any]:
+    """A record with what the comparison of runs looks at besides."""
+    rows = [one["rows"][task] for task in one["tasks"]]
+    more = {"scorers": [x["scorer"] for x in rows], "test_rows": [len(x["numbers"]) for x in rows]}
+    return {**one, "config": {**one["config"], "model": one["model"]}, **more}
+
+
 def _shown(found: np.ndarray, sign: str) -> str:
     value, low, high = interval(found)
     return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
@@ -242,7 +249,7 @@ def _shown(found: np.ndarray, sign: str) -> str:
 
 def renewed(text: str, folder: Path) -> str:
     """A page with the table of each marked file, a path relative to `folder`: of records (JSONL; with `, lead of NAME`
-    or `, lead of NAME without TASK ...` that of :func:`lead`, with `, runs` that of `pm-llm compare`, with `, matrix
+    or `, lead of NAME without TASK ...` that of :func:`lead`, with `, runs` that of `pm-llm report`, with `, matrix
     of NAME` that run's), or of plain rows."""
     from pm_llm.evaluation.matrix import Matrix
     from pm_llm.report import compare
@@ -254,7 +261,7 @@ def renewed(text: str, folder: Path) -> str:
         elif kind == "lead of":
             found = lead(read(path), name, (without or "").split())
         elif kind == "runs":
-            found = compare(read(path), names=[one["name"] for one in read(path)])
+            found = compare([_results(one) for one in read(path)], names=[one["name"] for one in read(path)])
         elif kind == "matrix of":
             (one,) = (one for one in read(path) if one["name"] == name)
             found = Matrix.from_results(one).table(one["coefficients"])
