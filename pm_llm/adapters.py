@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,20 +208,12 @@ class Adapter:
             config.alpha_pattern = {module: scaling[module] * x.rank for module, x in self.factors.items()}
             state = self.replace_factors({module: x.scale(1 / scaling[module]) for module, x in self.factors.items()})
         model.add_adapter(name, config)
-        set_weights(model, state.peft_state(), name)
+        result: Any = set_peft_model_state_dict(model, state.peft_state(), adapter_name=name)
+        check_fit([key for key in result.missing_keys if f".{name}." in key], result.unexpected_keys)
 
 
-def set_weights(model: PeftModel, weights: dict[str, Tensor], name: str) -> None:
-    """Give the adapter `name` of `model` these weights, under the names that PEFT's files have.
-
-    Raises:
-        PmLlmError: If they are not all that the adapter has there, or more; PEFT would use what fits.
-        RuntimeError: If their shapes differ.
-    """
-    result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
-    # the base model's are missing, too; prompts, which have a place of their own, PEFT gives afterwards, or raises
-    missing = [key for key in result.missing_keys if f".{name}." in key and "prompt_encoder" not in key]
-    unexpected = [key for key in result.unexpected_keys if key != "prompt_embeddings"]
+def check_fit(missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raises PmLlmError if names were missing among an adapter's weights, or unexpected: PEFT takes what fits."""
     if missing or unexpected:
         raise PmLlmError(
             f"the adapter does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}. "

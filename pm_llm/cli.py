@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print finished runs' tables and write them as one HTML page")
     report.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="one run, or several to compare")
     report.add_argument("--out", metavar="DIR", help="folder for report.html and figures (default: the first run's)")
-    report.add_argument("--joint", type=float, help="final average of joint training, for the gap closed")
+    report.add_argument("--joint", type=float, help="final average of joint training, as the first run was scored")
 
     push = commands.add_parser("push", help="upload a run's adapter with a model card to the Hub")
     push.add_argument("run_dir", metavar="RUN_DIR")
@@ -404,7 +404,7 @@ def report(given: argparse.Namespace) -> int:
     if len(runs) > 1:
         print(table + "\n")
     if given.joint is not None and "gap closed" not in table:
-        print("no gap closed: with --joint it needs a run of seqlora among these, with other scores, scored alike.\n")
+        print("no gap closed: it needs a run of seqlora among these, scored as the first, with another average.\n")
     try:
         from pm_llm.report.page import FIGURES, write_report
     except ImportError as error:

@@ -39,10 +39,11 @@ def extra_value(value: Any, hint: Any, key: str) -> Any:
     Raises:
         PmLlmError: If the field is of plain types and `value` of none of them.
     """
-    types = {typing.get_origin(one) or one for one in typing.get_args(hint) or (hint,)}
-    if types <= {bool, int, float, str, type(None)} and hint is not None:
+    kinds = {typing.get_origin(one) or one for one in typing.get_args(hint) or (hint,)}
+    switch = isinstance(value, bool) and str in kinds  # `fsdp: true` is meant, though a text is annotated
+    if kinds <= {bool, int, float, str, type(None)} and not switch:
         return convert(value, hint, key)
-    return exponents(value) if dict in types else value
+    return exponents(value) if dict in kinds else value
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:

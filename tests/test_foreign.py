@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import IA3Config, LoHaConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from pm_llm.cli import main
 from pm_llm.errors import PmLlmError
 from pm_llm.foreign import check_files
 from pm_llm.sharding import weights_only
-from tests.conftest import make_peft
+from tests.conftest import make_model, make_peft
 from tests.forks import Forker
 from tests.hub_server import HubServer
 from tests.test_hub import environment
@@ -171,6 +172,15 @@ def test_what_peft_fails_at_is_one_line_too(key: str, value, adapter, pico_folde
 
 def test_a_good_one_passes(adapter) -> None:
     assert check_files(adapter)["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize("config", [IA3Config(task_type="CAUSAL_LM"), LoHaConfig(task_type="CAUSAL_LM")])
+def test_half_an_adapter_of_another_kind_is_not_scored(config, pico_folders, tmp_path, capsys) -> None:
+    get_peft_model(make_model("llama"), config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({name: x for name, x in weights.items() if "layers.0." in name}, tmp_path / "adapter_model.safetensors")
+    assert main(["evaluate", "--model", pico_folders["llama"], "--adapter", str(tmp_path), *TASKS]) == 2
+    assert "does not fit the model" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit_the_model_are_not_scored(adapter, pico_folders, capsys) -> None:

@@ -17,6 +17,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.bootstrap import interval, mean_interval, paired_difference
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.evaluation.predictions import Predictions, read_predictions
+from pm_llm.methods import PRESETS
 from pm_llm.report import comparison, describe
 from pm_llm.report.card import write_card
 from pm_llm.report.data import difference, open_run
@@ -290,8 +291,12 @@ def test_what_is_scored_otherwise_is_not_compared(change: dict, runs) -> None:
     header, rows = comparison([pm.results, seqlora.results, other], joint=90.0)
     base = seqlora.results["average_accuracy"]
     gap = f"{(pm.results['average_accuracy'] - base) / (90 - base):.2f}"
-    assert [row[header.index("gap closed")] for row in rows] == [gap, "0.00", "0.00"]  # each by its own kind
-    assert comparison([pm.results, other], joint=90.0)[1][0][header.index("gap closed")] == "-"
+    assert [row[header.index("gap closed")] for row in rows] == [gap, "0.00", "-"]  # 90 is of the first's kind
+    joint = {**other, "average_accuracy": 90.0, "config": {**other["config"], "method": "joint"}}
+    joint["method"] = PRESETS["joint"].plain()
+    header, rows = comparison([pm.results, seqlora.results, other, joint], joint=90.0)
+    assert [row[header.index("gap closed")] for row in rows] == [gap, "0.00", "0.00", "1.00"]
+    assert "gap closed" not in comparison([pm.results, other], joint=90.0)[0]
     if "mode" in change.get("evaluation", {}):  # of another split the rows are others
         assert difference(pm, seqlora) is not None
         assert difference(pm, replace(seqlora, results=other)) is None

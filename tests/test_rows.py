@@ -233,6 +233,9 @@ def test_bad_rows_of_a_probe(tmp_path, capsys) -> None:
     (probe,) = load_probes(RunConfig(probes=[str(path)], bad_rows="drop"))
     assert len(probe.test) == 6
     assert capsys.readouterr().out.count("3 bad rows left out") == 1
+    for name in ("nothing.jsonl", "./nothing"):
+        with pytest.raises(PmLlmError, match=r"^\S*nothing\S*: "):  # told once
+            load_probes(RunConfig(probes=[name]))
 
 
 def test_a_validation_share_is_split_off_and_scored(tmp_path) -> None:

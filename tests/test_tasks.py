@@ -344,11 +344,30 @@ def test_a_folder_of_shards_is_one_task(tmp_path) -> None:
     (folder / "train-00001-of-00002.parquet").unlink()
     with pytest.raises(PmLlmError, match="1 of the 2 files"):
         user_tasks(str(folder))
+    old = tmp_path / "old"  # as datasets named them before
+    old.mkdir()
+    for split in ("train", "test"):
+        Dataset.from_list(ROWS).to_parquet(str(old / f"{split}-00000-of-00001-a09b74b3ef9c3b56.parquet"))
+    for name in ("notes.csv", "notes.json", "unsupervised-00000-of-00002.jsonl"):  # of no split that is read
+        (old / name).write_text("nothing")
+    (task,) = user_tasks(str(old))
+    assert (task.name, len(task.train), len(task.test)) == ("old", len(ROWS), len(ROWS))
     for name in ("train.csv", "train.jsonl"):
         (tmp_path / "two").mkdir(exist_ok=True)
         Dataset.from_list(ROWS).to_json(str(tmp_path / "two" / name))
     with pytest.raises(PmLlmError, match=r"train\.csv and train\.jsonl"):
         user_tasks(str(tmp_path / "two"))
+
+
+def test_subfolders_are_no_splits(tmp_path) -> None:
+    for name in ("dev", "test"):
+        (tmp_path / "many" / name).mkdir(parents=True)
+        Dataset.from_list(ROWS).to_json(str(tmp_path / "many" / name / "train.jsonl"))
+    Dataset.from_list(ROWS).to_json(str(tmp_path / "many/eval.jsonl"))
+    assert [task.name for task in user_tasks(str(tmp_path / "many"))] == ["dev", "eval", "test"]
+    (tmp_path / "many/train").mkdir()  # of one task, in a layout that is not known
+    with pytest.raises(PmLlmError, match="has no split 'train'"):
+        user_tasks(str(tmp_path / "many"))
 
 
 def test_a_folder_of_test_rows_alone(tmp_path) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel
 
-from pm_llm.adapters import set_weights
+from pm_llm.adapters import check_fit
 from pm_llm.config import EvaluationSection, RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
@@ -62,7 +62,10 @@ def evaluate_adapter(
     if folder is not None:
         try:
             model = PeftModel.from_pretrained(model, folder)
-            set_weights(model, load_peft_weights(str(folder), device="cpu"), "default")  # again: all of them, or none
+            found = model.load_adapter(folder, "default")  # again, as it says what did not fit
+            # prompts and shared vectors have places of their own, which PEFT fills, or raises
+            missing = [key for key in found.missing_keys if "prompt_encoder" not in key and "vector_bank" not in key]
+            check_fit(missing, [key for key in found.unexpected_keys if key != "prompt_embeddings"])
         except Exception as error:  # whatever PEFT makes of an adapter that does not fit
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
             raise PmLlmError(f"cannot load the adapter {adapter!r}: {reason}") from error

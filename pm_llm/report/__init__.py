@@ -69,11 +69,19 @@ def comparison(
 
     Args:
         runs: Their `results.json`.
-        joint: Final average of joint training; by default the mean of the runs of the preset `joint`.
+        joint: Final average of joint training, scored as the first run was; by default that of the preset's runs.
         names: What to call the runs; by default, by their methods.
     """
     keys = [key for key in LABELS if any(run.get(key) is not None for run in runs)]
-    gaps = [_gap(run, [one for one in runs if _scored(one) == _scored(run)], joint) for run in runs]
+    kinds = [_scored(run) for run in runs]
+    gaps = [
+        _gap(
+            run,
+            [one for one, its in zip(runs, kinds, strict=True) if its == kind],
+            joint if kind == kinds[0] else None,
+        )
+        for run, kind in zip(runs, kinds, strict=True)
+    ]
     shown = any(gap is not None for gap in gaps)
     header = ["method", *(LABELS[key] for key in keys), *(["gap closed"] if shown else []), "coefficients"]
     rows = []

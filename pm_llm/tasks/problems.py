@@ -36,11 +36,13 @@ class Problems:
         elif not place or (place, what) not in self.seen:  # a probe's file is read twice
             self.seen.add((place, what))
             self.rows += 1
-            self.add(place, what)
+            self.found.append((place, what))
 
     def add(self, place: str, what: str) -> None:
         """Something wrong that leaving out a row cannot mend."""
-        self.found.append((place, what))
+        if (place, what) not in self.seen:
+            self.seen.add((place, what))
+            self.found.append((place, what))
 
     @property
     def whole(self) -> int:

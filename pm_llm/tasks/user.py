@@ -18,7 +18,7 @@ from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.rows import READERS, Row, dataset_rows, read_rows
 
 _TEST_ALIASES = ("validation", "dev", "eval")
-_SHARD = re.compile(r"-\d+-of-(\d+)$")
+_SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")
 INSTRUCTION, CONTEXT = "instruction", "context"  # the second joins the first, as `input` does
 # columns that are found without being named, the first pair that is there
 PAIRS = (
@@ -89,7 +89,8 @@ def _expand(entry: Any, folder: Path | None) -> list[Any]:
         if not child.name.startswith(".") and (child.is_dir() or child.suffix in READERS)
     )
     splits = {_split_of(child) for child in children}
-    if "train" in splits or splits <= {"test", *_TEST_ALIASES}:
+    alone = splits <= {"test", *_TEST_ALIASES} and all(child.is_file() for child in children)
+    if not children or "train" in splits or alone:
         return [entry]
     return [str(child.absolute()) for child in children]
 
@@ -211,17 +212,17 @@ def _from_folder(path: Path, spec: UserTask, problems: Problems) -> Splits:
             files[_split_of(file)].append(file)
     if not files:
         raise PmLlmError(f"{path} holds no {', '.join(READERS)} file and no saved dataset.")
-    for split, parts in files.items():
-        of = {int(found[1]) if (found := _SHARD.search(part.stem)) else 1 for part in parts}
-        if len(of) > 1 or len({part.suffix for part in parts}) > 1 or len(parts) > max(of):
-            both = " and ".join(part.name for part in parts)
-            raise PmLlmError(f"{path}: {both} are all of the split {split!r}. Keep one, or make them one.")
-        if len(parts) < max(of):
-            raise PmLlmError(f"{path} holds {len(parts)} of the {max(of)} files of the split {split!r}.")
-    return {split: partial(_joined, parts, problems) for split, parts in files.items()}
+    return {split: partial(_joined, split, parts, problems) for split, parts in files.items()}
 
 
-def _joined(files: list[Path], problems: Problems) -> list[Row]:
+def _joined(split: str, files: list[Path], problems: Problems) -> list[Row]:
+    of = {int(found[1]) if (found := _SHARD.search(file.stem)) else 1 for file in files}
+    folder = files[0].parent
+    if len(of) > 1 or len({file.suffix for file in files}) > 1 or len(files) > max(of):
+        names = " and ".join(file.name for file in files)
+        raise PmLlmError(f"{folder}: {names} are all of the split {split!r}. Keep one, or make them one.")
+    if len(files) < max(of):
+        raise PmLlmError(f"{folder} holds {len(files)} of the {max(of)} files of the split {split!r}.")
     return [row for file in files for row in read_rows(file, problems)]
 
 
