@@ -73,15 +73,7 @@ def comparison(
         names: What to call the runs; by default, by their methods.
     """
     keys = [key for key in LABELS if any(run.get(key) is not None for run in runs)]
-    kinds = [_scored(run) for run in runs]
-    gaps = [
-        _gap(
-            run,
-            [one for one, its in zip(runs, kinds, strict=True) if its == kind],
-            joint if kind == kinds[0] else None,
-        )
-        for run, kind in zip(runs, kinds, strict=True)
-    ]
+    gaps = [_gap(run, runs, joint) for run in runs]
     shown = any(gap is not None for gap in gaps)
     header = ["method", *(LABELS[key] for key in keys), *(["gap closed"] if shown else []), "coefficients"]
     rows = []
@@ -100,8 +92,10 @@ def _scored(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _gap(run: dict[str, Any], runs: Sequence[dict[str, Any]], joint: float | None) -> float | None:
-    final, lower = run.get("average_accuracy"), _final(runs, "seqlora")
-    upper = _final(runs, "joint") if joint is None else joint
+    alike = [one for one in runs if _scored(one) == _scored(run)]
+    given = joint if _scored(run) == _scored(runs[0]) else None
+    final, lower = run.get("average_accuracy"), _final(alike, "seqlora")
+    upper = _final(alike, "joint") if given is None else given
     if final is None or lower is None or upper is None or lower == upper:
         return None
     return gap_closed(final, lower, upper)
