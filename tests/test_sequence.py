@@ -201,7 +201,8 @@ def test_evaluate_and_report(pico_folders, tmp_path, capsys) -> None:
     assert main(["evaluate", "--adapter", str(tmp_path / "run/adapter"), *arguments]) == 0
     lines = {line.split("\t")[0]: line.split("\t")[1:] for line in capsys.readouterr().out.strip().splitlines()}
     assert [float(lines[name][0]) for name in TASKS] == pytest.approx(results["matrix"][-1], abs=0.01)
-    assert all(" to " in interval for _, interval in lines.values())
+    assert all(" to " in interval for _, interval, _ in lines.values())
+    assert {name: rows for name, (_, _, rows) in lines.items()} == dict.fromkeys(TASKS, "4 rows") | {"mean": "12 rows"}
     assert main(["evaluate", *arguments]) == 0  # the base model alone
     assert main(["evaluate", "--adapter", str(tmp_path / "nothing"), *arguments]) == 2
     assert "cannot load the adapter" in capsys.readouterr().err
