@@ -418,6 +418,14 @@ def test_rows_given_for_validation_stay_validation_rows(tmp_path) -> None:
     assert (len(task.train), len(task.test), len(task.validation)) == (4, 2, 3)
 
 
+def test_rows_that_are_trained_on_do_not_stand_in_for_a_test(tmp_path) -> None:
+    Dataset.from_list([{**row, "prompt": f"{i}"} for i, row in enumerate(ROWS * 4)]).to_json(str(tmp_path / "dev.jsonl"))
+    (task,) = user_tasks({"data": str(tmp_path), "train_split": "dev"})
+    assert not {row.prompt for row in task.train} & {row.prompt for row in task.test}
+    (probe,) = load_probes(RunConfig(probes=[{"data": str(tmp_path), "train_split": "dev"}]))
+    assert len(probe.test) == 4 * len(ROWS)
+
+
 def test_rows_that_are_the_test_are_not_the_validation(tmp_path) -> None:
     rows = [{**row, "prompt": f"{i} {row['prompt']}"} for i, row in enumerate(ROWS * 4)]
     for split, some in (("train", rows[6:]), ("validation", rows[:4]), ("test", rows[4:6])):

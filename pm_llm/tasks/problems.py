@@ -33,16 +33,14 @@ class Problems:
         """A bad row at `place`; the caller leaves it out."""
         if self.drop:
             self.dropped.setdefault(place.rpartition(":")[0] or place, set()).add(place)
-        elif not place or (place, what) not in self.seen:  # a probe's file is read twice
+        elif not place or (place, what) not in self.seen:  # of a probe, training and test rows are the same
             self.seen.add((place, what))
             self.rows += 1
-            self.found.append((place, what))
+            self.add(place, what)
 
     def add(self, place: str, what: str) -> None:
         """Something wrong that leaving out a row cannot mend."""
-        if (place, what) not in self.seen:
-            self.seen.add((place, what))
-            self.found.append((place, what))
+        self.found.append((place, what))
 
     @property
     def whole(self) -> int:

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,13 @@ def _parse(entry: Any) -> UserTask:
     for label in spec.labels:
         if not isinstance(label, str):
             raise PmLlmError(f"labels: {label!r} is no text. Quote it: YAML takes yes, no and 1 for something else.")
-    if not 0 < spec.test_size < 1 or not 0 <= spec.validation_size < 1:
-        key = "validation_size" if 0 < spec.test_size < 1 else "test_size"
-        raise PmLlmError(
-            f"task {spec.name or spec.data}: {key} is {getattr(spec, key):g}. Give a share between 0 and 1."
-        )
-    given = [file for file in (spec.test_data, spec.validation_data) if file is not None]
-    one_split = given and spec.test_split == spec.validation_split
-    if one_split or len(given) > len(set(given)):
+    for key, fine in (("test_size", 0 < spec.test_size < 1), ("validation_size", 0 <= spec.validation_size < 1)):
+        if not fine:
+            given = getattr(spec, key)
+            raise PmLlmError(f"task {spec.name or spec.data}: {key} is {given:g}. Give a share between 0 and 1.")
+    files = [file for file in (spec.test_data, spec.validation_data) if file is not None]
+    one_split = files and spec.test_split == spec.validation_split
+    if one_split or len(files) > len(set(files)):
         key, value = ("split", spec.test_split) if one_split else ("data", spec.test_data)
         both = f"test_{key} and validation_{key} are both {value!r}"
         raise PmLlmError(f"task {spec.name or spec.data}: {both}. Give each its own rows.")
@@ -148,9 +147,13 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
     for split, file in ((spec.test_split, spec.test_data), (spec.validation_split, spec.validation_data)):
         if file is not None:
             splits[split] = partial(read_rows, _place(file, folder), problems)
-    if probe:
-        scored = next((split for split in (spec.test_split, *_TEST_ALIASES) if split in splits), None)
-        splits = splits if scored is None else {spec.train_split: splits[scored]} | splits
+    own = spec.validation_data is not None
+    # other splits stand in for a test split, but for rows that are trained on or were given for validation alone
+    taken = ({spec.validation_split} if own else set()) | (set() if probe else {spec.train_split})
+    stand_ins = [name for name in (spec.validation_split, *_TEST_ALIASES) if name not in taken]
+    scored = next((split for split in (spec.test_split, *stand_ins) if split in splits), None)
+    if probe and scored is not None:
+        splits = {spec.train_split: splits[scored]} | splits
     default = {f.name: f.default for f in fields(UserTask)}
     for key in ("train_split", "test_split", "validation_split"):
         split = getattr(spec, key)
@@ -159,18 +162,16 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
             problems.add("", f"task {name!r} has no split {split!r}; it has {', '.join(splits)}. Name it with {key}.")
             return Task(name, [], [], spec.scorer)
 
-    def read(split: str) -> list[Example] | None:
-        return _examples(splits[split](), spec, problems) if split in splits else None
+    @cache  # a probe's rows are those of both splits
+    def examples(load: Callable[[], list[Row]]) -> list[Example]:
+        return _examples(load(), spec, problems)
 
-    train, test, validation = read(spec.train_split) or [], read(spec.test_split), None
-    given = spec.validation_data is not None
-    if given or (spec.test_split in splits and spec.test_split != spec.validation_split):
+    def read(split: str | None) -> list[Example] | None:
+        return examples(splits[split]) if split in splits else None
+
+    train, test, validation = read(spec.train_split) or [], read(scored), None
+    if own or (scored == spec.test_split and scored != spec.validation_split):
         validation = read(spec.validation_split)
-    if spec.test_split not in splits:  # validation stands in for test, unless it was given as such
-        names = [
-            name for name in (spec.validation_split, *_TEST_ALIASES) if not given or name != spec.validation_split
-        ]
-        test = next((read(split) for split in names if split in splits), None)
     if test is None:
         what = f"task {name!r} has no test split and test_size"
         train, test = _split_off(train, spec.test_size, spec.seed, what, problems)
