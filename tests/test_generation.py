@@ -370,3 +370,14 @@ def test_two_processes_share_the_rows_and_agree(forker, tmp_path) -> None:
             assert all(0 < share[2] < alone[2] for share in shares)
         else:
             assert shares[1][2] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_generation_is_one_by_one_generation(family: str) -> None:
+    model = load_base(f"embedded:{family}").model.eval()
+    encoder = Encoder(tokenizer(family), family == "t5", 64, 6)
+    rows = [*make_task("sentiment", 6, 1).train, *make_task("puzzle", 6, 1).train]
+    together = generate(model, encoder, rows, batch_size=5)
+    alone = [generate(model, encoder, [row], batch_size=1)[0] for row in rows]
+    assert together == alone
+    assert len(set(alone)) > 1

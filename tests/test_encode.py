@@ -1,0 +1,151 @@
+"""Rendering: the chat template, the answer frame that survives shortening, and rows that cannot be rendered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from datasets import Dataset
+
+from pm_llm.cli import main
+from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
+from pm_llm.tasks import Example, Task
+from pm_llm.tasks.embedded import make_task
+from pm_llm.tasks.encode import Encoder, encoder_for, encoders_for, longest_answer
+from pm_llm.tasks.order import blurred
+from tests.conftest import FAMILIES, tokenizer
+from tests.test_tasks import user_tasks, write
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<assistant> {% endif %}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chat_goes_through_the_template_with_loss_on_the_answer(family: str, tmp_path) -> None:
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "what does the cat eat ?"},
+        {"role": "assistant", "content": "fish"},
+    ]
+    Dataset.from_list([{"messages": turns}] * 20).to_json(str(tmp_path / "chat.jsonl"))
+    (task,) = user_tasks(str(tmp_path / "chat.jsonl"))
+    row = task.train[0]
+    t = tokenizer(family)
+    encoder = Encoder(t, family == "t5", 64, 8)
+    with pytest.raises(PmLlmError, match="no chat template"):
+        encoder.prompt(row)
+    t.chat_template = TEMPLATE
+    prompt, answer = t.decode(encoder.prompt(row)), t.decode(encoder.answer(row))
+    assert prompt == "<system> be brief\n<user> what does the cat eat ?\n<assistant> "
+    assert answer == "fish</s>"
+    (features,) = encoder.features([row])
+    loss_on = [i for i in features["labels"] if i != -100]
+    assert t.decode(loss_on) == "fish</s>"
+    short = Encoder(t, family == "t5", 30 if family == "t5" else 38, 8)
+    assert t.decode(short.prompt(row)).endswith("<assistant> ")
+    assert len(short.prompt(row)) <= 30
+
+
+def test_what_a_template_puts_before_an_answer_is_no_part_of_it() -> None:
+    """Qwen3's last turn begins with empty thoughts that its generation prompt lacks."""
+    t = tokenizer("llama")
+    t.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {% if m.role == 'assistant' and 'so :' not in m.content %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    turns = ({"role": "user", "content": "what does the cat eat ?"},)
+    encoder = Encoder(t, False, 96, 24)
+    for answer, between in (("fish", "<think>\n\n</think>\n\n"), ("so : fish", "")):
+        row = Example("", answer, messages=turns)
+        assert t.decode(encoder.prompt(row)) == "<user> what does the cat eat ?\n<assistant> " + between
+        assert t.decode(encoder.answer(row)) == answer + "</s>"
+        (features,) = encoder.features([row])
+        assert t.decode([i for i in features["labels"] if i != -100]) == answer + "</s>"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [24, 31, 40])
+def test_the_answer_frame_survives(family: str, length: int) -> None:
+    t = tokenizer(family)
+    row = Example("word " * 300, "positive", "what is the sentiment ?\n", "\nanswer :")
+    encoder = Encoder(t, family == "t5", length, 5)
+    ids = encoder.prompt(row)
+    text = t.decode(ids, skip_special_tokens=True)
+    assert len(ids) <= encoder.prompt_budget
+    assert len(ids) >= encoder.prompt_budget - 3  # and no more was cut than needed
+    assert text.startswith("what is the sentiment ?\nword")
+    assert text.endswith("\nanswer :")
+    (features,) = encoder.features([row])
+    assert len(features["input_ids"]) <= length
+    with pytest.raises(PmLlmError, match="Raise max_length"):
+        Encoder(t, family == "t5", 8, 2).prompt(row)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_without_frame_loses_its_middle(family: str) -> None:
+    t = tokenizer(family)
+    row = Example("read this : " + "word " * 300 + "\nwhat does the cat eat ?\nanswer :", "fish")
+    text = t.decode(Encoder(t, family == "t5", 48, 5).prompt(row), skip_special_tokens=True)
+    assert text.startswith("read this : word")
+    assert text.endswith("word \nwhat does the cat eat ?\nanswer :")
+
+
+def test_rows_that_cannot_be_rendered_are_told_before_anything_is_done(pico_folders, tmp_path, capsys) -> None:
+    """A frame that is too long, and a conversation that the chat template refuses: file and line of each."""
+    rows = [{"label": "A", "sentence": "x"}] * 3
+    write(tmp_path / "cl", "TC", "agnews", ["A", "B" * 400], rows)
+    write(tmp_path / "cl", "COPA", "COPA", ["A"], rows)
+    run = ["run", "--model", pico_folders["llama"], "--output_dir", str(tmp_path / "run"), "--max_length", "60"]
+    benchmark = ["--benchmark", "standard_cl", "--order", "COPA,agnews", "--data-dir", str(tmp_path / "cl")]
+    assert main([*run, *benchmark]) == 2
+    said = capsys.readouterr().err
+    assert said.count("without what may be cut its prompt has") == 9
+    assert f"{tmp_path / 'cl/TC/agnews/test.json'}:1 (row 3): " in said
+    assert "COPA/train" not in said
+
+    folder = tmp_path / "model"
+    shutil.copytree(pico_folders["llama"], folder)
+    refuses = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuses + "{{ m.content }}{% endfor %}")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    chats = [[{"role": "system", "content": "s"}, *turns] if i in (3, 5) else turns for i in range(12)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    run[run.index("--model") + 1] = str(folder)
+    assert main([*run, "--tasks", str(tmp_path / "c.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert [f"c.jsonl:{n}: the model's chat template refuses it: no system turns" in said for n in (4, 6)] == [
+        True
+    ] * 2
+    assert "2 things are wrong" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_that_leave_no_room_for_prompts() -> None:
+    task = Task("a", [Example("x", "word " * 60)], [Example("x", "y")])
+    with pytest.raises(PmLlmError, match=r"task 'a': answers of \d+ tokens leave none of max_length 50 for prompts"):
+        encoder_for(tokenizer("llama"), False, task, 50, None)
+    assert encoder_for(tokenizer("llama"), False, task, 50, 10).prompt_budget == 40
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_longest_answer(family: str) -> None:
+    t = tokenizer(family)
+    task = make_task("topic", 50, 2)
+    glue = " " if family == "llama" else ""
+    expected = max(len(t(glue + row.completion, add_special_tokens=False)["input_ids"]) for row in task.train) + 1
+    assert longest_answer(t, family == "t5", task) == expected
+
+
+def test_rows_that_neighbours_train_on_are_looked_at(pico_folders, tmp_path) -> None:
+    tasks = [make_task(name, 12, 2) for name in ("topic", "question")]
+    config = RunConfig(model=pico_folders["llama"], max_length=40, blur=0.5)
+    long = [replace(row, head=f"{number} " + "word " * 60) for number, row in enumerate(tasks[1].train)]
+    mixed = blurred([tasks[0], replace(tasks[1], train=long)], config.blur, 0)
+    given = len(mixed[0].foreign[0][1])
+    assert 0 < given < 12
+    with pytest.raises(PmLlmError, match="12 things are wrong"):
+        encoders_for(config, mixed)
