@@ -261,7 +261,8 @@ def renewed(text: str, folder: Path) -> str:
         elif kind == "lead of":
             found = lead(read(path), name, (without or "").split())
         elif kind == "runs":
-            found = compare([_results(one) for one in read(path)], names=[one["name"] for one in read(path)])
+            records = read(path)
+            found = compare([_results(one) for one in records], names=[one["name"] for one in records])
         elif kind == "matrix of":
             (one,) = (one for one in read(path) if one["name"] == name)
             found = Matrix.from_results(one).table(one["coefficients"])

@@ -129,9 +129,8 @@ def batch_of(family: str, rows: list[dict[str, list[int]]]) -> dict[str, torch.T
 
 @pytest.fixture(scope="session")
 def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
-    found = Forker(tmp_path_factory.mktemp("forker"))
-    yield found
-    found.close()
+    with Forker(tmp_path_factory.mktemp("forker")) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,10 @@ class Forker:
         answer = json.loads(self.process.stdout.readline())
         return Ended(answer["status"], answer["seconds"], self.log.read_text())
 
-    def close(self) -> None:
+    def __enter__(self) -> Forker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()

@@ -148,18 +148,18 @@ def test_a_full_disk_and_a_missing_package(pico_folders, tmp_path, capsys, monke
 
 
 def test_the_token_is_never_shown(pico_folders, tmp_path) -> None:
-    with HubServer() as hub:
-        forker = Forker(tmp_path, environment(hub, tmp_path))
-        words = ["doctor", "--model", pico_folders["llama"], *TASKS]
+    words = ["doctor", "--model", pico_folders["llama"], *TASKS]
+    hub = HubServer()
+    with Forker(tmp_path, environment(hub, tmp_path)) as forker:
+        with hub:
+            done = forker(*words)
+            assert done.status == 0, done.said
+            assert f"logged in as user at {hub.url}" in done.said
+            assert TOKEN not in done.said
+            done = forker(*words, env={"HF_TOKEN": TOKEN[:-1]})
+            assert "does not take the token" in done.said
+            assert TOKEN[:-1] not in done.said
         done = forker(*words)
-        assert done.status == 0, done.said
-        assert f"logged in as user at {hub.url}" in done.said
-        assert TOKEN not in done.said
-        done = forker(*words, env={"HF_TOKEN": TOKEN[:-1]})
-        assert "does not take the token" in done.said
-        assert TOKEN[:-1] not in done.said
-    done = forker(*words)
-    forker.close()
     assert "does not take the token" in done.said
 
 

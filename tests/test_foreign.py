@@ -197,16 +197,14 @@ def test_weights_that_do_not_fit_the_model_are_not_scored(adapter, pico_folders,
 
 def test_from_the_hub_too(adapter, tmp_path, pico_folders) -> None:
     configured(run_this="x")(adapter)
-    with HubServer() as hub:
+    with HubServer() as hub, Forker(tmp_path, environment(hub, tmp_path / "home")) as forker:
         hub.repos["user/bad"] = {}
         hub.files["user/bad"] = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
-        forker = Forker(tmp_path, environment(hub, tmp_path / "home"))
         for name, expected in (("bad", "keys that this PEFT does not know"), ("none", "and the Hub says")):
             done = forker("evaluate", "--model", pico_folders["llama"], "--adapter", f"user/{name}", *TASKS)
             assert done.status == 2
             assert expected in done.said
             assert "Traceback" not in done.said
-        forker.close()
 
 
 def test_a_model_that_wants_to_run_its_own_code(pico_folders, tmp_path, capsys) -> None:

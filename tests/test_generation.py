@@ -30,6 +30,7 @@ from pm_llm.tasks import Example, Task
 from pm_llm.tasks.embedded import make_task
 from pm_llm.tasks.encode import Encoder, longest_answer
 from tests.conftest import FAMILIES, ROOT, make_model, tokenizer
+from tests.test_launchers import launch, launcher
 
 
 def mixed_rows() -> list[Example]:
@@ -355,9 +356,9 @@ def test_two_processes_share_the_rows_and_agree(forker, tmp_path) -> None:
     """16 rows in batches of 3 make six batches for two processes; then one row, so that one has nothing to do."""
     script = tmp_path / "answer.py"
     script.write_text(SCRIPT)
-    launcher = ["--config_file", ROOT / "accelerate_configs/ddp_cpu.yaml", "--main_process_port", "0"]
-    for what, words in (("launch", launcher), ("script", [])):
-        ended = forker(*words, script, tmp_path, what=what, kill=200.0)
+    two = launch(forker, [*launcher("ddp_cpu", tmp_path, str(script)), str(tmp_path)], kill=200.0)
+    one = forker(script, tmp_path, what="script", kill=200.0)
+    for ended in (two, one):
         assert ended.status == 0, ended.said
     for family, rows in itertools.product(FAMILIES, (16, 1)):
         alone, *shares = (

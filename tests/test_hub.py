@@ -71,23 +71,21 @@ def test_push_and_load_again(family: str, large: tuple[str, ...], finished_runs,
     with HubServer(large) as hub:
         # with a file that goes through LFS the plain protocol is used; small files need none
         env = environment(hub, tmp_path, **({"HF_HUB_DISABLE_XET": "1"} if large else {}))
-        forker = Forker(tmp_path, env)
-        done = forker("push", finished_runs[family], "user/my-adapter", "--private", kill=120.0)
-        assert done.status == 0, done.said
-        assert (
-            hub.repos["user/my-adapter"].get("private") or hub.repos["user/my-adapter"].get("visibility") == "private"
-        )
-        assert set(hub.files["user/my-adapter"]) >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-        for text in (done.said, hub.files["user/my-adapter"]["README.md"].decode()):
-            assert TOKEN not in text
-        local = f"{finished_runs[family]}/adapter"
-        sums = logit_sums(pico_folders[family], family, "user/my-adapter", local, env=env)
-        assert len(sums) == 2
-        assert sums[0] == sums[1]
-        assert any(r.startswith("GET /user/my-adapter/resolve/main/adapter_model") for r in hub.requests)
-        again = forker("push", finished_runs[family], "user/my-adapter", kill=120.0)
-        assert again.status == 0, again.said  # pushing to what exists is an update
-        forker.close()
+        with Forker(tmp_path, env) as forker:
+            done = forker("push", finished_runs[family], "user/my-adapter", "--private", kill=120.0)
+            assert done.status == 0, done.said
+            repo, files = hub.repos["user/my-adapter"], hub.files["user/my-adapter"]
+            assert repo.get("private") or repo.get("visibility") == "private"
+            assert set(files) >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+            for text in (done.said, files["README.md"].decode()):
+                assert TOKEN not in text
+            local = f"{finished_runs[family]}/adapter"
+            sums = logit_sums(pico_folders[family], family, "user/my-adapter", local, env=env)
+            assert len(sums) == 2
+            assert sums[0] == sums[1]
+            assert any(r.startswith("GET /user/my-adapter/resolve/main/adapter_model") for r in hub.requests)
+            again = forker("push", finished_runs[family], "user/my-adapter", kill=120.0)
+            assert again.status == 0, again.said  # pushing to what exists is an update
 
 
 @pytest.mark.slow

@@ -34,15 +34,16 @@ def arguments(model: str, batch: int) -> list[str]:
     return [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
 
 
-def launcher(kind: str, folder: Path, **changes: object) -> list[str]:
-    """`accelerate launch` with the project's configuration, on two processes of this CPU."""
+def launcher(kind: str, folder: Path, script: str | None = None, **changes: object) -> list[str]:
+    """`accelerate launch` with the project's configuration, on two processes of this CPU; a run, or a script."""
     config = yaml.safe_load((ROOT / f"accelerate_configs/{kind}.yaml").read_text())
     config |= {"num_processes": 2, "use_cpu": True, **changes}
     (folder / f"{kind}.yaml").write_text(yaml.safe_dump(config))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / f"{kind}.yaml")]
     if "main_process_port" not in changes:
         launch += ["--main_process_port", "0"]
-    return [*launch, str(ROOT / ("tests/fsdp_on_cpu.py" if kind == "fsdp2" else "recipes/continual.py"))]
+    run = "tests/fsdp_on_cpu.py" if kind == "fsdp2" else "recipes/continual.py"
+    return [*launch, str(ROOT / (script or run))]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:
@@ -51,9 +52,9 @@ def start(command: list[str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
-def launch(forker: Forker, command: list[str]) -> Ended:
+def launch(forker: Forker, command: list[str], kill: float = 240.0) -> Ended:
     """The same launcher, where its ranks import nothing anew: for what is not about how processes start and end."""
-    return forker(*command[3:], what="launch", kill=240.0)
+    return forker(*command[3:], what="launch", kill=kill)
 
 
 def rank(number: int, parent: int) -> int | None:

@@ -14,7 +14,7 @@ from pm_llm import ContinualSequence
 from pm_llm.config import load_config
 from pm_llm.methods import TESTED
 from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer
-from tests.conftest import ROOT, batch_of, features, small_tasks
+from tests.conftest import batch_of, features, small_tasks
 from tests.test_launchers import launch, launcher, same_as_one_process
 
 KEYS = {
@@ -111,8 +111,8 @@ def test_trains_on_a_base_in_4_bits(preset: str, pico_folders, tmp_path) -> None
 @pytest.mark.slow
 def test_two_processes_do_as_one(forker, pico_folders, tmp_path) -> None:
     presets = TESTED["DDP"]
-    command = [*launcher("ddp_cpu", tmp_path)[:-1], str(ROOT / "tests/presets_script.py"), pico_folders["llama"]]
-    ended = launch(forker, [*command, str(tmp_path / "two"), *presets])
+    command = launcher("ddp_cpu", tmp_path, "tests/presets_script.py")
+    ended = launch(forker, [*command, pico_folders["llama"], str(tmp_path / "two"), *presets])
     assert ended.status == 0, ended.said
     for preset in presets:
         sequence(preset, pico_folders["llama"], tmp_path / "one" / preset).run()

@@ -9,8 +9,9 @@ from trl.trainer import utils as trl_utils
 from pm_llm import Perturb
 from pm_llm.adapters import lora_layers, set_active
 from pm_llm.constraints import Constraint
-from tests.conftest import FAMILIES, ROOT
+from tests.conftest import FAMILIES
 from tests.invariants.step_script import make_trainer, one_step, weights
+from tests.test_launchers import launch, launcher
 
 ALWAYS = {"epsilon": 0.5, "probability": 0.5}  # never the sign 0
 
@@ -45,9 +46,8 @@ def test_accumulation_changes_nothing(family: str, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_change_nothing(forker, tmp_path) -> None:
-    words = ["--config_file", ROOT / "accelerate_configs/ddp_cpu.yaml", "--main_process_port", "0"]
-    words += [ROOT / "tests/invariants/step_script.py", tmp_path, "8", "1"]
-    ended = forker(*words, what="launch", kill=300.0)
+    command = launcher("ddp_cpu", tmp_path, "tests/invariants/step_script.py")
+    ended = launch(forker, [*command, str(tmp_path), "8", "1"], kill=300.0)
     assert ended.status == 0, ended.said
     for family in FAMILIES:
         whole = one_step(make_trainer(family, str(tmp_path), 16, 1, Perturb(**ALWAYS)))
