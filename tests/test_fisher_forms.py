@@ -13,6 +13,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher, Layer, Room, form_of, past_of, scale_of
 from pm_llm.fisher.factored import Factored, FactoredPast
 from pm_llm.fisher.factors import Factors
+from pm_llm.fisher.kronecker import Kronecker
 from pm_llm.fisher.measure import answer_loss, sum_fisher, sum_loss
 from pm_llm.lowrank import LowRank
 from pm_llm.merges import Merger
@@ -270,6 +271,29 @@ def test_joining_keeps_the_slope_where_the_model_is() -> None:
         past = FactoredPast.plus(past, pair(t).modules["one"], theta, Room(pairs=2, rank=40))
         assert past.pull(theta, delta) == pytest.approx(before, rel=1e-3, abs=1e-3)
     assert past.errors()[0] > 1e-4 * past.errors()[1]
+
+
+@pytest.mark.parametrize("form", ["factored", "kronecker"])
+def test_joining_in_a_fold_keeps_the_slope_at_the_merged_model(form: str) -> None:
+    """There the next task begins; not right after training, where the model is no more."""
+
+    def fisher(t: int) -> Fisher:
+        sums = pair(t)
+        if form == "factored":
+            return sums
+        return Fisher({name: Kronecker(f.r.diag(), f.c.diag()) for name, f in sums.modules.items()})
+
+    few, many = (Merger("optimal", form=form, pairs=pairs, rank=100) for pairs in (3, 10))
+    running = None
+    for t in range(4):  # the fourth is the first that joins
+        both = [merger.fold(running, random_adapter(t), fisher(t)) for merger in (few, many)]
+        running = both[0]
+    assert 0.1 < few.report.raw_coefficient < 0.9
+    assert few.report.curvature_errors["S"] > 1e-3
+    for name, past in few.rule.past.items():
+        delta = random_adapter(9).factors[name]
+        expected = many.rule.past[name].pull(running.factors[name], delta)
+        assert past.pull(running.factors[name], delta) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_cut_of_m_bounds_the_error_of_the_coefficient() -> None:

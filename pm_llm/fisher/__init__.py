@@ -103,8 +103,9 @@ class Past:
         raise NotImplementedError
 
     @classmethod
-    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room) -> Past:
-        """With one task more."""
+    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None) -> Past:
+        """With one task more, whose optimum is `theta`; what is cut from S leaves the slope as it was `at` the model
+        (None: at theta)."""
         raise NotImplementedError
 
     def along(self, delta: LowRank) -> float:

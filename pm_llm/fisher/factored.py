@@ -26,10 +26,10 @@ class FactoredPast(Past):
     """`S = sum_k r_k c_k' / sum(r_k)` with at most `pairs` pairs, and m as a low-rank matrix of at most rank `rank`.
 
     One pair too many: the two are joined whose sum is changed least by it. Their row and column sums are added, which
-    is the factored Fisher of both tasks' examples together. What that adds to S is added to m, times theta, so that
-    the slope `S theta - m` stays what it was where the model is. The rank of m is cut where it matters least to the
-    coefficient: with rows and columns weighted by the inverse roots of S's row and column sums r and c. What was cut
-    then changes `<m, Delta>` by no more than its norm times `<(r c') o Delta, Delta>^(1/2)`.
+    is the factored Fisher of both tasks' examples together. What that adds to S is added to m, times M, so that the
+    slope `S M - m` stays what it was at the merged model M, where the next task begins. The rank of m is cut where it
+    matters least to the coefficient: with rows and columns weighted by the inverse roots of S's row and column sums r
+    and c. What was cut then changes `<m, Delta>` by no more than its norm times `<(r c') o Delta, Delta>^(1/2)`.
     """
 
     names = ("r", "c", "mB", "mA")
@@ -39,14 +39,15 @@ class FactoredPast(Past):
         self._errors = (0.0, 0.0, 0.0, 0.0)
 
     @classmethod
-    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room) -> FactoredPast:
+    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None) -> FactoredPast:
         m = fisher.times(theta)
         r, c = fisher.r[None], fisher.c[None]
         if past is not None:
             r, c, m = torch.cat([past.r, r]), torch.cat([past.c, c]), lowrank.add(past.m, m)
         if len(r) > room.pairs:
             two, r, c, lost_S, total_S = _joined(r, c)
-            m = lowrank.add(m, Factored(r[-1], c[-1]).times(theta), *(one.times(theta).scale(-1.0) for one in two))
+            at = theta if at is None else at
+            m = lowrank.add(m, Factored(r[-1], c[-1]).times(at), *(one.times(at).scale(-1.0) for one in two))
         else:
             lost_S = total_S = 0.0
         m, lost_m, total_m = lowrank.truncate(m, room.rank, inverse_root(r.sum(0)), inverse_root(c.sum(0)))

@@ -41,8 +41,9 @@ class KroneckerPast(Past):
     `directions` rows in V, and m as a low-rank matrix of at most rank `rank`.
 
     One term too many: the two are joined whose sum is changed least by it; their sides are added, which is the Fisher
-    of both tasks' examples together. What that adds to S is added to m, times theta, so that the quadratics' slope
-    `S theta - m` stays what it was where the model is: it is small beside S theta, and would drown in what was cut.
+    of both tasks' examples together. What that adds to S is added to m, times M, so that the quadratics' slope
+    `S M - m` stays what it was at the merged model M, where the next task begins: it is small beside S M, and would
+    drown in what was cut.
     The rank of m is cut as in the factored form.
     """
 
@@ -53,7 +54,7 @@ class KroneckerPast(Past):
         self.m, self._errors = LowRank(mB, mA), (0.0, 0.0, 0.0, 0.0)
 
     @classmethod
-    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room) -> KroneckerPast:
+    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None) -> KroneckerPast:
         one = fisher.kept(room)
         R, C, lost_S = one.R, one.C, one.lost
         (m,) = _times(R, C, theta)
@@ -68,7 +69,8 @@ class KroneckerPast(Past):
             R, C = R.joined(i, j, room.directions), C.joined(i, j, room.directions)
             made = R.terms([-1]), C.terms([-1])
             lost_S += _changed(*(old.with_terms(new) for old, new in zip(two, made, strict=True)))
-            m = lowrank.add(m, *_times(*made, theta), *_times(*two, theta.scale(-1.0)))
+            at = theta if at is None else at
+            m = lowrank.add(m, *_times(*made, at), *_times(*two, at.scale(-1.0)))
         roots = [inverse_root(side.diagonals().sum(0)) for side in (R, C)]
         m, lost_m, total_m = lowrank.truncate(m, room.rank, *roots)
         found = cls(R.V, R.d, C.V, C.d, m.B, m.A)

@@ -110,29 +110,34 @@ class Optimal(Merge):
         own, whole = self._own(fold, fisher)
         size = scale_of(fisher, self.fisher_scale, whole)
 
-        def module(name: str) -> tuple[Past, float, float]:
-            past, pull, along = self.past.get(name), 0.0, 0.0
-            if past is not None and fold.running:
-                delta = self._delta(fold, name)
-                pull, along = past.pull(fold.running[name], delta), past.along(delta)
-            theta = fold.new[name] if self.space == "factors" else fold.theta(name)
-            one = fisher.modules[name].divided(size)
-            return one.past.plus(past, one, theta, room), pull, along
+        def module(name: str) -> tuple[float, float]:
+            past = self.past.get(name)
+            if past is None or not fold.running:
+                return 0.0, 0.0
+            delta = self._delta(fold, name)
+            return past.pull(fold.running[name], delta), past.along(delta)
 
         found = each(module, fold.new)
         raw: dict[str, float] = {}
         for group, names in self._groups(found).items():
-            pull, along = sum(found[name][1] for name in names), sum(found[name][2] for name in names)
+            pull, along = (sum(numbers) for numbers in zip(*(found[name] for name in names), strict=True))
             q = (whole if self.granularity == "model" else sum(own[name] for name in names)) / size
             raw |= dict.fromkeys(names, _divide(pull + q, along + q, group))
         raw = {name: raw[name] for name in found}
         if self.current == "line" and fold.running:
-            pull, along = (size * sum(numbers) for numbers in zip(*(x[1:] for x in found.values()), strict=True))
+            pull, along = (size * sum(numbers) for numbers in zip(*found.values(), strict=True))
             raw = dict.fromkeys(raw, self._on_line(fold, pull, along))
-        self.past = {name: past for name, (past, _, _) in found.items()}
         if not fold.running:
-            return Coefficients.same(1.0, fold.new)  # theta*_1 = Delta_1: numerator and denominator are one sum
+            raw = dict.fromkeys(raw, 1.0)  # theta*_1 = Delta_1: numerator and denominator are one sum
         used = {name: min(1.0, max(0.0, value)) if self.clip else value for name, value in raw.items()}
+
+        def summed(name: str) -> Past:
+            one, theta = fisher.modules[name].divided(size), fold.theta(name)
+            if self.space == "factors":
+                theta = fold.new[name]
+            return one.past.plus(self.past.get(name), one, theta, room, self.merge(fold, name, used[name]))
+
+        self.past = each(summed, fold.new)
         return Coefficients(used, raw)
 
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
