@@ -118,6 +118,16 @@ class ConstraintMixin:
         self._unfinite: Tensor | None = None
         self.add_callback(_AfterUpdate(self))  # type: ignore[attr-defined]
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        for constraint in self.constraints:
+            if not (constraint.prepared or constraint.by_itself):
+                name = type(constraint).__name__
+                raise PmLlmError(
+                    f"constraint {name} was not told its task, without which it does nothing or the wrong thing. Call "
+                    "its prepare(Context(task, ...)) first, or train with ContinualSequence, which does so."
+                )
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:  # type: ignore[attr-defined]
             raise AlreadyTrainedError
@@ -156,6 +166,8 @@ class ConstraintMixin:
             loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)  # type: ignore[attr-defined]
         for key, value in counts.items():  # TRL's, of the step itself
             setattr(self, key, value)
+        if self._counted(num_items_in_batch):  # the loss is the pass's share of the step's
+            loss = loss * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         found = torch.autograd.grad(loss, self.live.parameters(), materialize_grads=True)  # 0 where it does not reach
         return [self._total(g) / self.accelerator.num_processes for g in found]  # type: ignore[attr-defined]
 
@@ -172,12 +184,16 @@ class ConstraintMixin:
             return found
         # the share of this pass, which the Trainer divides by the number of passes unless the loss counts tokens
         passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+        counted = self._counted(num_items_in_batch)
         penalty = self._sum_of_penalties(penalised) / (passes if counted else 1)
         self._penalty = penalty.detach() / (1 if counted else passes)
         if isinstance(found, tuple):
             return (found[0] + penalty, *found[1:])
         return found + penalty
+
+    def _counted(self, num_items_in_batch: Any) -> bool:
+        """Whether the loss counts the tokens of all passes of a step, and is not divided by their number."""
+        return bool(self.model_accepts_loss_kwargs) and num_items_in_batch is not None  # type: ignore[attr-defined]
 
     def _penalised(self) -> list[Constraint]:
         return [c for c in self.constraints if c.fills("penalty")]
@@ -188,7 +204,8 @@ class ConstraintMixin:
         refuse_sharding(self.constraints, sharded, deepspeed)
 
     def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
-        """What the constraints add to a step's loss, of the update without the perturbation's scale."""
+        """What the constraints add to a step's loss: of the update without the perturbation's scale in weights, but
+        with what is done to A and B themselves (perturb in factors, gaussian) while the pass lasts."""
         live = {}
         for name in self.live.layers:
             a, b = map(whole, self.live.weights(name))
@@ -346,10 +363,12 @@ class ContinualSFTTrainer(ConstraintMixin, _AnswersOnlyTrainer):
     """TRL's SFTTrainer with constraints, for LLaMA and any other decoder.
 
     Args:
-        constraint: A constraint or several, e.g. `Perturb(epsilon=0.5)`; the rest is SFTTrainer's own.
+        constraint: A constraint or several, e.g. `Perturb(epsilon=0.5)`, those that depend on the task prepared for
+            it; the rest is SFTTrainer's own.
 
     Raises:
-        PmLlmError: If the model is an encoder-decoder, no PeftModel, or has not exactly one trainable adapter.
+        PmLlmError: If the model is an encoder-decoder, no PeftModel, or has not exactly one trainable adapter; from
+            `train`, if a constraint that depends on the task was not prepared for it.
         NonFiniteLossError: While training, at the next log line after the loss became NaN or infinite.
     """
 
@@ -384,11 +403,12 @@ class ContinualSeq2SeqTrainer(ConstraintMixin, _TokenMeanTrainer):
     accounts for the other processes. Here the loss is the mean over all answer tokens of the optimizer step.
 
     Args:
-        constraint: A constraint or several, e.g. `Perturb(epsilon=0.5)`; the rest is Seq2SeqTrainer's own.
+        constraint: A constraint or several, e.g. `Perturb(epsilon=0.5)`, those that depend on the task prepared for
+            it; the rest is Seq2SeqTrainer's own.
 
     Raises:
         PmLlmError: If the model is no encoder-decoder, no PeftModel, has not exactly one trainable adapter, or label
-            smoothing is asked for.
+            smoothing is asked for; from `train`, if a constraint that depends on the task was not prepared for it.
         NonFiniteLossError: While training, at the next log line after the loss became NaN or infinite.
     """
 

@@ -26,6 +26,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher
 from pm_llm.fisher.factors import Factors
 from pm_llm.lowrank import LowRank
+from pm_llm.methods import CONSTRAINTS, Choice
 from tests.conftest import FAMILIES, make_model, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
 from tests.invariants.test_step import assert_same
@@ -159,6 +160,15 @@ def test_refresh_goes_up_before_it_goes_down(tmp_path) -> None:
     for name, gradient in plain[1].items():
         torch.testing.assert_close(-found[1][name], 0.1 * gradient / (1 + 2 * gradient**2), atol=1e-5, rtol=1e-3)
     assert found[0] > plain[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refresh_takes_the_gradient_of_the_passes_own_mean(family: str, tmp_path) -> None:
+    plain = one_step(make_trainer(family, str(tmp_path), 16, 1))
+    refresh = Refresh(rate=1e-3, curvature=0.0)
+    found = one_step(make_trainer(family, str(tmp_path), 4, 4, refresh, learning_rate=0.0))
+    for name, gradient in plain[1].items():  # four passes, each with its share of the step's tokens
+        torch.testing.assert_close(-found[1][name], 4e-3 * gradient, atol=2e-5, rtol=2e-2)
 
 
 # ---- around the update ----
@@ -327,6 +337,19 @@ def test_lori_leaves_a_step_to_train_what_it_chose(calibration: float, steps: in
     lori.prepare(Context(1))
     trainer.train()
     assert any(bool(x.any()) for name, x in weights(trainer.model).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_a_trainer_alone_refuses_what_was_not_told_its_task(name: str, tmp_path) -> None:
+    constraint = Choice.parse(name, "constrain").build("constrain")
+    trainer = make_trainer("llama", str(tmp_path), 16, 1, constraint, max_steps=2)
+    if constraint.by_itself:
+        trainer.train()
+    else:
+        with pytest.raises(PmLlmError, match=f"{type(constraint).__name__} was not told its task"):
+            trainer.train()
+    assert constraint.by_itself == (name in {"gaussian", "lori", "perturb", "refresh", "slow", "sparse"})
+    assert not Perturb(scales="cover").by_itself
 
 
 def test_lori_needs_two_steps(tmp_path) -> None:

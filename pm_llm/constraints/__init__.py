@@ -120,6 +120,12 @@ class Constraint:
     needs_fisher: ClassVar[str | None] = None
     old_data: ClassVar[bool] = False
     stores: ClassVar[str] = ""
+    prepared = False
+
+    @property
+    def by_itself(self) -> bool:
+        """Whether it does what it says in a Trainer that nobody told which task it is, without :meth:`prepare`."""
+        return not self.fills("begin", "rows", "steps")
 
     def check(self, start: Start, merge: Merge) -> None:
         """Raise PmLlmError if the constraint means nothing with this start or merge."""
@@ -134,6 +140,11 @@ class Constraint:
         return steps
 
     def prepare(self, context: Context) -> None:
+        """Make ready for a task, which is to be trained next; not a hook itself, see :meth:`begin`."""
+        self.begin(context)
+        self.prepared = True
+
+    def begin(self, context: Context) -> None:
         """Before a task is trained."""
 
     def finish(self, context: Context) -> dict[str, float]:

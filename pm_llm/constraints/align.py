@@ -38,7 +38,7 @@ class Align(Constraint):
         if self.reset not in ("running", "zero"):
             raise PmLlmError(f"align: reset is {self.reset!r}; it must be running or zero.")
 
-    def prepare(self, context: Context) -> None:
+    def begin(self, context: Context) -> None:
         self._running = dict(context.running)
 
     def after_update(self, step: Step, live: Live) -> None:

@@ -50,7 +50,7 @@ class Curvature(Weighted):
                 "that out. Use start fresh."
             )
 
-    def prepare(self, context: Context) -> None:
+    def begin(self, context: Context) -> None:
         if not isinstance(context.merge, Optimal):
             raise PmLlmError("constrain curvature needs merge optimal, which keeps the past tasks' quadratics.")
         past = context.merge.past if context.running else {}

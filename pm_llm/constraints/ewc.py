@@ -45,7 +45,7 @@ class Ewc(Weighted):
         super().__post_init__()
         check_number("ewc: gamma", self.gamma, 0, 1)
 
-    def prepare(self, context: Context) -> None:
+    def begin(self, context: Context) -> None:
         self._penalties = {name: past.penalty(context.running[name]) for name, past in self.past.items()}
 
     def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:

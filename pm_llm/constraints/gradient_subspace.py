@@ -41,7 +41,7 @@ class GradientSubspace(Spans):
         super().__post_init__()
         check_number("gradient_subspace: size", self.size, 1, whole=True)
 
-    def prepare(self, context: Context) -> None:
+    def begin(self, context: Context) -> None:
         assert context.live is not None
         self.bases = {name: basis.to(context.live.device()) for name, basis in self.bases.items()}
         self._sketches = {name: Sketch(self.size) for name in context.live.layers}

@@ -24,7 +24,7 @@ class L2(Weighted):
     _before: Mapping[str, LowRank] = field(default_factory=dict, init=False, repr=False)
     in_coordinates = True
 
-    def prepare(self, context: Context) -> None:
+    def begin(self, context: Context) -> None:
         device = None if context.live is None else context.live.device()
         self._before = {name: LowRank(x.B.to(device), x.A.to(device)) for name, x in context.running.items()}
 

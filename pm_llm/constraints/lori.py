@@ -40,7 +40,11 @@ class Lori(Constraint):
     def check(self, start: Start, merge: Merge) -> None:
         check_fresh("constrain lori", start)
 
-    def prepare(self, context: Context) -> None:
+    @property
+    def by_itself(self) -> bool:
+        return True
+
+    def begin(self, context: Context) -> None:
         self._masks = []
 
     def before_update(self, step: Step, live: Live) -> None:

@@ -33,7 +33,7 @@ class Migu(Constraint):
     def __post_init__(self) -> None:
         check_number("migu: threshold", self.threshold, 0, 1)
 
-    def prepare(self, context: Context) -> None:
+    def begin(self, context: Context) -> None:
         self._task = context.task
 
     @contextmanager

@@ -35,7 +35,7 @@ class NullSpace(Spans):
     called = "null_space"
     fixes_a = True
 
-    def prepare(self, context: Context) -> None:
+    def begin(self, context: Context) -> None:
         assert context.live is not None
         assert context.chosen is not None
         check_rank(context.live.layers, context.live.adapter, f"{self.called}: a basis")

@@ -32,7 +32,7 @@ class Orthogonal(Weighted):
     def check(self, start: Start, merge: Merge) -> None:
         check_fresh("constrain orthogonal", start)
 
-    def prepare(self, context: Context) -> None:
+    def begin(self, context: Context) -> None:
         self._past = {name: x.A for name, x in context.running.items()}
 
     def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:

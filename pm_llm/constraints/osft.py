@@ -90,7 +90,7 @@ class Osft(Constraint):
     def check(self, start: Start, merge: Merge) -> None:
         check_fresh("constrain osft", start, "what it trains comes on top of the merged weights")
 
-    def prepare(self, context: Context) -> None:
+    def begin(self, context: Context) -> None:
         assert context.live is not None
         live, importance = context.live, block_importance(context)
         mean = sum(importance.values()) / max(len(importance), 1)

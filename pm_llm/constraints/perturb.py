@@ -33,7 +33,7 @@ class Perturb(Constraint):
     have been seen.
 
     Args:
-        epsilon: Size of the perturbation, 0 <= epsilon <= 1 (0: none).
+        epsilon: Size of the perturbation, 0 <= epsilon <= 1 (0: none; with `cover` nothing else is said by it).
         probability: p above, 0 <= p <= 0.5.
         per_micro_step: Draw a sign for every accumulated forward pass.
         per_rank: Draw a sign for every data-parallel process.
@@ -74,7 +74,11 @@ class Perturb(Constraint):
         if self.space == "weights":
             check_fresh("constrain perturb", start, "one adapter holds all, so it would perturb the past tasks too")
 
-    def prepare(self, context: Context) -> None:
+    @property
+    def by_itself(self) -> bool:
+        return self.scales != "cover"
+
+    def begin(self, context: Context) -> None:
         self._expected = 1.0 / context.task
 
     def sign(self, step: Step) -> int:
@@ -91,7 +95,7 @@ class Perturb(Constraint):
     def scale(self, step: Step) -> float:
         sign = self.sign(step)
         if self.scales == "cover":
-            return 1.0 if sign == 0 else self._expected
+            return 1.0 if sign == 0 or self.epsilon == 0 else self._expected
         return 1.0 + sign * self.epsilon
 
     def observe(self, step: Step, loss: Tensor) -> None:

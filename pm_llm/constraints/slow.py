@@ -42,7 +42,11 @@ class Slow(Constraint):
             except re.error as error:
                 raise PmLlmError(f"slow: {pattern!r} is not a regular expression: {error}.") from error
 
-    def prepare(self, context: Context) -> None:
+    @property
+    def by_itself(self) -> bool:
+        return True
+
+    def begin(self, context: Context) -> None:
         if context.live is not None:
             self._rated(context.live)
 

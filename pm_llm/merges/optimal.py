@@ -42,7 +42,8 @@ class Optimal(Merge):
     `q = <F_t o Delta, Delta>`, which is the same.
 
     Args:
-        granularity: `model` (one alpha), `layer` or `module` (one each; as exact, since a diagonal Fisher separates).
+        granularity: `model` (one alpha), `layer` or `module` (one each: a diagonal Fisher separates; of `exact` and of
+            `fisher_scale` what lies between the groups is left out of their q, not of the scale).
         clip: Clip alpha to [0, 1] (a choice; the raw value is always recorded).
         fisher_scale: `raw` (the paper), `trace`, `own` or `measured`, see :func:`pm_llm.fisher.scale_of`.
         current: How the task's own quadratic q is taken: with the `diagonal` of its Fisher (the paper), or `exact`, as

@@ -17,7 +17,8 @@ class Ties(Stored):
     """On the task vectors, with PEFT's operations.
 
     Args:
-        density: Share of each task vector's entries that is kept, the largest; 1: all.
+        density: Share of each matrix's entries that is kept of a task vector, the largest (as in PEFT; the paper ranks
+            the entries of all matrices together); 1: all.
         scale: Of the result (the paper's lambda).
         majority_sign_method: `total` (of the values, the paper) or `frequency` (of the signs).
     """
