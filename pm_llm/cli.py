@@ -206,7 +206,7 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
 def _yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # 2024-02-30 is taken for a date
         return text
 
 

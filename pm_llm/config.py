@@ -83,7 +83,9 @@ class TrainSection:
     gradient_checkpointing: bool = option(False, "Trade compute for memory.")
     logging_steps: int = option(10, "Steps between two log lines.")
     save_steps: int = option(500, "Optimizer steps between two checkpoints within a task; one more at its end.")
-    extra: dict[str, Any] = option({}, "Any other field of transformers' TrainingArguments.")
+    extra: dict[str, Any] = option(
+        {}, "Other fields of TrainingArguments (e.g. report_to); what a run must decide itself is refused."
+    )
 
 
 @dataclass
@@ -92,8 +94,8 @@ class FisherSection:
 
     form: str = option(
         "factored",
-        "Of the Fisher in the space of the weights: factored (row and column sums), dense (the whole diagonal), or "
-        "kronecker (more than a diagonal).",
+        "Of the Fisher in the space of the weights, where the merge names none (pm_curvature's does): factored (row "
+        "and column sums), dense (the whole diagonal), or kronecker (more than a diagonal).",
     )
     samples: int = option(128, "Training rows whose gradients are averaged.")
     batch_size: int = option(4, "Rows per forward pass.")
@@ -126,7 +128,9 @@ class RunConfig:
     repeat: int = option(1, "How many times the sequence is gone through.")
     blur: float = option(0.0, "Share of each task's training rows that come from its neighbours in the sequence.")
     bad_rows: str = option("error", "Rows that cannot be used: error (all are shown), or drop.")
-    data_dir: str | None = option(None, "Folder with the benchmark's rows, or that `tasks` are relative to.")
+    data_dir: str | None = option(
+        None, "Folder with the benchmark's rows (none: the Hub), or that `tasks` are relative to."
+    )
     tasks: list[Any] = option([], "Your own tasks: files, folders, dataset ids, or mappings with `data`.")
     probes: list[Any] = option([], "Tasks that are scored and never trained, given as `tasks` are.")
     fuar: dict[str, Any] | None = option(None, "For FUAR: {kept: [a task a state], updated: task, acquired: task}.")
@@ -142,7 +146,7 @@ class RunConfig:
     )
     max_train_samples: int | None = option(None, "At most this many training rows a task.")
     max_test_samples: int | None = option(None, "At most this many test rows a task.")
-    max_length: int = option(512, "Longest input in tokens; prompts are shortened inside their answer frame.")
+    max_length: int = option(512, "Tokens of prompt and answer (T5: of the prompt); longer prompts are shortened.")
     max_new_tokens: int | None = option(None, "Longest answer in tokens; none: the task's longest training answer.")
     lora: LoraSection = field(default_factory=LoraSection)
     train: TrainSection = field(default_factory=TrainSection)
@@ -279,7 +283,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise PmLlmError(f"cannot read the configuration {path}: {error.strerror}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and 2024-02-30
             raise PmLlmError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise PmLlmError(f"{path} holds no mapping of keys to values.")

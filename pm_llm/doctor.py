@@ -86,7 +86,7 @@ def _devices(config: RunConfig) -> Iterator[Finding]:
         yield Finding(OK, f"GPU {i}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
     if count > 1:
         yield Finding(
-            WARNING, "launch", f"{count} GPUs", "Use accelerate launch, or CUDA_VISIBLE_DEVICES for one of them"
+            WARNING, "launch", f"{count} GPUs: pm-llm run is refused", "Use accelerate launch, or CUDA_VISIBLE_DEVICES"
         )
     if not count:
         found = f"none; {os.cpu_count()} CPU cores, {_memory() / 2**30:.0f} GiB of memory"
@@ -134,7 +134,7 @@ def _quantisation(config: RunConfig) -> Iterator[Finding]:
         yield Finding(OK, "4-bit weights", f"work on {result.device.type}")
     except (ImportError, RuntimeError, AttributeError) as error:
         reason = first_line(error)
-        yield Finding(FAILURE, "4-bit weights", f"do not work: {reason}", 'pip install -U "pm_llm[qlora]"')
+        yield Finding(FAILURE, "4-bit weights", f"do not work: {reason}", 'pip install "pm_llm[qlora]"')
 
 
 def _room(config: RunConfig) -> Iterator[Finding]:
@@ -163,7 +163,7 @@ def _room(config: RunConfig) -> Iterator[Finding]:
     memory = _memory()
     found = f"{size_of(sums)} of {size_of(memory)} for a process's sums of the Fisher"
     if sums > memory / 2:
-        yield Finding(WARNING, "memory", found, "Use --fisher.storage disk, or the factored form")
+        yield Finding(WARNING, "memory", found, "Use --fisher.storage disk, or a merge with the factored form")
     elif sums:
         yield Finding(OK, "memory", found)
 

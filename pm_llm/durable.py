@@ -169,8 +169,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-    except OSError as error:
-        raise PmLlmError(f"cannot write {out}: {error.strerror}. Choose another --out.") from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise PmLlmError(f"cannot write {out}: {reason}. Choose another --out.") from error
 
 
 class Lock:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -174,7 +175,7 @@ def _told(name: str) -> Iterator[None]:
         yield
     except PmLlmError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # weights that are cut, or of other sizes
         raise PmLlmError(f"cannot load the model {name!r}: {first_line(error)}") from error
 
 

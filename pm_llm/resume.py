@@ -89,7 +89,7 @@ def take_up(
             )
     run_dir.check([f"stages/{entry['folder']}/" for entry in kept] + ["untrained/"])
     if token is not None:
-        run_dir.restart(stage, token)
+        run_dir.restart(stage, token, plain)
     run_dir.go_on(plain, rows, names)
 
 

@@ -105,8 +105,9 @@ class RunDir:
             self.sweep()
             self._record_config(config)
 
-    def restart(self, stage: int, token: str) -> None:
-        """Forget stage `stage` (from 0) and those after it; `token` stands for the command that wants it."""
+    def restart(self, stage: int, token: str, config: dict[str, Any]) -> None:
+        """Forget stage `stage` (from 0) and those after it; `token` stands for the command that wants it, `config` are
+        its settings, so that the same command goes on if it is stopped here."""
         state = self.state()
         folders = {entry["folder"] for entry in state["stages"][stage:]}
         files = {
@@ -115,7 +116,8 @@ class RunDir:
             if _is_kept(name) and not (name.startswith(f"{STAGES}/") and name.split("/")[1] in folders)
         }
         with writing(self.path):
-            self._write_state({**state, "stages": state["stages"][:stage], "files": files, "restarted": token})
+            stages = state["stages"][:stage]
+            self._write_state({**state, "config": config, "stages": stages, "files": files, "restarted": token})
             _remove(self.path / WORK)
             self.sweep()
 
@@ -234,7 +236,7 @@ class RunDir:
         """If a folder is part of a run, check it. Raises PmLlmError if the run's manifest knows it otherwise."""
         folder = Path(path).resolve()
         for above in folder.parents[:3]:
-            if (above / STATE).is_file():
+            if (above / STATE).is_file() and (above / STAGES).is_dir():  # or it is some other program's
                 cls(above).check([f"{folder.relative_to(above).as_posix()}/"])
                 return
 

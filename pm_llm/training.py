@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
+from torch.optim import SGD
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig
@@ -29,7 +31,9 @@ from pm_llm.values import extra_value
 OURS = {
     *("output_dir", "seed", "save_strategy", "save_steps", "save_only_model", "save_total_limit", "ignore_data_skip"),
     *("load_best_model_at_end", "auto_find_batch_size", "push_to_hub", "eval_strategy", "eval_on_start"),
-    *("max_length", "packing", "padding_free", "assistant_only_loss", "dataloader_drop_last"),
+    *("max_length", "packing", "padding_free", "assistant_only_loss", "dataloader_drop_last", "completion_only_loss"),
+    *("pad_to_multiple_of", "pad_token", "eos_token", "chat_template_path", "truncation_mode", "eval_packing"),
+    *("dataset_text_field", "dataset_kwargs"),
 }
 
 
@@ -141,6 +145,15 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
     hints = {f.name: f.type for f in dataclasses.fields(arguments_class)}
     extra = {key: extra_value(x, hints.get(key), f"train.extra.{key}") for key, x in config.train.extra.items()}
     try:
-        return arguments_class(**{**fields, **extra})
+        arguments = arguments_class(**{**fields, **extra})
     except (TypeError, ValueError, ImportError) as error:
         raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error
+    name, kwargs = arguments.lr_scheduler_type, cast("dict[str, Any] | None", arguments.lr_scheduler_kwargs)
+    try:
+        get_scheduler(name, SGD([torch.zeros(1)], lr=0.1), 1, 2, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise PmLlmError(
+            f"train: {config.train.lr_scheduler_type}: {first_line(error)}. Give what it needs in "
+            "train.extra.lr_scheduler_kwargs."
+        ) from error
+    return arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -123,6 +124,38 @@ def test_extra_settings_that_do_not_go_together(run) -> None:
     one_line(*run("--benchmark", "embedded", "--train.extra", "{use_liger_kernel: true}"), "train: ", "liger")
     one_line(*run("--benchmark", "embedded", "--train.extra", "{report_to: no_such}"), "train: ", "no_such")
     one_line(*run("--benchmark", "embedded", "--train.extra", "{report_to: comet_ml}"), "train: ", "comet")
+    for name, said in (("cosine_with_min_lr", "min_lr"), ("warmup_stable_decay", "num_decay_steps")):
+        one_line(*run("--benchmark", "embedded", "--train.lr_scheduler_type", name), f"train: {name}", said)
+
+
+@pytest.mark.parametrize("key", ["completion_only_loss", "pad_to_multiple_of", "eos_token", "chat_template_path"])
+def test_fields_of_rows_that_are_made_here_are_refused(key: str, tmp_path) -> None:
+    config = RunConfig()
+    config.train.extra = {key: 1}
+    with pytest.raises(PmLlmError, match=f"sets {key}, which a run must decide itself"):
+        training_arguments(config, False, tmp_path, 0)
+
+
+def test_texts_that_yaml_stumbles_over(tmp_path) -> None:
+    assert parse_overrides(["--output_dir", "2024-02-30"]) == {"output_dir": "2024-02-30"}
+    path = tmp_path / "mine.yaml"
+    for text in (b"output_dir: 2024-02-30\n", "# \u00e9\n".encode("latin-1")):
+        path.write_bytes(text)
+        with pytest.raises(PmLlmError, match=r"mine\.yaml is not valid YAML"):
+            load_config(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other sizes"])
+def test_a_damaged_base_model(damage: str, run, pico_folders, tmp_path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(pico_folders["llama"], folder)
+    if damage == "cut":
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 17}))
+    one_line(*run("--model", folder), "cannot load the model", "base")
 
 
 def test_a_model_that_cannot_generate(run, tmp_path, pico_folders) -> None:
@@ -420,6 +453,31 @@ def test_merge_refuses(new, expected, adapters, tmp_path, capsys) -> None:
 )
 def test_a_basis_of_inputs_has_no_more_directions_than_these(run, who, keys) -> None:
     one_line(*run(*keys, "--lora.r", "100", "--max_rank", "none"), f"{who}: ", "the rank 100", "Lower lora.r")
+
+
+def test_merge_and_compress_on_a_full_disk(adapters, tmp_path, capsys) -> None:
+    a, out = str(adapters / "a"), str(tmp_path / "c")
+    assert main(["compress", "--adapter", a, "--budget", "0.5", "--out", str(tmp_path / "small")]) == 0
+    before, limits = set(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for arguments in (
+        ["merge", "--running", a, "--new", str(adapters / "b")],
+        ["compress", "--adapter", a, "--budget", "1"],
+        ["compress", "--adapter", str(tmp_path / "small"), "--expand"],
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+        try:
+            code = main([*arguments, "--out", out])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        one_line(code, capsys.readouterr().err, f"cannot write {out}")
+        assert set(tmp_path.iterdir()) == before
+
+
+def test_a_state_of_some_other_program_above_an_adapter(adapters, tmp_path) -> None:
+    shutil.copytree(adapters / "a", tmp_path / "work/a")
+    (tmp_path / "state.json").write_text('{"stages": 1}')
+    a = str(tmp_path / "work/a")
+    assert main(["merge", "--running", a, "--new", str(adapters / "b"), "--out", str(tmp_path / "c")]) == 0
 
 
 def test_merge_refuses_to_overwrite_and_bad_rank(adapters, tmp_path, capsys) -> None:

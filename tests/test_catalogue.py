@@ -76,4 +76,4 @@ def test_the_page_names_the_hooks_there_are() -> None:
     block = page[page.index("| when | hooks |") : page.index("What a step does")]
     named = set(re.findall(r"`(\w+)`", block))
     hooks = {name for name, value in vars(Constraint).items() if callable(value) and not name.startswith("_")}
-    assert named == hooks - {"fills", "load_memory", "load_state"}
+    assert named == hooks - {"fills", "load_memory", "load_state", "prepare"}

@@ -289,6 +289,24 @@ def test_rows_that_are_trained_on_do_not_stand_in_for_a_test(tmp_path) -> None:
     assert len(probe.test) == 4 * len(ROWS)
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize("data", ["", "train.jsonl"])
+def test_rows_that_are_trained_on_are_not_scored(split: str, data: str, tmp_path) -> None:
+    """A dataset on the Hub that has one split, called test, is trained on with `train_split: test`."""
+    rows = Dataset.from_list([{**row, "prompt": f"{i}"} for i, row in enumerate(ROWS * 4)])
+    for name in (split, "train"):
+        rows.to_json(str(tmp_path / f"{name}.jsonl"))
+    (task,) = user_tasks({"data": str(tmp_path / data), "train_split": split, "validation_size": 0.2})
+    shares = [{row.prompt for row in rows} for rows in (task.train, task.test, task.validation)]
+    assert [len(share) for share in shares] == [57, 8, 15]
+    assert len(set.union(*shares)) == 80
+    for wrong in ({"test_split": "train"}, {"validation_split": "train"}):
+        with pytest.raises(PmLlmError, match="and train_split are both 'train'"):
+            user_tasks({"data": str(tmp_path), **wrong})
+    with pytest.raises(PmLlmError, match="test_split and train_split are both 'test'"):
+        user_tasks({"data": str(tmp_path / "train.jsonl"), "train_split": "test", "test_data": str(tmp_path)})
+
+
 def test_rows_that_are_the_test_are_not_the_validation(tmp_path) -> None:
     rows = [{**row, "prompt": f"{i} {row['prompt']}"} for i, row in enumerate(ROWS * 4)]
     for split, some in (("train", rows[6:]), ("validation", rows[:4]), ("test", rows[4:6])):

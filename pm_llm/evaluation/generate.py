@@ -38,7 +38,7 @@ def generate(
         inputs, cache = read.batch(batch)
         output = model.generate(
             **inputs,
-            past_key_values=cache,
+            **({} if cache is None else {"past_key_values": cache}),
             max_new_tokens=encoder.max_new_tokens,
             do_sample=False,
             num_beams=1,

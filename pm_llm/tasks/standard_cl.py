@@ -41,7 +41,7 @@ INSTRUCTIONS = {
 }
 ADVICE = (
     "--data-dir must name the CL_Benchmark folder of a clone of the O-LoRA repository, with <CATEGORY>/<DATASET>/ "
-    "train.json, test.json and labels.json; without --data-dir the rows come from the Hub."
+    "train.json, test.json and labels.json; with --data-dir none the rows come from the Hub."
 )
 
 

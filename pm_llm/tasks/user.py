@@ -144,17 +144,24 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
             splits[spec.test_split] = splits[spec.train_split]
     else:
         splits = _from_datasets(load_hub_dataset(spec.data, spec.subset), spec.data)
-    for split, file in ((spec.test_split, spec.test_data), (spec.validation_split, spec.validation_data)):
+    default = {f.name: f.default for f in fields(UserTask)}
+    given = (("test_split", spec.test_data), ("validation_split", spec.validation_data))
+    for key, file in given:
+        split = getattr(spec, key)
+        if split == spec.train_split and not probe and (file is not None or split != default[key]):
+            both = f"{key} and train_split are both {split!r}"
+            raise PmLlmError(f"task {name!r}: {both}. Score rows that are not trained on.")
         if file is not None:
             splits[split] = partial(read_rows, _place(file, folder), problems)
-    own = spec.validation_data is not None
     # other splits stand in for a test split, but for rows that are trained on or were given for validation alone
-    taken = ({spec.validation_split} if own else set()) | (set() if probe else {spec.train_split})
-    stand_ins = [name for name in (spec.validation_split, *_TEST_ALIASES) if name not in taken]
-    scored = next((split for split in (spec.test_split, *stand_ins) if split in splits), None)
+    scores = set(splits) - (set() if probe else {spec.train_split})
+    own = spec.validation_data is not None
+    stand_ins = [
+        split for split in (spec.validation_split, *_TEST_ALIASES) if not own or split != spec.validation_split
+    ]
+    scored = next((one for one in (spec.test_split, *stand_ins) if one in scores), None)
     if probe and scored is not None:
         splits = {spec.train_split: splits[scored]} | splits
-    default = {f.name: f.default for f in fields(UserTask)}
     for key in ("train_split", "test_split", "validation_split"):
         split = getattr(spec, key)
         # a split that was asked for must be there; the usual ones may be missing, but the training rows
@@ -166,12 +173,11 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
     def examples(load: Callable[[], list[Row]]) -> list[Example]:
         return _examples(load(), spec, problems)
 
-    def read(split: str | None) -> list[Example] | None:
-        return examples(splits[split]) if split in splits else None
-
-    train, test, validation = read(spec.train_split) or [], read(scored), None
-    if own or (scored == spec.test_split and scored != spec.validation_split):
-        validation = read(spec.validation_split)
+    train, test, validation = examples(splits[spec.train_split]), None, None
+    if scored is not None:
+        test = examples(splits[scored])
+    if spec.validation_split in scores and (own or (scored == spec.test_split and scored != spec.validation_split)):
+        validation = examples(splits[spec.validation_split])
     if test is None:
         what = f"task {name!r} has no test split and test_size"
         train, test = _split_off(train, spec.test_size, spec.seed, what, problems)

@@ -16,6 +16,7 @@ import torch
 from pm_llm.cli import main
 from pm_llm.durable import Lock, writing
 from pm_llm.errors import PmLlmError
+from pm_llm.run_dir import RunDir
 from tests.conftest import ROOT
 from tests.faults.conftest import arguments, every_adapter_loads, same_outcome
 
@@ -217,6 +218,21 @@ def test_a_restart_that_is_stopped_goes_on(forker, pico_folders, tmp_path) -> No
         assert ("topic: going on from" in done.said) == stopped
         seen = seen or stopped
     assert seen
+
+
+def test_a_restart_with_other_settings_that_is_stopped_at_once_goes_on(pico_folders, tmp_path, monkeypatch) -> None:
+    argv = [*arguments(pico_folders["llama"], order="sentiment,topic"), "--output_dir", str(tmp_path / "run")]
+    assert main([*map(str, argv)]) == 0
+    again = [*map(str, argv), "--restart-from", "topic", "--train.learning_rate", "0.007"]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt  # after the stages are taken back, before anything else
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "go_on", stop)
+        assert main(again) != 0
+    assert main(again) == 0
+    assert json.loads((tmp_path / "run/state.json").read_text())["restarted"] is None
 
 
 def test_checkpoints_are_as_frequent_as_is_asked_for_now(forker, pico_folders, tmp_path) -> None:
