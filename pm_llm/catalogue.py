@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
-from pm_llm.methods import PRESETS, REGISTRIES, TESTED, Method
+from pm_llm.methods import PRESETS, REGISTRIES, TESTED, Choice, Method
 from pm_llm.report import words
 
 HEADER = ("preset", "start", "constrain", "merge", "source", "needs", "keeps from task to task", "tested on")
@@ -37,11 +38,20 @@ def _row(name: str, method: Method) -> list[str]:
 
 
 def choices() -> str:
-    """Every start, constraint and merge with the first line of its docstring."""
+    """Every start, constraint and merge with the first line of its docstring, and its options with their defaults."""
     lines = []
     for kind, registry in REGISTRIES.items():
         lines += [f"\n{kind}:"]
         for name, place in registry.items():
             text = (importlib.import_module(place.partition(":")[0]).__doc__ or "").partition("\n")[0]
-            lines.append(f"- `{name}`: {text.partition(': ')[2]}")
+            options = [_option(f) for f in dataclasses.fields(Choice(name).factory(kind)) if f.init]
+            given = f" Options: {', '.join(options)}." if options else ""
+            lines.append(f"- `{name}`: {text.partition(': ')[2]}{given}")
     return "\n".join(lines)
+
+
+def _option(field: dataclasses.Field) -> str:
+    """Its name and its default, as YAML would hold it."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    shown = f"{value:.4g}" if isinstance(value, float) else "none" if value in (None, "") else str(value)
+    return f"{field.name} {shown.lower() if isinstance(value, bool) else shown}"

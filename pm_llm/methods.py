@@ -87,10 +87,14 @@ class Choice:
             raise unknown_name(kind, choice.name, REGISTRIES[kind])
         return choice
 
+    def factory(self, kind: str) -> Any:
+        """The class behind it, a dataclass of its options."""
+        module, _, attribute = REGISTRIES[kind][self.name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
     def build(self, kind: str) -> Any:
         """The object itself. Raises PmLlmError on an unknown option or a value out of range."""
-        module, _, attribute = REGISTRIES[kind][self.name].partition(":")
-        factory = getattr(importlib.import_module(module), attribute)
+        factory = self.factory(kind)
         allowed = {f.name for f in dataclasses.fields(factory) if f.init}
         hints, options = typing.get_type_hints(factory), {}
         for key, value in self.options.items():
