@@ -51,7 +51,10 @@ def choices() -> str:
 
 
 def _option(field: dataclasses.Field) -> str:
-    """Its name and its default, as YAML would hold it."""
+    """Its name and its default, as it is shown."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    shown = f"{value:.4g}" if isinstance(value, float) else "none" if value in (None, "") else str(value)
-    return f"{field.name} {shown.lower() if isinstance(value, bool) else shown}"
+    if value is None or isinstance(value, bool):
+        shown = str(value).lower()
+    else:
+        shown = f"{value:g}" if isinstance(value, float) else str(value) or "(required)"
+    return f"{field.name} {shown}"

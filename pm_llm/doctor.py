@@ -134,7 +134,7 @@ def _quantisation(config: RunConfig) -> Iterator[Finding]:
         yield Finding(OK, "4-bit weights", f"work on {result.device.type}")
     except (ImportError, RuntimeError, AttributeError) as error:
         reason = first_line(error)
-        yield Finding(FAILURE, "4-bit weights", f"do not work: {reason}", 'pip install "pm_llm[qlora]"')
+        yield Finding(FAILURE, "4-bit weights", f"do not work: {reason}", "pip install -U bitsandbytes")
 
 
 def _room(config: RunConfig) -> Iterator[Finding]:

@@ -121,12 +121,16 @@ class ConstraintMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         for constraint in self.constraints:
             if not (constraint.prepared or constraint.by_itself):
-                name = type(constraint).__name__
                 raise PmLlmError(
-                    f"constraint {name} was not told its task, without which it does nothing or the wrong thing. Call "
-                    "its prepare(Context(task, ...)) first, or train with ContinualSequence, which does so."
+                    f"constraint {type(constraint).__name__} was not told its task, without which it does nothing or "
+                    "the wrong thing. Train with ContinualSequence, which does so (also what `rows` and `steps` say), "
+                    "or call its prepare(Context(task, ...)) before each task."
                 )
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for constraint in self.constraints:
+                constraint.prepared = False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:  # type: ignore[attr-defined]
@@ -166,7 +170,7 @@ class ConstraintMixin:
             loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)  # type: ignore[attr-defined]
         for key, value in counts.items():  # TRL's, of the step itself
             setattr(self, key, value)
-        if self._counted(num_items_in_batch):  # the loss is the pass's share of the step's
+        if self._counted(num_items_in_batch):  # a share of the step's: on the scale of the whole
             loss = loss * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         found = torch.autograd.grad(loss, self.live.parameters(), materialize_grads=True)  # 0 where it does not reach
         return [self._total(g) / self.accelerator.num_processes for g in found]  # type: ignore[attr-defined]

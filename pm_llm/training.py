@@ -150,8 +150,11 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
         raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error
     name, kwargs = arguments.lr_scheduler_type, cast("dict[str, Any] | None", arguments.lr_scheduler_kwargs)
     try:
-        get_scheduler(name, SGD([torch.zeros(1)], lr=0.1), 1, 2, scheduler_specific_kwargs=kwargs)
-    except (TypeError, ValueError) as error:
+        optimizer = SGD([torch.zeros(1)], lr=config.train.learning_rate)
+        scheduler = get_scheduler(name, optimizer, 0, 2, scheduler_specific_kwargs=kwargs)
+        optimizer.step()
+        scheduler.step()
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise PmLlmError(
             f"train: {config.train.lr_scheduler_type}: {first_line(error)}. Give what it needs in "
             "train.extra.lr_scheduler_kwargs."

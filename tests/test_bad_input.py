@@ -119,13 +119,21 @@ def test_numbers_with_an_exponent_in_extra(tmp_path) -> None:
     assert training_arguments(load_config(path), False, tmp_path, 0).fsdp
 
 
-def test_extra_settings_that_do_not_go_together(run) -> None:
+def test_extra_settings_that_do_not_go_together(run, tmp_path) -> None:
     """Some are found by the Trainer alone; they are one line all the same."""
     one_line(*run("--benchmark", "embedded", "--train.extra", "{use_liger_kernel: true}"), "train: ", "liger")
     one_line(*run("--benchmark", "embedded", "--train.extra", "{report_to: no_such}"), "train: ", "no_such")
     one_line(*run("--benchmark", "embedded", "--train.extra", "{report_to: comet_ml}"), "train: ", "comet")
     for name, said in (("cosine_with_min_lr", "min_lr"), ("warmup_stable_decay", "num_decay_steps")):
         one_line(*run("--benchmark", "embedded", "--train.lr_scheduler_type", name), f"train: {name}", said)
+    config = RunConfig()
+    config.train.learning_rate, config.train.lr_scheduler_type = 0.5, "polynomial"
+    config.train.extra = {"lr_scheduler_kwargs": {"lr_end": 0.2}}
+    assert training_arguments(config, False, tmp_path, 0).lr_scheduler_kwargs == {"lr_end": 0.2}
+    for wrong in ({"lr_end": 0.6}, {"power": "two"}):
+        config.train.extra = {"lr_scheduler_kwargs": wrong}
+        with pytest.raises(PmLlmError, match="train: polynomial: "):
+            training_arguments(config, False, tmp_path, 0)
 
 
 @pytest.mark.parametrize("key", ["completion_only_loss", "pad_to_multiple_of", "eos_token", "chat_template_path"])

@@ -139,6 +139,7 @@ def moved(live: Live, before: list[torch.Tensor]) -> list[tuple[torch.Tensor, to
 
 
 def test_scales_that_cover_the_expected_coefficient() -> None:
+    assert {Perturb(epsilon=0.0, scales="cover").scale(Step(0, i)) for i in range(20)} == {1.0}
     perturb = Perturb(scales="cover", probability=0.25)
     perturb.prepare(Context(4))
     found = Counter(perturb.scale(Step(0, step)) for step in range(4000))
@@ -163,7 +164,7 @@ def test_refresh_goes_up_before_it_goes_down(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_refresh_takes_the_gradient_of_the_passes_own_mean(family: str, tmp_path) -> None:
+def test_refresh_takes_a_passs_gradient_on_the_scale_of_a_step(family: str, tmp_path) -> None:
     plain = one_step(make_trainer(family, str(tmp_path), 16, 1))
     refresh = Refresh(rate=1e-3, curvature=0.0)
     found = one_step(make_trainer(family, str(tmp_path), 4, 4, refresh, learning_rate=0.0))
@@ -350,6 +351,14 @@ def test_a_trainer_alone_refuses_what_was_not_told_its_task(name: str, tmp_path)
             trainer.train()
     assert constraint.by_itself == (name in {"gaussian", "lori", "perturb", "refresh", "slow", "sparse"})
     assert not Perturb(scales="cover").by_itself
+
+
+def test_a_constraint_is_told_of_every_task(tmp_path) -> None:
+    constraint = L2()
+    constraint.prepare(Context(1))
+    make_trainer("llama", str(tmp_path), 16, 1, constraint, max_steps=1).train()
+    with pytest.raises(PmLlmError, match="L2 was not told its task"):
+        make_trainer("llama", str(tmp_path), 16, 1, constraint, max_steps=1).train()
 
 
 def test_lori_needs_two_steps(tmp_path) -> None:

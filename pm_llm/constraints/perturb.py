@@ -33,7 +33,7 @@ class Perturb(Constraint):
     have been seen.
 
     Args:
-        epsilon: Size of the perturbation, 0 <= epsilon <= 1 (0: none; with `cover` nothing else is said by it).
+        epsilon: Size of the perturbation, 0 <= epsilon <= 1 (0: none; with `cover` only that matters).
         probability: p above, 0 <= p <= 0.5.
         per_micro_step: Draw a sign for every accumulated forward pass.
         per_rank: Draw a sign for every data-parallel process.

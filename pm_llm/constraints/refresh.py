@@ -15,8 +15,9 @@ from pm_llm.errors import check_number
 class Refresh(Constraint):
     """`theta += rate * (1 + curvature F)^-1 g` on the batch, then the normal step from there.
 
-    g is the gradient of the pass's loss, F its square (uncertain in the paper: which Fisher). It doubles the cost of a
-    step. With accumulation each pass is preceded by its own, so the run depends on how a batch is split.
+    g is the gradient of the pass's loss on the scale of a step's (its mean, where all passes have as many answer
+    tokens), F its square (uncertain in the paper: which Fisher). It doubles the cost of a step. With accumulation each
+    pass is preceded by its own, so the run depends on how a batch is split.
 
     Args:
         rate: Size of the step the other way, at least 0.

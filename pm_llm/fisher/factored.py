@@ -27,9 +27,10 @@ class FactoredPast(Past):
 
     One pair too many: the two are joined whose sum is changed least by it. Their row and column sums are added, which
     is the factored Fisher of both tasks' examples together. What that adds to S is added to m, times M, so that the
-    slope `S M - m` stays what it was at the merged model M, where the next task begins. The rank of m is cut where it
-    matters least to the coefficient: with rows and columns weighted by the inverse roots of S's row and column sums r
-    and c. What was cut then changes `<m, Delta>` by no more than its norm times `<(r c') o Delta, Delta>^(1/2)`.
+    slope `S M - m` stays what it was at the merged model M (before `max_rank` cuts it), where the next task begins.
+    The rank of m is cut where it matters least to the coefficient: with rows and columns weighted by the inverse roots
+    of S's row and column sums r and c. What was cut then changes `<m, Delta>` by no more than its norm times `<(r c')
+    o Delta, Delta>^(1/2)`.
     """
 
     names = ("r", "c", "mB", "mA")

@@ -41,10 +41,9 @@ class KroneckerPast(Past):
     `directions` rows in V, and m as a low-rank matrix of at most rank `rank`.
 
     One term too many: the two are joined whose sum is changed least by it; their sides are added, which is the Fisher
-    of both tasks' examples together. What that adds to S is added to m, times M, so that the quadratics' slope
-    `S M - m` stays what it was at the merged model M, where the next task begins: it is small beside S M, and would
-    drown in what was cut.
-    The rank of m is cut as in the factored form.
+    of both tasks' examples together. What that adds to S is added to m, times M, so that the quadratics' slope `S M -
+    m` stays what it was at the merged model M (before `max_rank` cuts it), where the next task begins: it is small
+    beside S M, and would drown in what was cut. The rank of m is cut as in the factored form.
     """
 
     names = ("RV", "Rd", "CV", "Cd", "mB", "mA")

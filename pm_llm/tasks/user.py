@@ -150,16 +150,12 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
         split = getattr(spec, key)
         if split == spec.train_split and not probe and (file is not None or split != default[key]):
             both = f"{key} and train_split are both {split!r}"
-            raise PmLlmError(f"task {name!r}: {both}. Score rows that are not trained on.")
+            raise PmLlmError(f"task {name!r}: {both}. Score rows that are not trained on (or give them as a probe).")
         if file is not None:
             splits[split] = partial(read_rows, _place(file, folder), problems)
-    # other splits stand in for a test split, but for rows that are trained on or were given for validation alone
+    # no rows are scored that are trained on
     scores = set(splits) - (set() if probe else {spec.train_split})
-    own = spec.validation_data is not None
-    stand_ins = [
-        split for split in (spec.validation_split, *_TEST_ALIASES) if not own or split != spec.validation_split
-    ]
-    scored = next((one for one in (spec.test_split, *stand_ins) if one in scores), None)
+    scored, validated = _scored(spec, scores)
     if probe and scored is not None:
         splits = {spec.train_split: splits[scored]} | splits
     for key in ("train_split", "test_split", "validation_split"):
@@ -176,8 +172,8 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
     train, test, validation = examples(splits[spec.train_split]), None, None
     if scored is not None:
         test = examples(splits[scored])
-    if spec.validation_split in scores and (own or (scored == spec.test_split and scored != spec.validation_split)):
-        validation = examples(splits[spec.validation_split])
+    if validated is not None and not probe:
+        validation = examples(splits[validated])
     if test is None:
         what = f"task {name!r} has no test split and test_size"
         train, test = _split_off(train, spec.test_size, spec.seed, what, problems)
@@ -185,6 +181,21 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
         what = f"task {name!r}: validation_size"
         train, validation = _split_off(train, spec.validation_size, spec.seed + 1, what, problems)
     return Task(name, train, test, spec.scorer, tuple(spec.labels), validation or [])
+
+
+def _scored(spec: UserTask, splits: set[str]) -> tuple[str | None, str | None]:
+    """Which of `splits` are the test and the validation rows, if any are.
+
+    Where there is no test split another stands in for it, and is not the validation split then; but not rows that were
+    given for validation alone.
+    """
+    validation = spec.validation_split if spec.validation_split in splits else None
+    own = spec.validation_data is not None
+    stand_ins = [split for split in (spec.validation_split, *_TEST_ALIASES) if not own or split != validation]
+    scored = next((split for split in (spec.test_split, *stand_ins) if split in splits), None)
+    if not own and (scored != spec.test_split or scored == validation):
+        validation = None
+    return scored, validation
 
 
 def _split_off(
