@@ -198,8 +198,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def lead(records: Sequence[dict[str, Any]], name: str, without: Sequence[str] = ()) -> str:
-    """A Markdown table: how far `name` is ahead of each other one, in all, in each order and on each of a few tasks;
-    as if the tasks `without` had not been scored.
+    """A Markdown table: how far `name` is ahead of each other one, in all, in each order, with each seed (intervals
+    over its rows) and on each of a few tasks; as if the tasks `without` had not been scored.
 
     Raises:
         ValueError: If there is no record of that name, or no such task.
@@ -209,9 +209,11 @@ def lead(records: Sequence[dict[str, Any]], name: str, without: Sequence[str] = 
     records = [{**one, "rows": {t: rows for t, rows in one["rows"].items() if t not in without}} for one in records]
     records = [one for one in records if one["rows"]]
     orders = list(dict.fromkeys(one["order"] for one in records))
+    seeds = list(dict.fromkeys(one["seed"] for one in records))
     tasks = list(dict.fromkeys(task for one in records for task in one["rows"]))
     parts = {"all": list(records)}
     parts |= {order: [one for one in records if one["order"] == order] for order in orders if len(orders) > 1}
+    parts |= {f"seed {seed}": [one for one in records if one["seed"] == seed] for seed in seeds if len(seeds) > 1}
     for task in tasks if len(tasks) <= WIDE else ():
         parts[task] = [{**one, "rows": {task: one["rows"][task]}} for one in records if task in one["rows"]]
     found = {part: averages(some) for part, some in parts.items()}

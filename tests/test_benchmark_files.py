@@ -254,6 +254,9 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     assert values == pytest.approx([-0.5, -0.25, -0.75, -0.25, -0.75], abs=0.06)
     found = records.renewed("<!-- table of both.jsonl, lead of pm without t -->\n", tmp_path).splitlines()
     assert found[1] == "| pm less | all | v |"  # nothing is left of the first order
+    found = records.lead([one(name, seed, right) for name in ("pm", "same") for seed in (0, 3)], "pm").splitlines()
+    assert found[0] == "| pm less | all | seed 0 | seed 3 | t |"
+    assert found[2] == "| same |" + " +0.0 (+0.0 to +0.0) |" * 4
     with pytest.raises(ValueError, match="no record has u"):
         records.lead(runs, "pm", ["u"])
     with pytest.raises(ValueError, match="no record of olora"):
@@ -273,6 +276,17 @@ def test_tables_and_figures_in_the_docs_are_what_their_records_give(monkeypatch)
     assert figures
     for data, figure in figures:  # how it is drawn depends on matplotlib's version
         assert plot.source(data) in figure.read_text()
+
+
+@pytest.mark.parametrize("name", ["standard-orders", "long-order"])
+def test_the_final_tables_hold_every_preset_without_old_rows(name: str, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import records
+
+    runs = {(x["name"], x["order"], x["seed"]) for x in records.read(ROOT / f"docs/results/{name}.jsonl")}
+    presets = PRESETS.keys() - {"replay", "per_task"}  # old rows are trained on, not one adapter; joint is the bound
+    orders = {"standard-orders": ("order1", "order2", "order3"), "long-order": ("order4",)}[name]
+    assert runs >= {(preset, order, seed) for preset in presets for order in orders for seed in (0, 1, 2)}
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/choosing.md", "docs/results.md"])
