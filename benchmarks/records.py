@@ -32,7 +32,7 @@ WIDE = 8  # tasks that have a column each
 # 97.5 % points of Student's t, for 1, 2, ... degrees of freedom; the last serves for more, and is a little wide there
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MARKER = re.compile(
-    r"<!-- table of ([^\s,]+)(?:, (lead of|runs|matrix of) ?(\S+)?(?: without (.*))?)? -->\n(?:\|.*(?:\n|$))*"
+    r"<!-- table of ([^\s,]+)(?:, (lead of|runs|matrix of|tasks of) ?(\S+)?(?: without (.*))?)? -->\n(?:\|.*(?:\n|$))*"
 )
 PATHS = ("model", "data_dir", "output_dir")  # of the configuration; of no use elsewhere
 RESULTS = (
@@ -227,6 +227,23 @@ def lead(records: Sequence[dict[str, Any]], name: str, without: Sequence[str] = 
     return "\n".join(lines)
 
 
+def by_task(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """A Markdown table: the final score of each task (a row each) after each of `names`, averaged over its runs.
+
+    Raises:
+        ValueError: If there is no record of a name.
+    """
+    tasks = list(dict.fromkeys(task for one in records for task in one["rows"]))
+    lines = ["| task | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for task in tasks:
+        rows = [{**one, "rows": {task: one["rows"][task]}} for one in records if task in one["rows"]]
+        found = averages([one for one in rows if one["name"] in names])
+        if missing := set(names) - found.keys():
+            raise ValueError(f"there is no record of {', '.join(sorted(missing))}.")
+        lines.append(f"| {task} | " + " | ".join(f"{found[name][0].mean():.1f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
 def is_bound(one: dict[str, Any]) -> bool:
     """Whether a run is of no sequence of one model, which could forget: a model a task, or `joint`."""
     return one["task_id"] or one["config"]["method"] == "joint"
@@ -252,7 +269,7 @@ def _shown(found: np.ndarray, sign: str) -> str:
 def renewed(text: str, folder: Path) -> str:
     """A page with the table of each marked file, a path relative to `folder`: of records (JSONL; with `, lead of NAME`
     or `, lead of NAME without TASK ...` that of :func:`lead`, with `, runs` that of `pm-llm report`, with `, matrix
-    of NAME` that run's), or of plain rows."""
+    of NAME` that run's, with `, tasks of NAME,NAME ...` that of :func:`by_task`), or of plain rows."""
     from pm_llm.evaluation.matrix import Matrix
     from pm_llm.report import compare
 
@@ -262,6 +279,8 @@ def renewed(text: str, folder: Path) -> str:
             found = plain(json.loads(path.read_text()))
         elif kind == "lead of":
             found = lead(read(path), name, (without or "").split())
+        elif kind == "tasks of":
+            found = by_task(read(path), name.split(","))
         elif kind == "runs":
             records = read(path)
             found = compare([_results(one) for one in records], names=[one["name"] for one in records])

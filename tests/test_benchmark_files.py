@@ -257,6 +257,11 @@ def test_a_table_of_records(monkeypatch, tmp_path) -> None:
     found = records.lead([one(name, seed, right) for name in ("pm", "same") for seed in (0, 3)], "pm").splitlines()
     assert found[0] == "| pm less | all | seed 0 | seed 3 | t |"
     assert found[2] == "| same |" + " +0.0 (+0.0 to +0.0) |" * 4
+    found = records.renewed("<!-- table of both.jsonl, tasks of pm,joint -->\n", tmp_path).splitlines()
+    assert found[1] == "| task | pm | joint |"
+    assert found[3:] == [f"| t | {0.75 * scale:.1f} | {scale:.1f} |", f"| v | {scale / 4:.1f} | {scale:.1f} |"]
+    with pytest.raises(ValueError, match="no record of olora"):
+        records.by_task(runs, ["pm", "olora"])
     with pytest.raises(ValueError, match="no record has u"):
         records.lead(runs, "pm", ["u"])
     with pytest.raises(ValueError, match="no record of olora"):
