@@ -165,9 +165,7 @@ def _preset(
 
 PRESETS: dict[str, Method] = {
     "pm": _preset("fresh", "perturb", "optimal", "P&M, arXiv 2505.22389"),
-    # a quadratic like P&M's while training, not along one line after it, with a Fisher that sees which inputs tasks
-    # share: what would be taken back is not learnt, and the coefficient comes out near 1. On the measured scale, or
-    # a task that is learnt to the end, whose Fisher vanishes, weighs nothing (and the next one is not let in)
+    # what differs from `pm`, and why: pm_llm/constraints/curvature.py
     "pm_curvature": _preset(
         "fresh",
         Choice("curvature", {"weight": 0.3}),
