@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -206,8 +206,7 @@ def lead(records: Sequence[dict[str, Any]], name: str, without: Sequence[str] = 
     """
     if missing := set(without) - {task for one in records for task in one["rows"]}:
         raise ValueError(f"no record has {', '.join(sorted(missing))}.")
-    records = [{**one, "rows": {t: rows for t, rows in one["rows"].items() if t not in without}} for one in records]
-    records = [one for one in records if one["rows"]]
+    records = _on(records, {task for one in records for task in one["rows"]} - set(without))
     orders = list(dict.fromkeys(one["order"] for one in records))
     seeds = list(dict.fromkeys(one["seed"] for one in records))
     tasks = list(dict.fromkeys(task for one in records for task in one["rows"]))
@@ -215,7 +214,7 @@ def lead(records: Sequence[dict[str, Any]], name: str, without: Sequence[str] = 
     parts |= {order: [one for one in records if one["order"] == order] for order in orders if len(orders) > 1}
     parts |= {f"seed {seed}": [one for one in records if one["seed"] == seed] for seed in seeds if len(seeds) > 1}
     for task in tasks if len(tasks) <= WIDE else ():
-        parts[task] = [{**one, "rows": {task: one["rows"][task]}} for one in records if task in one["rows"]]
+        parts[task] = _on(records, {task})
     found = {part: averages(some) for part, some in parts.items()}
     if name not in found["all"]:
         raise ValueError(f"there is no record of {name}; there are {', '.join(found['all'])}.")
@@ -233,15 +232,21 @@ def by_task(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     Raises:
         ValueError: If there is no record of a name.
     """
+    if missing := set(names) - {one["name"] for one in records}:
+        raise ValueError(f"there is no record of {', '.join(sorted(missing))}.")
     tasks = list(dict.fromkeys(task for one in records for task in one["rows"]))
+    records = [one for one in records if one["name"] in names]
     lines = ["| task | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for task in tasks:
-        rows = [{**one, "rows": {task: one["rows"][task]}} for one in records if task in one["rows"]]
-        found = averages([one for one in rows if one["name"] in names])
-        if missing := set(names) - found.keys():
-            raise ValueError(f"there is no record of {', '.join(sorted(missing))}.")
+        found = averages(_on(records, {task}))
         lines.append(f"| {task} | " + " | ".join(f"{found[name][0].mean():.1f}" for name in names) + " |")
     return "\n".join(lines)
+
+
+def _on(records: Sequence[dict[str, Any]], tasks: Set[str]) -> list[dict[str, Any]]:
+    """The records as if only `tasks` had been scored; without those that have none of them."""
+    cut = [{**one, "rows": {task: rows for task, rows in one["rows"].items() if task in tasks}} for one in records]
+    return [one for one in cut if one["rows"]]
 
 
 def is_bound(one: dict[str, Any]) -> bool:
