@@ -102,3 +102,15 @@ def truncate(
     b = b if rows is None else b / rows.double()[:, None]
     a = a if columns is None else a / columns.double()
     return LowRank(b.to(x.B.dtype), a.to(x.A.dtype)), float((s[rank:] ** 2).sum()), float((s**2).sum())
+
+
+def without_small(x: LowRank, least: float) -> LowRank:
+    """`x` without its singular values up to `least`: for sums in which much cancels, and rounding is left."""
+    b, a = x.B.double(), x.A.double()
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    rank = max(1, int((s > least).sum()))
+    root = s[:rank].sqrt()
+    made = LowRank((q_b @ u[:, :rank]) * root, root[:, None] * (vh[:rank] @ q_a.T))
+    return LowRank(made.B.to(x.B.dtype), made.A.to(x.A.dtype))

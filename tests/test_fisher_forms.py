@@ -224,7 +224,7 @@ def test_factored_is_dense_where_the_fisher_is_of_rank_one(scale: str, granulari
         b = dense.fold(b, random_adapter(t), as_dense(pair(t)))
         for name, value in dense.report.raw_coefficients.items():
             assert factored.report.raw_coefficients[name] == pytest.approx(value, rel=1e-4)
-    assert factored.report.curvature_errors == {"S": 0.0, "m": 0.0}
+    assert factored.report.curvature_errors == {"own": pytest.approx(0.0, abs=1e-5), "slope": 0.0}
     assert 0.05 < factored.report.raw_coefficient < 0.95
 
 
@@ -241,36 +241,7 @@ def test_equal_fishers_give_one_over_t(form: str) -> None:
         new = random_adapter(t)
         running = merger.fold(running, new, fisher(new), continues=form == "factors")
         assert merger.report.raw_coefficient == pytest.approx(1 / t, rel=1e-4)
-        assert merger.report.curvature_errors["S"] < 1e-3
-
-
-def test_joining_keeps_the_sums_and_states_its_error() -> None:
-    room, past, whole = Room(pairs=3, rank=4), None, torch.zeros(6, 5)
-    for t in range(8):
-        fisher = pair(t).modules["one"]
-        before = 0 if past is None else past.r.T / past.r.sum(1) @ past.c
-        past = FactoredPast.plus(past, fisher, random_adapter(t).factors["one"], room)
-        whole += as_dense(pair(t))["one"]
-        kept = past.r.T / past.r.sum(1) @ past.c
-        torch.testing.assert_close(kept.sum(0), whole.sum(0))
-        torch.testing.assert_close(kept.sum(1), whole.sum(1))
-        lost, total, _, _ = past.errors()
-        if t >= 3:
-            change = before + as_dense(pair(t))["one"] - kept
-            assert len(past.r) == 3
-            assert lost == pytest.approx(float((change**2).sum()), rel=1e-2)
-            assert lost / total < 0.05
-    assert past.m.rank == 4
-
-
-def test_joining_keeps_the_slope_where_the_model_is() -> None:
-    past = None
-    for t in range(6):
-        theta, delta = random_adapter(t).factors["one"], random_adapter(10 + t).factors["one"]
-        before = past.pull(theta, delta) if past is not None else 0.0
-        past = FactoredPast.plus(past, pair(t).modules["one"], theta, Room(pairs=2, rank=40))
-        assert past.pull(theta, delta) == pytest.approx(before, rel=1e-3, abs=1e-3)
-    assert past.errors()[0] > 1e-4 * past.errors()[1]
+        assert merger.report.curvature_errors["own"] < 1e-3
 
 
 @pytest.mark.parametrize("form", ["factored", "kronecker"])
@@ -289,32 +260,33 @@ def test_joining_in_a_fold_keeps_the_slope_at_the_merged_model(form: str) -> Non
         both = [merger.fold(running, random_adapter(t), fisher(t)) for merger in (few, many)]
         running = both[0]
     assert 0.1 < few.report.raw_coefficient < 0.9
-    assert few.report.curvature_errors["S"] > 1e-3
+    assert few.report.curvature_errors["own"] > 1e-3
     for name, past in few.rule.past.items():
         delta = random_adapter(9).factors[name]
         expected = many.rule.past[name].pull(running.factors[name], delta)
-        assert past.pull(running.factors[name], delta) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert past.pull(running.factors[name], delta) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_cut_of_m_bounds_the_error_of_the_coefficient() -> None:
-    """|<m - m_cut, Delta>|^2 <= (what was cut, weighted) * (<S o Delta, Delta> with S's row and column sums)."""
+def test_cut_of_the_slope_bounds_the_error_of_the_coefficient() -> None:
+    """|<g - g_cut, Delta>|^2 <= (what was cut, weighted) * (<S o Delta, Delta> with S's row and column sums)."""
     torch.manual_seed(0)
-    past = None
+    past, at = None, LowRank(torch.randn(40, 6), torch.randn(6, 30))
     for _ in range(4):
-        exact = past.m if past is not None else None
+        exact = past.g if past is not None else None
         theta = LowRank(torch.randn(40, 6), torch.randn(6, 30))
         r, c = torch.rand(40) ** 3 + 1e-3, torch.rand(30) ** 3 + 1e-3
         fisher = Factored(r, c * (r.sum() / c.sum()))
-        m = fisher.times(theta) if exact is None else lowrank.add(exact, fisher.times(theta))
-        past = FactoredPast.plus(past, fisher, theta, Room(rank=8, pairs=4))
-        _, _, lost, _ = past.errors()
-        change = lowrank.add(m, past.m.scale(-1.0))
-        rows, columns = past.r.sum(0), past.c.sum(0)
+        g = fisher.times(lowrank.add(at, theta.scale(-1.0)))
+        g = g if exact is None else lowrank.add(exact, g)
+        past = FactoredPast.plus(past, fisher, theta, Room(rank=8), at, at)
+        lost, _ = past.slope_cut()
+        change = lowrank.add(g, past.g.scale(-1.0))
+        rows, columns = past.sums()
         for seed in range(5):
             torch.manual_seed(seed)
             delta = LowRank(torch.randn(40, 3), torch.randn(3, 30))
             own = lowrank.inner(delta, delta, rows / rows.max(), columns / columns.max())
-            assert lowrank.inner(change, delta) ** 2 <= lost * own * 1.001 + 1e-12
+            assert lowrank.inner(change, delta) ** 2 <= lost * own * 1.001 + 1e-10
     assert lost > 0
 
 
@@ -413,6 +385,7 @@ def test_penalty_is_the_past_quadratics_up_to_a_constant(form: str) -> None:
     """P(Delta) = sum_i 1/2 (M + Delta - theta_i)' F_i (M + Delta - theta_i), less its value at M; gradient too."""
     torch.manual_seed(3)
     room, past, tasks = Room(pairs=4, rank=32), None, []
+    running, before = random_adapter(9).factors["one"], None
     for t in range(3):
         theta = random_adapter(t).factors["one"]
         fisher = (
@@ -422,9 +395,8 @@ def test_penalty_is_the_past_quadratics_up_to_a_constant(form: str) -> None:
             if form == "factored"
             else Fisher.of(as_dense(pair(t))).modules["one"]
         )
-        past = type(fisher).past.plus(past, fisher, theta, room)
+        past, before = type(fisher).past.plus(past, fisher, theta, room, running, before), running
         tasks.append((fisher, theta))
-    running = random_adapter(9).factors["one"]
     live = random_adapter(10).factors["one"]
     B, A = live.B.double().requires_grad_(True), live.A.double().requires_grad_(True)
 

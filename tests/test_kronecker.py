@@ -10,8 +10,9 @@ from pm_llm.adapters import Adapter, lora_layers
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher import Fisher, Room, past_of
-from pm_llm.fisher.kronecker import Kept, Kronecker, KroneckerPast, Side
+from pm_llm.fisher.kronecker import Kronecker, KroneckerPast
 from pm_llm.fisher.measure import answer_loss, sum_fisher
+from pm_llm.fisher.sides import Sides
 from pm_llm.lowrank import LowRank
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.test_closed_form import random_adapter
@@ -57,13 +58,17 @@ def test_sums_are_those_of_each_examples_gradient(family: str) -> None:
 
 def test_quadratics_are_those_of_the_whole_matrix() -> None:
     """inner, along, pull, the penalty and its gradient, with all directions kept."""
-    room, past, tasks = Room(pairs=4, rank=32, directions=8), None, []
+    room, past, tasks, running = Room(pairs=4, rank=32, directions=8), None, [], None
     for t in range(3):
         theta, fisher = random_adapter(t).factors["one"], fisher_like(t)
-        past = KroneckerPast.plus(past, fisher, theta, room)
+        merged = random_adapter(8 + t).factors["one"]
+        past = KroneckerPast.plus(past, fisher, theta, room, merged, running)
+        running = merged
         tasks.append((matrix(fisher), theta.dense().double().flatten(), fisher))
+    cut = random_adapter(12).factors["one"]  # by a truncation, say
+    past.moved(LowRank(torch.cat([cut.B, -running.B], 1), torch.cat([cut.A, running.A])), room)
     past = past_of({name: x.clone() for name, x in past.tensors().items()})
-    running, delta = (random_adapter(seed).factors["one"] for seed in (8, 9))
+    running, delta = cut, random_adapter(9).factors["one"]
     M, D = running.dense().double().flatten(), delta.dense().double().flatten()
     for F, _, fisher in tasks:
         assert fisher.inner(running, delta) == pytest.approx(float(M @ F @ D), rel=1e-4)
@@ -111,96 +116,57 @@ def test_equal_fishers_give_one_over_t_and_joining_them_costs_nothing() -> None:
         new = random_adapter(t)
         running = merger.fold(running, new, Fisher(dict.fromkeys(new.factors, fisher_like(0))))
         assert merger.report.raw_coefficient == pytest.approx(1 / t, rel=1e-3)
-        assert merger.report.curvature_errors["S"] < 1e-3
+        assert merger.report.curvature_errors["own"] < 1e-3
         again = Merger("optimal")
         again.load_state({key: x.clone() for key, x in merger.state().items()}, merger.tasks)
         assert again.state().keys() == merger.state().keys()
         assert all(torch.equal(x, again.state()[key]) for key, x in merger.state().items())
 
 
-def whole(past: KroneckerPast) -> torch.Tensor:
-    sides = [
-        [V.T @ V + torch.diag(d) for V, d in zip(s.V.double(), s.d.double(), strict=True)] for s in (past.R, past.C)
-    ]
-    return sum(torch.kron(R, C) / R.trace() for R, C in zip(*sides, strict=True))
-
-
-def test_joining_keeps_the_diagonal_sums_and_states_its_error() -> None:
-    past, room, before = None, Room(pairs=2, rank=4, directions=8), None
-    for t in range(6):
-        fisher = fisher_like(t)
-        past = KroneckerPast.plus(past, fisher, random_adapter(t).factors["one"], room)
-        rows, columns = past.sums()
-        expected = [sum(getattr(fisher_like(i), side).diagonal() for i in range(t + 1)) for side in "RC"]
-        torch.testing.assert_close(rows, expected[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(columns, expected[1], rtol=1e-4, atol=1e-5)
-        if t >= 2:
-            S = before + matrix(fisher)
-            lost, total, _, _ = past.errors()
-            assert lost == pytest.approx(float((S - whole(past)).square().sum()), rel=1e-2)
-            assert total == pytest.approx(float(S.square().sum()), rel=1e-3)
-        before = whole(past)
-    assert past.R.V.shape[0] == 2
-    assert past.m.rank == 4
-
-
-def test_the_cut_of_joined_sides_is_part_of_the_stated_error() -> None:
-    past, room, before = None, Room(pairs=2, rank=4, directions=1), None
-    for t in range(6):
-        few = fisher_like(t).kept(room)
-        fisher = Kept(few.R, few.C, 0.0)  # has no more directions than are kept: only joining cuts
-        past = KroneckerPast.plus(past, fisher, random_adapter(t).factors["one"], room)
-        if t >= 2:
-            S = before + whole(KroneckerPast.plus(None, fisher, random_adapter(t).factors["one"], room))
-            assert past.errors()[0] == pytest.approx(float((S - whole(past)).square().sum()), rel=1e-3)
-        before = whole(past)
-
-
-def test_joining_keeps_the_slope_where_the_model_is() -> None:
-    """What is cut from S, times the whole adapter, would be a slope that the past tasks do not have."""
-    past, room = None, Room(pairs=2, rank=40, directions=8)
-    for t in range(6):
-        theta, delta = random_adapter(t).factors["one"], random_adapter(10 + t).factors["one"]
-        before = past.pull(theta, delta) if past is not None else 0.0
-        past = KroneckerPast.plus(past, fisher_like(t), theta, room)  # whose own slope is none at its theta
-        assert past.pull(theta, delta) == pytest.approx(before, rel=1e-3, abs=1e-3)
-    assert past.errors()[0] > 1e-3 * past.errors()[1]
-
-
 def test_few_directions_keep_the_leading_ones_and_the_diagonal() -> None:
     torch.manual_seed(0)
     x = torch.randn(40, IN) * torch.tensor([10.0, 5, 1, 0.5, 0.1])
     M = x.T @ x
-    side = Side.of(M, 2)
-    assert side.V.shape == (1, 2, IN)
+    side = Sides.of(M, 2)
+    assert side.U.shape == (2, IN)
     torch.testing.assert_close(side.diagonals()[0], M.diagonal(), rtol=1e-4, atol=1e-4)
-    kept = side.V[0].T @ side.V[0] + torch.diag(side.d[0])
+    kept = matrices(side)[0]
     best = torch.linalg.svdvals(M)[2:]
     assert float((M - kept).norm()) <= float(best.norm()) * 1.001
     y, z = torch.randn(IN, 3), torch.randn(IN, 2)
     torch.testing.assert_close(side.form(y, z)[0], y.T @ kept @ z, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(side.times(y)[0], kept @ y, rtol=1e-3, atol=1e-3)
-    both = side.with_terms(Side.of(2 * M, 4)).joined(0, 1, 5)
-    torch.testing.assert_close(both.diagonals()[0], 3 * M.diagonal(), rtol=1e-4, atol=1e-3)
+    both = side.with_terms(Sides.of(2 * M, 4), 5)
+    torch.testing.assert_close(matrices(both)[0], kept, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(both.traces(), torch.stack([M.trace(), 2 * M.trace()]), rtol=1e-4, atol=1e-4)
+    joined = both.joined(0, 1, 0.5, 2.0, 5)
+    torch.testing.assert_close(joined.diagonals()[0], 4.5 * M.diagonal(), rtol=1e-4, atol=1e-3)
+    # what the basis has no room for is charged as a diagonal: no trace is lost
+    narrow = side.with_terms(Sides.of(torch.eye(IN), 4), 2)
+    assert narrow.U.shape == (2, IN)
+    torch.testing.assert_close(narrow.traces(), torch.stack([M.trace(), torch.tensor(float(IN))]), rtol=1e-4, atol=1e-4)
+
+
+def matrices(side: Sides) -> torch.Tensor:
+    return torch.stack([side.U.T @ G.T @ G @ side.U + torch.diag(d) for G, d in zip(side.G, side.d, strict=True)])
 
 
 def test_the_cut_to_directions_is_told_and_the_tasks_own_quadratic_is_taken_with_it() -> None:
     fisher, theta = fisher_like(0), random_adapter(0).factors["one"]
     past = KroneckerPast.plus(None, fisher, theta, Room(directions=1))
-    lost, total, _, _ = past.errors()
-    assert lost == pytest.approx(float((matrix(fisher) - whole(past)).square().sum()), rel=1e-4)
-    assert total == pytest.approx(float(whole(past).square().sum()), rel=1e-4)
-    assert lost > 0.01 * total
-    half = KroneckerPast.plus(None, fisher.divided(2.0), theta, Room(directions=1)).errors()
-    of_half = KroneckerPast.plus(None, fisher.kept(Room(directions=1)).divided(2.0), theta, Room()).errors()
-    for one in (half, of_half):
-        assert one[:2] == pytest.approx((lost / 4, total / 4))
+    (kept,), (exact,) = past.kept_along()
+    assert exact == pytest.approx(fisher.inner(theta, theta), rel=1e-4)
+    assert kept == pytest.approx(past.along(theta), rel=1e-4)
+    assert abs(kept / exact - 1) > 0.01
+    for half in (fisher.divided(2.0), fisher.kept(Room(directions=1)).divided(2.0)):
+        found = KroneckerPast.plus(None, half, theta, Room(directions=1)).kept_along()
+        assert found == (pytest.approx([kept / 2]), pytest.approx([exact / 2]))
     merger, running = Merger("optimal", directions=1), None
     for t in range(1, 6):  # equal Fishers, of which little is kept, still give 1/t
         new = random_adapter(t)
         running = merger.fold(running, new, Fisher(dict.fromkeys(new.factors, fisher)))
         assert merger.report.raw_coefficient == pytest.approx(1 / t, rel=1e-3)
-        assert merger.report.curvature_errors["S"] > 0.1 / t
+        assert merger.report.curvature_errors["own"] > 0.01
 
 
 def test_a_large_matrix_is_cut_without_its_decomposition() -> None:
@@ -208,11 +174,12 @@ def test_a_large_matrix_is_cut_without_its_decomposition() -> None:
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(300, 300))[0]
     M = basis @ torch.diag(1 / torch.arange(1.0, 301)) @ basis.T
-    side, again = Side.of(M, 8), Side.of(M, 8)
-    assert torch.equal(side.V, again.V)
+    side, again = Sides.of(M, 8), Sides.of(M, 8)
+    assert torch.equal(side.U, again.U)
     values, vectors = torch.linalg.eigh(M.double())
     best = (values.sqrt() * vectors).T.flip(0)[:8]
-    assert float((M - side.V[0].T @ side.V[0]).norm()) < 1.001 * float((M - best.T @ best).norm())
+    V = side.G[0] @ side.U
+    assert float((M - V.T @ V).norm()) < 1.001 * float((M - best.T @ best).norm())
     torch.testing.assert_close(side.diagonals()[0], M.diagonal(), rtol=1e-4, atol=1e-5)
 
 
@@ -225,7 +192,7 @@ def test_adapters_of_a_model_fold(family: str) -> None:
     running = merger.fold(None, new, fisher)
     merger.fold(running, new, fisher)
     assert merger.report.raw_coefficient < 0.6
-    assert merger.report.curvature_errors["m"] > 0
+    assert merger.report.curvature_errors["slope"] > 0
 
 
 def test_the_merge_may_name_its_form(pico_folders, tmp_path) -> None:

@@ -45,9 +45,10 @@ class Room:
     """For what is kept of past tasks: how large sums are made, and the bounds of sums that are not exact."""
 
     zeros: Zeros = torch.zeros
-    pairs: int = 4
+    pairs: int = 32
     rank: int = 32
     directions: int = 32
+    basis: int = 128
 
 
 class Diagonal:
@@ -74,6 +75,10 @@ class Diagonal:
 
     def kept(self, room: Room) -> Diagonal:
         """What a sum of past quadratics takes of it: itself, but for a form that is cut on the way there."""
+        return self
+
+    def uncut(self) -> Diagonal:
+        """What :meth:`kept` was made of."""
         return self
 
     def divided(self, size: float) -> Diagonal:
@@ -103,17 +108,30 @@ class Past:
         raise NotImplementedError
 
     @classmethod
-    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None) -> Past:
-        """With one task more, whose optimum is `theta`; what is cut from S leaves the slope as it was `at` the model
-        (None: at theta)."""
+    def plus(
+        cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None, before: LowRank | None = None
+    ) -> Past:
+        """With one task more, whose optimum is `theta`.
+
+        Args:
+            past: What is known of the tasks before; None: none.
+            fisher: The task's, of this form.
+            theta: The model right after training, as a change of the base model.
+            room: Bounds.
+            at: The merged model with this task (None: theta), where the slope is that of the sum.
+            before: The merged model without it, where `past` has its slope; None: the base model.
+        """
         raise NotImplementedError
+
+    def moved(self, change: LowRank, room: Room) -> None:
+        """The merged model has moved by `change` since (it was truncated); a slope that is kept follows."""
 
     def along(self, delta: LowRank) -> float:
         """`<S o Delta, Delta>`"""
         raise NotImplementedError
 
     def pull(self, running: LowRank, delta: LowRank) -> float:
-        """`<m - S o M, Delta>`: minus the slope of the quadratics at M, along Delta."""
+        """`<m - S o M, Delta>`: minus the slope of the quadratics at the merged model M, along Delta."""
         raise NotImplementedError
 
     def penalty(self, running: LowRank) -> Penalty:
@@ -128,12 +146,14 @@ class Past:
         """What must be kept; `type(past)(**past.tensors())` is the same."""
         raise NotImplementedError
 
-    def errors(self) -> tuple[float, float, float, float]:
-        """Squared Frobenius norms of the last :meth:`plus`: cut from S, of S, cut from m, of m (0: exact).
+    def kept_along(self) -> tuple[list[float], list[float]]:
+        """Along the vector of each task that is watched, the quadratic as it is kept, and what it was before anything
+        was cut or joined; the latter may be of the sum at the time the task came. Empty: nothing is ever cut."""
+        return [], []
 
-        Where the new Fisher was cut and then two terms joined, the squared norms of both changes are added up.
-        """
-        return 0.0, 0.0, 0.0, 0.0
+    def slope_cut(self) -> tuple[float, float]:
+        """Squared (weighted) norms of the last fold: cut from the slope at the merged model, and of it."""
+        return 0.0, 0.0
 
 
 @dataclass(frozen=True)
@@ -142,13 +162,16 @@ class Fisher:
 
     `modules` by name. `exact` is `E[(g . Delta)^2]`, the empirical Fisher along the task vector with nothing left out
     between weights or modules; `exact_modules` the same module by module. `losses` are the mean loss (nats an example,
-    summed over the answer's tokens) before and after training, at `M_{t-1}` and `theta*_t`. None: not measured.
+    summed over the answer's tokens) before and after training, at `M_{t-1}` and `theta*_t`, and `slopes` the derivatives
+    `<grad L(theta*_t), Delta>` of that loss, module by module: below 0 where training had further to go. None, or
+    empty: not measured.
     """
 
     modules: dict[str, Any]
     exact: float | None = None
     exact_modules: dict[str, float] = field(default_factory=dict)
     losses: tuple[float, float] | None = None
+    slopes: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, given: Fisher | Mapping[str, Tensor]) -> Fisher:
@@ -177,9 +200,12 @@ def scale_of(fisher: Fisher, scale: str, own: float) -> float:
     """What to divide a task's Fisher by, to put it on a common scale.
 
     `raw`: 1 (the paper). `trace`: the mean of the diagonal becomes 1. `own`: the task's own quadratic
-    `Delta' F Delta` becomes 1. `measured`: `1/2 Delta' F Delta` becomes the loss that training took away, measured at
-    both ends of the task vector on the task's own rows; at least a hundredth of the loss before (a choice), or a task
-    that was not learnt would have no place in the sum.
+    `Delta' F Delta` becomes 1. `measured`: `1/2 Delta' F Delta` becomes that of the parabola along the task vector with
+    the losses L0 and L1 that were measured at its two ends on the task's own rows, and the slope g at its end:
+    `1/2 q = L0 - L1 + g`. Where training reached the minimum, g is 0 and this is all that training took away; where it
+    only began, the loss is nearly a line and has little curvature to protect. It is at least a hundredth of the loss
+    before (a choice), or such a task would have no place in the sum. A task that was known to the end before it was
+    trained (its loss, or its Fisher, is exactly 0) is taken as it is: its quadratic is nothing to the others.
 
     Args:
         fisher: The task's Fisher.
@@ -201,8 +227,10 @@ def scale_of(fisher: Fisher, scale: str, own: float) -> float:
         if fisher.losses is None:
             raise PmLlmError("fisher_scale 'measured' needs the loss before and after training; give Fisher(losses=).")
         before, after = fisher.losses
-        taken = max(before - after, before / 100)
-        size = size / (2 * taken) if taken > 0 else float("inf")
+        bend = max(before - after + sum(fisher.slopes.values()), before / 100)
+        if size == 0 or bend == 0:
+            return 1.0
+        size = size / (2 * bend)
     if not 0 < size < float("inf"):
         raise PmLlmError(
             f"fisher_scale {scale!r}: the value to divide by is {size}. The adapter did not move or diverged, or "

@@ -23,7 +23,7 @@ class DensePast(Past):
         self.S, self.m = S, m
 
     @classmethod
-    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None) -> DensePast:
+    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room, *_: Any) -> DensePast:
         S, m = room.zeros(*fisher.F.shape).copy_(fisher.F), room.zeros(*fisher.F.shape).copy_(fisher.F * theta.dense())
         if past is not None:
             S += past.S

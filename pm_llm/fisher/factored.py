@@ -10,83 +10,77 @@ Fisher is taken as `F ~ r c' / sum(r)`, the matrix of rank one with these sums (
 
 from __future__ import annotations
 
-from itertools import combinations
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pm_llm import lowrank
 from pm_llm.accumulators import Zeros
-from pm_llm.fisher import Diagonal, Layer, Past, Penalty, Room
+from pm_llm.fisher import Diagonal, Layer, Room
+from pm_llm.fisher.terms import TINY, Terms, TermsPast, Watched
 from pm_llm.lowrank import LowRank
 
 
-class FactoredPast(Past):
-    """`S = sum_k r_k c_k' / sum(r_k)` with at most `pairs` pairs, and m as a low-rank matrix of at most rank `rank`.
+class Pairs(Terms):
+    """`S_k = r_k c_k' / sum(r_k)`: the diagonals of R_k and C_k are all there is of them."""
 
-    One pair too many: the two are joined whose sum is changed least by it. Their row and column sums are added, which
-    is the factored Fisher of both tasks' examples together. What that adds to S is added to m, times M, so that the
-    slope `S M - m` stays what it was at the merged model M (before `max_rank` cuts it), where the next task begins.
-    The rank of m is cut where it matters least to the coefficient: with rows and columns weighted by the inverse roots
-    of S's row and column sums r and c. What was cut then changes `<m, Delta>` by no more than its norm times `<(r c')
-    o Delta, Delta>^(1/2)`.
-    """
+    names = ("r", "c")
 
-    names = ("r", "c", "mB", "mA")
-
-    def __init__(self, r: Tensor, c: Tensor, mB: Tensor, mA: Tensor) -> None:
-        self.r, self.c, self.m = r, c, LowRank(mB, mA)  # r (pairs, d_out), c (pairs, d_in)
-        self._errors = (0.0, 0.0, 0.0, 0.0)
+    def __init__(self, r: Tensor, c: Tensor) -> None:
+        self.r, self.c = r, c  # (terms, d_out), (terms, d_in)
 
     @classmethod
-    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None) -> FactoredPast:
-        m = fisher.times(theta)
-        r, c = fisher.r[None], fisher.c[None]
-        if past is not None:
-            r, c, m = torch.cat([past.r, r]), torch.cat([past.c, c]), lowrank.add(past.m, m)
-        if len(r) > room.pairs:
-            two, r, c, lost_S, total_S = _joined(r, c)
-            at = theta if at is None else at
-            m = lowrank.add(m, Factored(r[-1], c[-1]).times(at), *(one.times(at).scale(-1.0) for one in two))
-        else:
-            lost_S = total_S = 0.0
-        m, lost_m, total_m = lowrank.truncate(m, room.rank, inverse_root(r.sum(0)), inverse_root(c.sum(0)))
-        made = cls(r, c, m.B, m.A)
-        made._errors = (lost_S, total_S, lost_m, total_m)
-        return made
+    def first(cls, fisher: Factored, room: Room) -> Pairs:
+        """A task's alone."""
+        return cls(fisher.r[None], fisher.c[None])
 
-    def _each(self) -> list[Factored]:
-        return [Factored(r, c) for r, c in zip(self.r, self.c, strict=True)]
+    def count(self) -> int:
+        return len(self.r)
 
-    def along(self, delta: LowRank) -> float:
-        return sum(one.inner(delta, delta) for one in self._each())
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        return self.r, self.c / self.r.sum(1, keepdim=True).clamp(min=TINY)
 
-    def pull(self, running: LowRank, delta: LowRank) -> float:
-        return lowrank.inner(self.m, delta) - sum(one.inner(running, delta) for one in self._each())
+    def inner(self, x: LowRank, y: LowRank) -> Tensor:
+        r, c = (w.double() for w in self._weights())
+        left = torch.einsum("or,ko,os->krs", x.B.double(), r, y.B.double())
+        return (left * torch.einsum("ri,ki,si->krs", x.A.double(), c, y.A.double())).sum((1, 2))
 
-    def penalty(self, running: LowRank) -> Penalty:
-        slope = lowrank.add(self.m.scale(-1.0), *(one.times(running) for one in self._each()))
-        r, c = self.r, self.c / self.c.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    def quadratic(self, live: LowRank) -> Tensor:
+        r, c = self._weights()
+        left = torch.einsum("or,ko,os->krs", live.B, r, live.B)
+        return (left * torch.einsum("ri,ki,si->krs", live.A, c, live.A)).sum()
 
-        def of(live: LowRank) -> Tensor:
-            nonlocal r, c, slope
-            r, c = r.to(live.B.device), c.to(live.B.device)
-            slope = LowRank(slope.B.to(live.B.device), slope.A.to(live.B.device))
-            left = torch.einsum("or,ko,os->krs", live.B, r, live.B)
-            right = torch.einsum("ri,ki,si->krs", live.A, c, live.A)
-            return (left * right).sum() / 2 + ((slope.B.T @ live.B) * (slope.A @ live.A.T)).sum()
-
-        return of
+    def times(self, x: LowRank) -> LowRank:
+        return lowrank.add(*(LowRank(r[:, None] * x.B, x.A * c) for r, c in zip(*self._weights(), strict=True)))
 
     def sums(self) -> tuple[Tensor, Tensor]:
         return self.r.sum(0), self.c.sum(0)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"r": self.r, "c": self.c, "mB": self.m.B, "mA": self.m.A}
+    def with_task(self, fisher: Factored, room: Room) -> Pairs:
+        return Pairs(torch.cat([self.r, fisher.r[None]]), torch.cat([self.c, fisher.c[None]]))
 
-    def errors(self) -> tuple[float, float, float, float]:
-        return self._errors
+    def likeness(self) -> tuple[Tensor, Tensor, Tensor]:
+        r, c = self.r.double(), self.c.double()
+        r_hat, c_hat = (x / x.sum(1, keepdim=True).clamp(min=TINY) for x in (r, c))
+        return r.sum(1), r_hat @ r_hat.T, c_hat @ c_hat.T
+
+    def joined(self, i: int, j: int, room: Room) -> Pairs:
+        t = self.r[[i, j]].sum(1).clamp(min=TINY)
+        share = (t.sqrt() / t.sqrt().sum() / t * t.sum())[:, None]
+        others = [k for k in range(len(self.r)) if k not in (i, j)]
+        return Pairs(*(torch.cat([x[others], (share * x[[i, j]]).sum(0, keepdim=True)]) for x in (self.r, self.c)))
+
+    def to(self, device: torch.device) -> Pairs:
+        return Pairs(self.r.to(device), self.c.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"r": self.r, "c": self.c}
+
+
+class FactoredPast(TermsPast):
+    """The sum of :class:`Pairs`: `(d_out + d_in)` numbers a term."""
+
+    kind = Pairs
+    names = (*Pairs.names, "gB", "gA", *Watched.names)
 
 
 class Factored(Diagonal):
@@ -127,30 +121,3 @@ class Factored(Diagonal):
 
     def count(self) -> int:
         return self.r.numel() * self.c.numel()
-
-
-def _joined(r: Tensor, c: Tensor) -> tuple[list[Factored], Tensor, Tensor, float, float]:
-    """The two pairs that are joined, all with their sum as the last; the squared norms of what that changes in S, and
-    of S."""
-    whole = _sum_of_pairs(r, c)
-    tried = []
-    for i, j in combinations(range(len(r)), 2):
-        two, one = _sum_of_pairs(r[[i, j]], c[[i, j]]), _sum_of_pairs(r[[i]] + r[[j]], c[[i]] + c[[j]])
-        change = lowrank.add(two, one.scale(-1.0))
-        tried.append((max(0.0, lowrank.inner(change, change)), i, j))
-    lost, i, j = min(tried)
-    taken, others = [Factored(r[k], c[k]) for k in (i, j)], [k for k in range(len(r)) if k not in (i, j)]
-    r = torch.cat([r[others], r[[i]] + r[[j]]])
-    c = torch.cat([c[others], c[[i]] + c[[j]]])
-    return taken, r, c, lost, lowrank.inner(whole, whole)
-
-
-def _sum_of_pairs(r: Tensor, c: Tensor) -> LowRank:
-    total = r.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-    return LowRank(r.T / total, c)
-
-
-def inverse_root(sums: Tensor) -> Tensor:
-    """1 / sqrt, bounded where a row or column has no curvature (there m is zero too)."""
-    largest = sums.max()
-    return (sums / largest if largest > 0 else torch.ones_like(sums)).clamp(min=1e-12).rsqrt()

@@ -25,7 +25,7 @@ class FactorsPast(Past):
         self.S, self.m = Factors(SB, SA), LowRank(mB, mA)
 
     @classmethod
-    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None) -> FactorsPast:
+    def plus(cls, past: Any, fisher: Any, theta: LowRank, room: Room, *_: Any) -> FactorsPast:
         m = LowRank(fisher.B * theta.B, fisher.A * theta.A)
         if past is None:
             return cls(fisher.B, fisher.A, m.B, m.A)

@@ -29,13 +29,14 @@ class Sums:
     """Sums over examples, to be added over processes and divided by their number.
 
     `form` is the Fisher's, `modules` holds each module's sums by tensor name, `along` the squares of each example's
-    derivative along the task vector, of each module and under `ALONG` of all together, `loss` the summed loss, `count`
-    the examples.
+    derivative along the task vector, of each module and under `ALONG` of all together, `slopes` the derivatives of each
+    module themselves, `loss` the summed loss, `count` the examples.
     """
 
     form: str
     modules: dict[str, dict[str, Tensor]]
     along: dict[str, Tensor] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     count: int = 0
 
@@ -44,6 +45,7 @@ class Sums:
         for sums in self.modules.values():
             yield from sums.values()
         yield from self.along.values()
+        yield from self.slopes.values()
         yield self.loss
 
     def mean(self, count: int | None = None, loss_before: float | None = None) -> Fisher:
@@ -60,7 +62,8 @@ class Sums:
         }
         along = {name: float(x) / n for name, x in self.along.items()}
         exact = along.pop(ALONG, None)
-        return Fisher(modules, exact, along, None if loss_before is None else (loss_before, float(self.loss) / n))
+        losses = None if loss_before is None else (loss_before, float(self.loss) / n)
+        return Fisher(modules, exact, along, losses, {name: float(x) / n for name, x in self.slopes.items()})
 
 
 def sum_fisher(
@@ -94,6 +97,7 @@ def sum_fisher(
     towards = {n: LowRank(x.B.to(device), x.A.to(device)) for n, x in (direction or {}).items()}
     if direction is not None:
         sums.along = {name: torch.zeros((), device=device) for name in (*layers, ALONG)}
+        sums.slopes = {name: torch.zeros((), device=device) for name in layers}
 
     def take(name: str, x: Tensor, g: Tensor) -> None:
         x, g = x.float(), g.float()
@@ -101,6 +105,7 @@ def sum_fisher(
         if towards:
             slopes = (g * (x @ towards[name].A.T @ towards[name].B.T)).sum(dim=(1, 2))  # <g' x, Delta> of each example
             sums.along[name] += slopes.square().sum()
+            sums.slopes[name] += slopes.sum()
             slope.append(slopes)
 
     slope: list[Tensor] = []

@@ -137,8 +137,11 @@ class Merge:
         """How much the rows (d_out) and columns (d_in) of a module matter to the tasks so far, if the rule knows."""
         return None
 
+    def truncated(self, name: str, change: LowRank) -> None:
+        """The merged adapter of a module was truncated, which changed it by `change`."""
+
     def curvature_errors(self) -> dict[str, float]:
-        """Relative Frobenius errors of what the last fold cut from the sums that are kept."""
+        """Relative errors of what is kept of past tasks."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
@@ -308,6 +311,8 @@ class Merger:
         def module(name: str) -> tuple[LowRank, float, float]:
             merged = self.rule.merge(fold, name, alpha.used[name])
             kept, lost, total = self._truncated(name, merged, fold.new[name].rank)
+            if lost > 0:
+                self.rule.truncated(name, lowrank.add(kept, merged.scale(-1.0)))
             if zeros is not None:
                 kept = LowRank(zeros(*kept.B.shape).copy_(kept.B), zeros(*kept.A.shape).copy_(kept.A))
             elif kept is merged:  # it may hold a mapped file's own tensors

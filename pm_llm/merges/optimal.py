@@ -41,6 +41,11 @@ class Optimal(Merge):
     computed as `(<m_{t-1} - S_{t-1} o M_{t-1}, Delta> + q) / (<S_{t-1} o Delta, Delta> + q)`, with the task's own
     `q = <F_t o Delta, Delta>`, which is the same.
 
+    With `fisher_scale: measured` it is known whether theta*_t is a minimum of the task's loss. Its slope g along Delta
+    there is taken in, `(<m_{t-1} - S_{t-1} o M_{t-1}, Delta> + q - g) / (<S_{t-1} o Delta, Delta> + q)`: where the
+    `curvature` penalty has held training back, the loss falls on and the past rises, and what the penalty has paid for
+    already is not taken back a second time.
+
     Args:
         granularity: `model` (one alpha), `layer` or `module` (one each: a diagonal Fisher separates; of `exact` and of
             `fisher_scale` what lies between the groups is left out of their q, not of the scale).
@@ -54,9 +59,11 @@ class Optimal(Merge):
         space: `weights` (the paper), or `factors`: of the LoRA factors, for an adapter that continues. Delta is then
             the change of (B, A), and `M_t = M_{t-1} + alpha_t Delta_t` holds for B and for A.
         form: The Fisher's form in the space of the weights; None: `fisher.form` of the configuration.
-        pairs: Of a factored or Kronecker Fisher, how many terms the sum S keeps.
-        rank: The rank that m is cut to there.
+        pairs: Of a factored or Kronecker Fisher, how many terms the sum S keeps, one a task until they are used up
+            (:mod:`pm_llm.fisher.terms`).
+        rank: The rank that the sum's slope is cut to there.
         directions: Of a Kronecker Fisher, how many directions each side of a term keeps.
+        basis: How many directions the terms' sides have together.
 
     Raises:
         PmLlmError: On an option out of range, or a denominator that is zero or not finite, naming the module.
@@ -68,9 +75,10 @@ class Optimal(Merge):
     current: str = "diagonal"
     space: str = "weights"
     form: str | None = None
-    pairs: int = 4
+    pairs: int = 32
     rank: int = 32
     directions: int = 32
+    basis: int = 128
     past: dict[str, Past] = field(default_factory=dict, init=False, repr=False)
     needs_fisher = True
     needs_history = True
@@ -81,7 +89,7 @@ class Optimal(Merge):
             if getattr(self, name) not in allowed:
                 names = " or ".join(str(one) for one in allowed)
                 raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be {names}.")
-        for name in ("pairs", "rank", "directions"):
+        for name in ("pairs", "rank", "directions", "basis"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be a whole number from 1.")
 
@@ -94,7 +102,8 @@ class Optimal(Merge):
                 "optimal: current line gives one alpha for the model, in [0, 1]. Unset granularity and clip."
             )
         self.in_factors, self.needs_probe = self.space == "factors", self.current == "line"
-        self.needs_direction, self.needs_losses = self.current == "exact", self.fisher_scale == "measured"
+        self.needs_losses = self.fisher_scale == "measured"
+        self.needs_direction = self.current == "exact" or self.needs_losses
 
     def check(self, start: Start) -> None:
         super().check(start)
@@ -105,7 +114,7 @@ class Optimal(Merge):
             )
 
     def coefficients(self, fold: Fold) -> Coefficients:
-        room = Room(self.zeros, self.pairs, self.rank, self.directions)
+        room = self._room()
         given = self._checked(fold)
         fisher = replace(given, modules=each(lambda name: given.modules[name].kept(room), fold.new))
         own, whole = self._own(fold, fisher)
@@ -123,23 +132,32 @@ class Optimal(Merge):
         for group, names in self._groups(found).items():
             pull, along = (sum(numbers) for numbers in zip(*(found[name] for name in names), strict=True))
             q = (whole if self.granularity == "model" else sum(own[name] for name in names)) / size
-            raw |= dict.fromkeys(names, _divide(pull + q, along + q, group))
+            if not fold.running:  # theta*_1 = Delta_1: numerator and denominator are one sum
+                raw |= dict.fromkeys(names, 1.0 if self.needs_losses else _divide(q, q, group))
+                continue
+            onward = sum(fisher.slopes.get(name, 0.0) for name in names) if self.needs_losses else 0.0
+            raw |= dict.fromkeys(names, _divide(pull + q - onward, along + q, group))
         raw = {name: raw[name] for name in found}
         if self.current == "line" and fold.running:
             pull, along = (size * sum(numbers) for numbers in zip(*found.values(), strict=True))
             raw = dict.fromkeys(raw, self._on_line(fold, pull, along))
-        if not fold.running:
-            raw = dict.fromkeys(raw, 1.0)  # theta*_1 = Delta_1: numerator and denominator are one sum
         used = {name: min(1.0, max(0.0, value)) if self.clip else value for name, value in raw.items()}
 
         def summed(name: str) -> Past:
             one, theta = fisher.modules[name].divided(size), fold.theta(name)
             if self.space == "factors":
                 theta = fold.new[name]
-            return one.past.plus(self.past.get(name), one, theta, room, self.merge(fold, name, used[name]))
+            at, before = self.merge(fold, name, used[name]), fold.running.get(name)
+            return one.past.plus(self.past.get(name), one, theta, room, at, before)
 
         self.past = each(summed, fold.new)
         return Coefficients(used, raw)
+
+    def _room(self) -> Room:
+        return Room(self.zeros, self.pairs, self.rank, self.directions, self.basis)
+
+    def truncated(self, name: str, change: LowRank) -> None:
+        self.past[name].moved(change, self._room())
 
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
         return entrywise(fold, name, alpha) if self.in_factors and fold.running else super().merge(fold, name, alpha)
@@ -158,13 +176,14 @@ class Optimal(Merge):
         return self.past[name].sums() if self.space == "weights" else None
 
     def curvature_errors(self) -> dict[str, float]:
-        lost_S, total_S, lost_m, total_m = (
-            sum(x) for x in zip(*(p.errors() for p in self.past.values()), strict=True)
-        )
-        return {
-            "S": sqrt(lost_S / total_S) if lost_S > 0 else 0.0,
-            "m": sqrt(lost_m / total_m) if lost_m > 0 else 0.0,
-        }
+        """`own`: how far the quadratics, cut and joined, are off along the watched tasks' own vectors, relative to
+        what they were, at the worst of them (of the model; tasks that join may be other ones in each module). `slope`:
+        the relative norm of what the last fold cut from the slope."""
+        along = [p.kept_along() for p in self.past.values()]
+        kept, exact = ([sum(x) for x in zip(*(one[i] for one in along), strict=True)] for i in (0, 1))
+        lost, whole = (sum(p.slope_cut()[i] for p in self.past.values()) for i in (0, 1))
+        off = [abs(k / e - 1) for k, e in zip(kept, exact, strict=True) if e > 0]
+        return {"own": max(off, default=0.0), "slope": sqrt(lost / whole) if lost > 0 else 0.0}
 
     def state(self) -> dict[str, Tensor]:
         return {
