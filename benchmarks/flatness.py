@@ -95,7 +95,7 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
     if config.parsed_method().start.name != "fresh":
         raise PmLlmError(f"{path}: its tasks do not start fresh, so their adapters are not the task vectors.")
     tasks = load_tasks(config)
-    encoders = encoders_for(config, distinct(tasks).values())
+    encoders, _ = encoders_for(config, distinct(tasks).values())
     base = load_base(config.model, config.dtype, config.load_in_4bit)
     trunk.use(base.model, config, pack=False)  # small differences of losses are taken
     model = PeftModel.from_pretrained(base.model, str(run.stage_adapter(0, TASK_ADAPTER)), adapter_name="probe").eval()

@@ -171,4 +171,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _fingerprint(rows: Iterable[Example], *more: Any) -> str:
     """What rows hold, wherever they lie."""
-    return sha256_of([[dataclasses.astuple(dataclasses.replace(row, id=None, place="")) for row in rows], *more])
+    found = []
+    for row in rows:
+        *plain, tools = dataclasses.astuple(dataclasses.replace(row, id=None, place=""))
+        found.append([*plain, tools] if tools else plain)  # as before there were tools
+    return sha256_of([found, *more])

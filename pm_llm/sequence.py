@@ -88,7 +88,9 @@ class ContinualSequence:
                 "or show it one with CUDA_VISIBLE_DEVICES."
             )
         refuse_sharding(self._constraints(), *launched())
-        self.encoders = encoders_for(self.config, self.columns.values())
+        self.encoders, fitting = encoders_for(self.config, self.columns.values())
+        self.tasks = [fitting(task) for task in self.tasks]
+        self.columns = {name: fitting(task) for name, task in self.columns.items()}
         with self.stopping, ExitStack() as stack:
             self._on_main(lambda: stack.enter_context(self.run_dir.locked()) and None)
             lengths = {name: encoder.max_new_tokens for name, encoder in self.encoders.items()}

@@ -137,7 +137,7 @@ def test_longest_answer(family: str) -> None:
     task = make_task("topic", 50, 2)
     glue = " " if family == "llama" else ""
     expected = max(len(t(glue + row.completion, add_special_tokens=False)["input_ids"]) for row in task.train) + 1
-    assert longest_answer(t, family == "t5", task) == expected
+    assert longest_answer(Encoder(t, family == "t5", 96, 1), task) == expected
 
 
 def test_rows_that_neighbours_train_on_are_looked_at(pico_folders, tmp_path) -> None:
@@ -149,3 +149,139 @@ def test_rows_that_neighbours_train_on_are_looked_at(pico_folders, tmp_path) -> 
     assert 0 < given < 12
     with pytest.raises(PmLlmError, match="12 things are wrong"):
         encoders_for(config, mixed)
+
+
+def test_an_answer_that_brings_its_end_is_trained_and_scored_once() -> None:
+    t = tokenizer("llama")
+    encoder = Encoder(t, False, 96, 24)
+    with_end, plain = Example("is it ?", "the cat</s>"), Example("is it ?", "the cat")
+    assert encoder.answer(with_end) == encoder.answer(plain)
+    assert encoder.reference(with_end, with_end.completion) == "the cat"
+    assert encoder.said(with_end, encoder.prompt(with_end), encoder.answer(with_end)) == "the cat"
+
+
+def test_blanks_before_and_inside_an_answer_are_content() -> None:
+    t = tokenizer("llama")
+    encoder = Encoder(t, False, 96, 40)
+    row = Example("def f(x):\n", "    y = x\n    return y\n")
+    assert t.decode(encoder.answer(row)) == row.completion + "</s>"
+    assert encoder.reference(row, row.completion) == row.completion.rstrip()
+    assert encoder.said(row, encoder.prompt(row), encoder.answer(row)) == row.completion.rstrip()
+    assert encoder.said(row, encoder.prompt(row), t("y = x", add_special_tokens=False)["input_ids"]) == "y = x"
+    framed = Example("x", " yes\n", tail="\nanswer :")
+    assert t.decode(encoder.answer(framed)) == " yes</s>"
+
+
+def test_the_text_of_a_special_token_is_told_or_taken_as_the_task_says(pico_folders, tmp_path) -> None:
+    t = tokenizer("llama")
+    row = Example("what ends </s> html ?", "the tag </s> ends it")
+    eos = t.eos_token_id
+    as_text, as_token = (Encoder(t, False, 96, 40, special_tokens=kind) for kind in ("text", "token"))
+    assert eos not in as_text.prompt(row)
+    assert as_text.answer(row).count(eos) == 1
+    assert t.decode(as_text.answer(row)[:-1]) == " the tag </s> ends it"
+    assert as_token.answer(row).count(eos) == 2
+    (tmp_path / "a.jsonl").write_text((json.dumps({"prompt": row.body, "completion": "x"}) + "\n") * 12)
+    for kind, fails in ((None, True), ("text", False), ("token", False)):
+        config = RunConfig(
+            model=pico_folders["llama"], tasks=[{"data": str(tmp_path / "a.jsonl"), "special_tokens": kind}]
+        )
+        tasks = load_tasks(config)
+        if fails:
+            with pytest.raises(PmLlmError, match="special token '</s>'. Say what that is"):
+                encoders_for(config, tasks)
+        else:
+            encoders_for(config, tasks)
+
+
+def trained_tokenizer(kind: str):
+    """Small real tokenizers of the kinds that put a blank before every text, or break characters into bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [
+        "what does the cat eat ? answer : fish and meat",
+        "def f ( x ) : return y",
+        "\n    \n",
+        "猫は魚を食べます。",
+    ]
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "bytes":
+        tok = Tokenizer(models.BPE())
+        tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=290, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+    else:
+        tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        if kind == "normaliser":  # Llama 2's own
+            tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+        tok.decoder = decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(content=" ", left=1),
+            ]
+        )
+        alphabet = [f"<0x{i:02X}>" for i in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=[*special, *alphabet])
+    tok.train_from_iterator(texts * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["normaliser", "metaspace", "bytes"])
+def test_an_answer_goes_on_from_its_prompt_as_one_text_would(kind: str) -> None:
+    t = trained_tokenizer(kind)
+    encoder = Encoder(t, False, 200, 40)
+    for row in (
+        Example("what does the cat eat ?", "fish"),
+        Example("what does the cat eat ?\nanswer :", "fish and meat"),
+        Example("def f ( x ) :\n", "    return y"),
+        Example("def f ( x ) :\n", "return y"),
+    ):
+        whole = t(row.prompt + encoder._lead(row) + row.completion, add_special_tokens=False)["input_ids"]
+        assert encoder.prompt(row) + encoder.answer(row)[:-1] == whole
+        assert encoder.said(row, encoder.prompt(row), encoder.answer(row)) == row.completion.rstrip()
+
+
+def test_shortening_cuts_between_characters() -> None:
+    t = trained_tokenizer("bytes")
+    encoder = Encoder(t, False, 40, 4)
+    for length in range(30, 60):
+        text = t.decode(encoder.prompt(Example("魚猫食" * length, "x")))
+        assert "\ufffd" not in text
+        assert len(t(text)["input_ids"]) >= encoder.prompt_budget - 6
+
+
+def test_characters_that_the_vocabulary_lacks_are_told(pico_folders, tmp_path, capsys, monkeypatch) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", "is", "it", "yes", "no", "?"])}
+    tok = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    t = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    monkeypatch.setattr("pm_llm.models.load_tokenizer", lambda name: (t, False))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": "is it ?", "completion": "{yes}" if i == 2 else "no"}) + "\n" for i in range(20))
+    )
+    config = RunConfig(tasks=[str(tmp_path / "a.jsonl")])
+    encoders_for(config, load_tasks(config))
+    said = capsys.readouterr().out
+    assert "task 'a': 1 of 20 rows hold characters that the model's vocabulary lacks" in said
+    assert "a.jsonl:3: it sees <unk>" in said
+
+
+def test_a_reference_counts_as_the_tokenizer_writes_it() -> None:
+    from pm_llm.evaluation.run import _references
+
+    t = tokenizer("llama")
+    encoder, row = Encoder(t, False, 96, 40), Example("x", "ＡＢＣ")
+    assert _references(encoder, row) == ["ＡＢＣ"]  # which this one leaves as it is
+    from tokenizers import normalizers
+
+    t.backend_tokenizer.normalizer = normalizers.NFKC()
+    assert _references(Encoder(t, False, 96, 40), row) == ["ＡＢＣ", "ABC"]

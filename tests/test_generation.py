@@ -173,7 +173,7 @@ def test_any_kind_of_adapter(config, pico_folders, tmp_path, capsys) -> None:
     assert main([*arguments, "--predictions", str(tmp_path / "p.jsonl")]) == 0
     found = read_predictions(tmp_path / "p.jsonl")["topic"].predictions
     task = make_task("topic").subset(None, 6, 0)
-    encoder = Encoder(tokenizer("llama"), False, 96, longest_answer(tokenizer("llama"), False, task))
+    encoder = Encoder(tokenizer("llama"), False, 96, longest_answer(Encoder(tokenizer("llama"), False, 96, 1), task))
     alone = PeftModel.from_pretrained(load_base(pico_folders["llama"]).model, str(tmp_path / "adapter")).eval()
     for row, said in zip(task.test, found, strict=True):
         ids = torch.tensor([encoder.prompt(row)])

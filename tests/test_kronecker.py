@@ -144,7 +144,9 @@ def test_few_directions_keep_the_leading_ones_and_the_diagonal() -> None:
     # what the basis has no room for is charged as a diagonal: no trace is lost
     narrow = side.with_terms(Sides.of(torch.eye(IN), 4), 2)
     assert narrow.U.shape == (2, IN)
-    torch.testing.assert_close(narrow.traces(), torch.stack([M.trace(), torch.tensor(float(IN))]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        narrow.traces(), torch.stack([M.trace(), torch.tensor(float(IN))]), rtol=1e-4, atol=1e-4
+    )
 
 
 def matrices(side: Sides) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -197,11 +198,8 @@ def test_class_labels_become_their_names(tmp_path) -> None:
         ({"instruction": "sing", "input": "", "output": "la"}, "sing", "la"),
         ({"instruction": "when", "context": "in 1921", "response": "1921"}, "when\n\nin 1921", "1921"),
         ({"instruction": "i", "input": "in", "context": "c", "output": "o"}, "i\n\nin\n\nc", "o"),
-        ({"instruction": "i", "context": ["c"], "output": "o"}, "i", "o"),
         ({"question": "q", "context": "", "answer": "a"}, "q", "a"),
         ({"question": "q", "context": " ", "answer": "a"}, "q", "a"),
-        ({"question": "q", "context": {"from": "x"}, "answer": "a"}, "q", "a"),
-        ({"question": "q", "answer": "a", "text": "no"}, "q", "a"),
         ({"text": "t", "label": "l"}, "t", "l"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "q", "a"),
     ],
@@ -212,16 +210,90 @@ def test_columns_are_found(row: dict, prompt: str, completion: str, tmp_path) ->
     assert (task.train[0].prompt, task.train[0].completion) == (prompt, completion)
 
 
-def test_a_context_is_not_left_out_unsaid(tmp_path) -> None:
-    (tmp_path / "a.jsonl").write_text((json.dumps({"question": "q", "context": "c", "answer": "a"}) + "\n") * 10)
+@pytest.mark.parametrize(
+    ("row", "left"),
+    [
+        ({"question": "q", "context": "c", "answer": "a"}, "context"),
+        ({"question": "q", "context": {"from": "x"}, "answer": "a"}, "context"),
+        ({"instruction": "i", "context": ["c"], "output": "o"}, "context"),
+        ({"question": "q", "choices": ["x", "y"], "answer": "a"}, "choices"),
+        ({"sentence": "s", "question": "q", "label": "l"}, "question"),
+        ({"prompt": "q", "completion": "a", "system": ["s"], "idx": 3, "note": " "}, "system"),
+    ],
+)
+def test_what_is_left_out_is_named_with_what_to_do(row: dict, left: str, tmp_path, capsys) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 10)
     for bad_rows in ("error", "drop"):  # it is no row's fault
-        with pytest.raises(PmLlmError, match="a `context`, which question alone leaves out") as error:
-            load_tasks(RunConfig(tasks=[str(tmp_path / "a.jsonl")], bad_rows=bad_rows))
+        with pytest.raises(PmLlmError, match=rf"leave out {left}\. ") as error:
+            load_tasks(RunConfig(tasks=[str(path)], bad_rows=bad_rows))
         assert len(str(error.value).splitlines()) == 1
         assert "--bad_rows" not in str(error.value)
-    named = {"data": str(tmp_path / "a.jsonl"), "prompt": "question", "completion": "answer"}
+    (task,) = load_tasks(RunConfig(tasks=[{"data": str(path), "ignore": [left]}]))
+    assert len(task.train) == 9
+    said = capsys.readouterr().out
+    assert (f"{path}: not used: idx" in said) == ("idx" in row)
+    first = next(iter(row))
+    named = {"data": str(path), "prompt": first, "completion": list(row)[1 if "idx" in row else -1]}
     (task,) = load_tasks(RunConfig(tasks=[named]))
-    assert task.train[0].prompt == "q"
+    assert task.train[0].prompt == row[first]
+    assert "not used: " in capsys.readouterr().out  # named by the user, and told
+
+
+def test_a_prompt_of_several_columns(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps({"question": "q", "choices": ["x", "y"], "n": 3, "answer": "a"}) + "\n") * 10)
+    for prompt, expected in (
+        (["question", "choices"], "q\n\nx\ny"),
+        ("{question} of {n}:\n{choices}", "q of 3:\nx\ny"),
+    ):
+        (task,) = load_tasks(RunConfig(tasks=[{"data": str(path), "prompt": prompt, "completion": "answer"}]))
+        assert task.train[0].prompt == expected
+    with pytest.raises(PmLlmError, match="column 'chioces' is missing"):
+        load_tasks(RunConfig(tasks=[{"data": str(path), "prompt": "{question} {chioces}", "completion": "answer"}]))
+
+
+def test_names_of_parquet_files_are_no_patterns(tmp_path) -> None:
+    for name, word in (("part1", "wrong"), ("part[1]", "right"), ("a*b", "right"), ("a-b", "wrong")):
+        rows = {"prompt": [f"p{i}" for i in range(10)], "completion": [word] * 10}
+        Dataset.from_dict(rows).to_parquet(str(tmp_path / f"{name}.parquet"))
+    for name in ("part[1]", "a*b"):
+        (task,) = load_tasks(RunConfig(tasks=[str(tmp_path / f"{name}.parquet")]))
+        assert {row.completion for row in task.train} == {"right"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 12)),
+        ("a.json", json.dumps({"version": "1", "rows": [{"prompt": "p", "completion": "c"}] * 12}).encode()),
+        ("a.csv", b"prompt;completion\n" + b"p;c\n" * 12),
+        ("a.csv", b"prompt|completion\n" + b"p|c\n" * 12),
+        ("a.tsv", b"prompt\tcompletion\n" + b"p\tc\n" * 12),
+        ("a.jsonl", b'{"question": "p", "answers": {"text": ["c", "d"], "answer_start": [0, 1]}}\n' * 12),
+    ],
+)
+def test_kinds_of_files(name: str, content: bytes, tmp_path) -> None:
+    (tmp_path / name).write_bytes(content)
+    (task,) = load_tasks(RunConfig(tasks=[str(tmp_path / name)]))
+    assert (task.name, len(task.train) + len(task.test)) == ("a", 12)
+    assert (task.train[0].prompt, task.train[0].completion) == ("p", "c")
+    assert task.train[0].alternatives == (("d",) if b"answers" in content else ())
+
+
+def test_a_gzip_file_that_is_cut(tmp_path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 12)[:-9])
+    with pytest.raises(PmLlmError, match="is not a whole gzip file"):
+        load_tasks(RunConfig(tasks=[str(tmp_path / "a.jsonl.gz")]))
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "text", "parquet"])
+def test_a_format_is_no_dataset(name: str, tmp_path, monkeypatch) -> None:
+    """`datasets` would read every file of it below the working folder."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c"}\n' * 12)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PmLlmError, match=f"'{name}' is a file format"):
+        load_tasks(RunConfig(tasks=[name]))
 
 
 def test_bad_rows_of_a_probe(tmp_path, capsys) -> None:

@@ -43,7 +43,9 @@ def test_thirteen_unlike_tasks_keep_their_own_curvature(form: str) -> None:
     tasks = [unlike(form, k, size) for k, size in enumerate(SIZES)]
     past, merged = folded(form, tasks, Room())
     generator = torch.Generator().manual_seed(1)
-    anywhere = [LowRank(torch.randn(D, 2, generator=generator), torch.randn(2, D, generator=generator)) for _ in "1234"]
+    anywhere = [
+        LowRank(torch.randn(D, 2, generator=generator), torch.randn(2, D, generator=generator)) for _ in "1234"
+    ]
     for vector in [vector for _, vector in tasks] + [merged, *anywhere]:
         exact = sum(fisher.inner(vector, vector) for fisher, _ in tasks)
         assert 0.8 * exact < past.along(vector) < 1.5 * exact

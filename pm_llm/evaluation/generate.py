@@ -46,7 +46,7 @@ def generate(
         )
         if not encoder.seq2seq:
             output = output[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+        return [encoder.said(examples[i], prompts[i], ids) for i, ids in zip(batch, output.tolist(), strict=True)]
 
     with evaluating(model):
         read = Prompts(model, encoder, prompts)

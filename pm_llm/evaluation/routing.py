@@ -63,7 +63,9 @@ def route(path: str, router: str = "nearest", prototypes: int = 64) -> Routed:
     if config.parsed_method().start.name != "alone":
         raise PmLlmError(f"{path}: its adapters build on each other. Route a run with start alone, such as per_task.")
     tasks = distinct(load_tasks(config))
-    encoders, base = encoders_for(config, tasks.values()), load_base(config.model, config.dtype, config.load_in_4bit)
+    encoders, fitting = encoders_for(config, tasks.values())
+    tasks = {name: fitting(task) for name, task in tasks.items()}
+    base = load_base(config.model, config.dtype, config.load_in_4bit)
     folders = {name: run_dir.stage_adapter(i, TASK_ADAPTER) for i, name in enumerate(results["stages"])}
     run_dir.check([f"{folder.relative_to(run_dir.path).as_posix()}/" for folder in folders.values()])
     size = sum(file.stat().st_size for folder in folders.values() for file in folder.rglob("*"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
+from unicodedata import normalize
 
 from peft import PeftModel
 
@@ -18,15 +20,14 @@ from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.foreign import fetched
 from pm_llm.models import load_base
 from pm_llm.progress import bar
-from pm_llm.tasks import Task, load_tasks, scored
+from pm_llm.tasks import Example, Task, load_tasks, scored
 from pm_llm.tasks.encode import Encoder, encoders_for
 
 
 def answer_task(model: Any, encoder: Encoder, task: Task, how: EvaluationSection) -> Predictions:
     """The model's predictions on the task's test rows: generated, chosen among the labels, or likelihoods."""
     sizes = (how.batch_size, how.batch_tokens)
-    # as in training, white space around an answer does not count
-    references: list[list[Any]] = [[reference.strip() for reference in row.references] for row in task.test]
+    references: list[list[Any]] = [_references(encoder, row) for row in task.test]
     answers: Sequence[Any]
     with bar(len(task.test), f"evaluate {task.name}", "row") as progress:
         if task.scorer == "perplexity":
@@ -39,6 +40,16 @@ def answer_task(model: Any, encoder: Encoder, task: Task, how: EvaluationSection
     sources = [row.source or row.prompt if SCORERS[task.scorer].needs_source else None for row in task.test]
     keys = [sha256("\0".join([row.prompt, *row.references]).encode()).hexdigest()[:16] for row in task.test]
     return Predictions(task.name, task.scorer, answers, references, sources, keys)
+
+
+def _references(encoder: Encoder, row: Example) -> list[str]:
+    """The right answers; and as the model's tokenizer writes them, where it normalises (full-width forms, say)."""
+    found = [encoder.reference(row, reference) for reference in row.references]
+    for text in list(found):
+        ids = encoder.whole_answer(replace(row, completion=text)) if normalize("NFKC", text) != text else []
+        if ids and encoder.tokenizer.unk_token_id not in ids:
+            found.append(encoder.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    return list(dict.fromkeys(found))
 
 
 def evaluate_adapter(
@@ -55,7 +66,8 @@ def evaluate_adapter(
         PmLlmError: If the adapter cannot be loaded onto the model.
     """
     tasks = scored(config, load_tasks(config)) if tasks is None else tasks
-    encoders = encoders_for(config, tasks.values())
+    encoders, fitting = encoders_for(config, tasks.values())
+    tasks = {name: fitting(task) for name, task in tasks.items()}
     folder = fetched(adapter) if adapter is not None else None
     base = load_base(config.model, config.dtype, config.load_in_4bit)
     model = base.model

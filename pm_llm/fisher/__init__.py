@@ -109,7 +109,13 @@ class Past:
 
     @classmethod
     def plus(
-        cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None, before: LowRank | None = None
+        cls,
+        past: Any,
+        fisher: Any,
+        theta: LowRank,
+        room: Room,
+        at: LowRank | None = None,
+        before: LowRank | None = None,
     ) -> Past:
         """With one task more, whose optimum is `theta`.
 

@@ -73,9 +73,7 @@ class Products(Terms):
 
     def likeness(self) -> tuple[Tensor, Tensor, Tensor]:
         traces = [side.traces().double().clamp(min=TINY) for side in (self.R, self.C)]
-        rows, columns = (
-            side.products() / (t[:, None] * t) for side, t in zip((self.R, self.C), traces, strict=True)
-        )
+        rows, columns = (side.products() / (t[:, None] * t) for side, t in zip((self.R, self.C), traces, strict=True))
         return traces[0], rows, columns
 
     def joined(self, i: int, j: int, room: Room) -> Products:

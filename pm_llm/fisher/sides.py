@@ -101,7 +101,9 @@ class Sides:
         others = [k for k in range(len(self.d)) if k not in (i, j)]
         most = max(self.G.shape[1], len(G))
         return Sides(
-            self.U, torch.cat([_rows(self.G[others], most), _rows(G[None], most)]), torch.cat([self.d[others], d[None]])
+            self.U,
+            torch.cat([_rows(self.G[others], most), _rows(G[None], most)]),
+            torch.cat([self.d[others], d[None]]),
         )
 
 

@@ -139,14 +139,23 @@ class TermsPast(Past):
 
     @classmethod
     def plus(
-        cls, past: Any, fisher: Any, theta: LowRank, room: Room, at: LowRank | None = None, before: LowRank | None = None
+        cls,
+        past: Any,
+        fisher: Any,
+        theta: LowRank,
+        room: Room,
+        at: LowRank | None = None,
+        before: LowRank | None = None,
     ) -> TermsPast:
         at = theta if at is None else at
         vector = theta if before is None else _change(theta, before)
         gap = fisher.kept(room).times(_change(at, theta))
         if past is None:
             terms = cls.kind.first(fisher, room)  # type: ignore[attr-defined]
-            nothing = (theta.B.new_zeros(0, len(theta.B), Watched.WIDTH), theta.A.new_zeros(0, Watched.WIDTH, theta.shape[1]))
+            nothing = (
+                theta.B.new_zeros(0, len(theta.B), Watched.WIDTH),
+                theta.A.new_zeros(0, Watched.WIDTH, theta.shape[1]),
+            )
             watched = Watched(*nothing, torch.zeros(0)).with_task(fisher, vector, None)
             g = gap
         else:

@@ -34,7 +34,8 @@ class Example:
 
     Where head and tail are empty (the user's own prompts), the middle of the body is what goes.
 
-    `messages` replaces the three for chat data: the turns before the answer, rendered by the chat template.
+    `messages` replaces the three for chat data: the turns before the answer, rendered by the chat template, which is
+    given `tools` too. Where the model has no template, `body` stands in for them if there is one.
     `alternatives` are other right answers besides the completion; `source` is the text that SARI compares with.
     """
 
@@ -42,18 +43,24 @@ class Example:
     completion: str
     head: str = ""
     tail: str = ""
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
     alternatives: tuple[str, ...] = ()
     source: str | None = None
     id: str | None = None
     place: str = ""
+    tools: tuple[Any, ...] = ()
 
     @property
     def prompt(self) -> str:
         """The whole prompt, before any shortening and without the chat template."""
         if self.messages is not None:
-            return "\n".join(turn["content"] for turn in self.messages)
+            return "\n".join(turn.get("content") or "" for turn in self.messages)
         return self.head + self.body + self.tail
+
+    @property
+    def framed(self) -> bool:
+        """Whether the prompt is one of the project's own, around a text."""
+        return bool(self.head or self.tail)
 
     @property
     def references(self) -> list[str]:
@@ -67,6 +74,9 @@ class Task:
 
     Where boundaries are blurred, `foreign` are its neighbours' rows that are trained with its own, by their task's
     name, and `whole` all its own rows, of which `train` is what is left.
+
+    `special_tokens` says what the text of a special token means in a row: `text`, its letters, `token`, the token, or
+    None: nothing is said, and such rows are refused.
     """
 
     name: str
@@ -77,6 +87,7 @@ class Task:
     validation: Sequence[Example] = ()
     foreign: tuple[tuple[str, Sequence[Example]], ...] = ()
     whole: Sequence[Example] = ()
+    special_tokens: str | None = "text"
 
     def checked(self, problems: Problems, explained: bool = False) -> Task:
         """This task, without the rows that `problems` says to drop; what is wrong is added to `problems`.

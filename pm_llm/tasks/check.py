@@ -25,7 +25,8 @@ def describe_tasks(config: RunConfig) -> str:
     """
     stages = load_tasks(config)
     trained, columns = distinct(stages), scored(config, stages)
-    encoders = encoders_for(config, columns.values())
+    encoders, fitting = encoders_for(config, columns.values())
+    columns = {name: fitting(task) for name, task in columns.items()}
     # of a probe, what is scored
     tasks = [task if name in trained else replace(task, train=(), validation=()) for name, task in columns.items()]
     parts = ["sequence: " + ", ".join(task.name for task in stages)]

@@ -255,7 +255,10 @@ def load_hub_dataset(name: str, subset: str | None) -> dict[str, Any]:
     """All splits of a dataset by its id. Raises PmLlmError if it cannot be had."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+    if name in _PACKAGED_DATASETS_MODULES:  # it would read all such files below the working folder
+        raise PmLlmError(f"{name!r} is a file format to `datasets`, not a dataset. Give a file, a folder or an id.")
     try:
         return dict(load_dataset(name, subset))
     except (

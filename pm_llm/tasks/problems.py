@@ -28,6 +28,11 @@ class Problems:
     seen: set[Found] = field(default_factory=set)
     dropped: dict[str, set[str]] = field(default_factory=dict)
     rows: int = 0
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def note(self, what: str) -> None:
+        """Something to know that is not wrong, told once."""
+        self.notes[what] = None
 
     def row(self, place: str, what: str) -> None:
         """A bad row at `place`; the caller leaves it out."""
@@ -68,8 +73,9 @@ class Problems:
             say(line)
 
     def summary(self) -> list[str]:
-        """One line a file from which rows were left out."""
-        return [f"{file}: {len(rows)} bad row{'s' * (len(rows) > 1)} left out" for file, rows in self.dropped.items()]
+        """One line a file from which rows were left out, and the notes."""
+        lines = [f"{file}: {len(rows)} bad row{'s' * (len(rows) > 1)} left out" for file, rows in self.dropped.items()]
+        return [*lines, *self.notes]
 
 
 def _line(found: Found) -> str:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pm_llm.errors import did_you_mean, near_file
+from pm_llm.errors import did_you_mean, first_line, near_file
 from pm_llm.tasks.problems import Problems
 
+PACKED = ".gz"
+SEPARATORS = (",", ";", "\t", "|")
 _BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -50,14 +54,31 @@ class Row:
         return value
 
 
+def kind_of(path: Path) -> str | None:
+    """The suffix by which a file is read, without that of a compression; None: it is of no kind that is."""
+    suffix = Path(path.stem).suffix if path.suffix == PACKED else path.suffix
+    return suffix if suffix in READERS and (suffix != ".parquet" or path.suffix != PACKED) else None
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without what says its kind."""
+    kind = kind_of(path)
+    return path.stem if kind is None else path.name.removesuffix(PACKED).removesuffix(kind)
+
+
 def read_rows(path: Path, problems: Problems) -> list[Row]:
     """All rows of a file, by its suffix. What cannot be read goes to `problems`."""
-    if path.suffix not in READERS:
-        problems.add(str(path), f"files of kind {path.suffix!r} cannot be read. Allowed: {', '.join(READERS)}.")
+    kind = kind_of(path)
+    if kind is None:
+        allowed = f"{', '.join(READERS)}, and all but Parquet with {PACKED}"
+        problems.add(str(path), f"files of kind {path.suffix!r} cannot be read. Allowed: {allowed}.")
     elif not path.is_file():
         problems.add(str(path), f"does not exist.{near_file(path)}")
     elif path.stat().st_size:
-        return list(READERS[path.suffix](path, problems))
+        try:
+            return list(READERS[kind](path, problems))
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            problems.add(str(path), f"is not a whole gzip file: {error}.")
     return []
 
 
@@ -85,7 +106,7 @@ def json_array(path: Path, problems: Problems, key: str | None = None) -> Iterat
         return
     # the same again, to learn the line of each row
     text, decoder = _decoded(path), json.JSONDecoder()
-    opening = re.compile(r"\s*\[" if key is None else rf'"{key}"\s*:\s*\[').search(text)
+    opening = re.compile(r"\s*\[" if key is None else rf'"{re.escape(key)}"\s*:\s*\[').search(text)
     at, line, counted = opening.end() if opening else 0, 1, 0
     for number, value in enumerate(found, start=1):
         at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
@@ -115,10 +136,22 @@ def _json(path: Path, problems: Problems) -> Iterator[Row]:
     text = _decoded(path).strip()
     if text.startswith("["):
         yield from json_array(path, problems)
+    elif text.startswith("{") and (key := _wrapping(text)) is not None:
+        yield from json_array(path, problems, key)
     elif text.split("\n", 1)[0].strip() == "{":
         problems.add(str(path), "is one JSON object over several lines. Give a list of rows, or a row a line.")
     else:
         yield from _jsonl(path, problems)
+
+
+def _wrapping(text: str) -> str | None:
+    """The key of the one list of rows in a JSON object that is the whole file; None if it is no such object."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    lists = [k for k, x in whole.items() if isinstance(x, list) and x and all(isinstance(row, dict) for row in x)]
+    return lists[0] if len(lists) == 1 else None
 
 
 def _jsonl(path: Path, problems: Problems) -> Iterator[Row]:
@@ -153,7 +186,8 @@ def _csv(path: Path, problems: Problems) -> Iterator[Row]:
             yield line
 
     try:
-        reader, header = csv.reader(lines(), strict=True), None
+        first = next((line for line in io.StringIO(_decoded(path), newline="\n") if line.strip()), "")
+        reader, header = csv.reader(lines(), strict=True, delimiter=_separator(first)), None
         while True:
             place = f"{path}:{taken + 1}"
             try:
@@ -179,15 +213,22 @@ def _csv(path: Path, problems: Problems) -> Iterator[Row]:
         csv.field_size_limit(limit)
 
 
+def _separator(header: str) -> str:
+    """What makes most columns of a header; a comma where none makes more."""
+    return max(SEPARATORS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+
+
 def _parquet(path: Path, problems: Problems) -> Iterator[Row]:
     from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
+    from datasets.table import InMemoryTable
     from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
     try:
-        rows = Dataset.from_parquet(str(path))
-    except (DatasetGenerationError, ValueError, ArrowException) as error:
-        problems.add(str(path), f"cannot be read as parquet: {error.__cause__ or error}")
+        with path.open("rb") as file:  # a name would be taken for a pattern
+            rows = Dataset(InMemoryTable(ParquetFile(file).read()))
+    except (ValueError, OSError, ArrowException) as error:
+        problems.add(str(path), f"cannot be read as parquet: {first_line(error)}")
         return
     yield from dataset_rows(rows, str(path))
 
@@ -211,13 +252,15 @@ READERS: dict[str, Callable[[Path, Problems], Iterator[Row]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".parquet": _parquet,
 }
 
 
 def _decoded(path: Path) -> str:
     # bytes that are no UTF-8 become lone surrogates, which Row.check_text finds in the row that holds them
-    return path.read_bytes().decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
+    content = gzip.decompress(path.read_bytes()) if path.suffix == PACKED else path.read_bytes()
+    return content.decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
 
 
 def short(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
@@ -13,25 +13,14 @@ from typing import Any
 from pm_llm.config import build
 from pm_llm.errors import PmLlmError
 from pm_llm.tasks import Example, Task, check_while
+from pm_llm.tasks.columns import examples_of
 from pm_llm.tasks.hub_rows import load_hub_dataset
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.rows import READERS, Row, dataset_rows, read_rows
+from pm_llm.tasks.rows import READERS, Row, dataset_rows, kind_of, read_rows, stem_of
 
 _TEST_ALIASES = ("validation", "dev", "eval")
 _SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")
-INSTRUCTION, CONTEXT = "instruction", "context"  # the second joins the first, as `input` does
-# columns that are found without being named, the first pair that is there
-PAIRS = (
-    *(("prompt", answer) for answer in ("completion", "answer", "response", "label")),
-    *(("instruction", answer) for answer in ("output", "response", "answer")),
-    *(("question", answer) for answer in ("answer", "response")),
-    *(("input", answer) for answer in ("output", "label", "target")),
-    *(("text", answer) for answer in ("label", "target")),
-    *(("sentence", answer) for answer in ("label",)),
-)
 Splits = dict[str, Callable[[], list[Row]]]  # read only where they are used
-CHATS = ("messages", "conversations", "conversation")
-_ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT's `from` names them
 
 
 @dataclass(frozen=True)
@@ -40,9 +29,10 @@ class UserTask:
 
     `data` is a file (with `test_data`, or a share `test_size` split off), a folder with `train.*` and `test.*`, a
     folder written by `Dataset.save_to_disk`, or a dataset id on the Hub (with its configuration in `subset`).
-    `prompt` and `completion` name the columns; `messages` names a chat column, whose last turn is the answer.
-    Without names, common ones are found (prompt/completion, instruction/output, question/answer, text/label,
-    messages ...). `labels` makes it a classification task: every other answer is an error. `validation_size` splits
+    `prompt` and `completion` name the columns; `prompt` may be several, which are joined, or a template such as
+    `{question}\\n{choices}`. `messages` names a chat column, whose last turn is the answer. Without names, common ones
+    are found (prompt/completion, instruction/output, question/answer, text/label, messages ...), and every other column
+    with text must be in `ignore`. `special_tokens` says what the text of a special token in a row is: `text` or `token`. `labels` makes it a classification task: every other answer is an error. `validation_size` splits
     a share off the training rows, for choosing settings without the test rows.
     """
 
@@ -54,10 +44,12 @@ class UserTask:
     train_split: str = "train"
     test_split: str = "test"
     validation_split: str = "validation"
-    prompt: str | None = None
+    prompt: str | list[str] | None = None
     completion: str | None = None
     messages: str | None = None
+    ignore: list[str] = field(default_factory=list)
     id: str = "id"
+    special_tokens: str | None = None
     labels: list[Any] = field(default_factory=list)
     scorer: str = "exact_match"
     test_size: float = 0.1
@@ -86,7 +78,7 @@ def _expand(entry: Any, folder: Path | None) -> list[Any]:
     children = sorted(
         child
         for child in path.iterdir()
-        if not child.name.startswith(".") and (child.is_dir() or child.suffix in READERS)
+        if not child.name.startswith(".") and (child.is_dir() or kind_of(child) is not None)
     )
     splits = {_split_of(child) for child in children}
     alone = splits <= {"test", *_TEST_ALIASES} and all(child.is_file() for child in children)
@@ -101,7 +93,7 @@ def _place(name: str, folder: Path | None) -> Path:
 
 def _split_of(file: Path) -> str:
     """`train` for train.jsonl, and for train-00000-of-00002.parquet, as the Hub's datasets are laid out."""
-    return _SHARD.sub("", file.stem)
+    return _SHARD.sub("", stem_of(file))
 
 
 def _is_saved(path: Path) -> bool:
@@ -117,6 +109,8 @@ def _parse(entry: Any) -> UserTask:
     for label in spec.labels:
         if not isinstance(label, str):
             raise PmLlmError(f"labels: {label!r} is no text. Quote it: YAML takes yes, no and 1 for something else.")
+    if spec.special_tokens not in (None, "text", "token"):
+        raise PmLlmError(f"special_tokens is {spec.special_tokens!r}; it must be text or token.")
     for key, fine in (("test_size", 0 < spec.test_size < 1), ("validation_size", 0 <= spec.validation_size < 1)):
         if not fine:
             given = getattr(spec, key)
@@ -132,8 +126,8 @@ def _parse(entry: Any) -> UserTask:
 
 def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) -> Task:
     path = _place(spec.data, folder)
-    name = spec.name or (path.stem if path.suffix in READERS else path.name)
-    here = path.is_dir() or path.suffix in READERS or path.is_file() or spec.data.startswith((".", "/"))
+    name = spec.name or (stem_of(path) if kind_of(path) else path.name)
+    here = path.is_dir() or kind_of(path) is not None or path.is_file() or spec.data.startswith((".", "/"))
     if here and spec.subset is not None:
         raise PmLlmError(f"task {name!r}: subset {spec.subset!r} is of a dataset on the Hub, and {path} is here.")
     if path.is_dir():
@@ -167,7 +161,7 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
 
     @cache  # a probe's rows are those of both splits
     def examples(load: Callable[[], list[Row]]) -> list[Example]:
-        return _examples(load(), spec, problems)
+        return examples_of(load(), spec, problems)
 
     train, test, validation = examples(splits[spec.train_split]), None, None
     if scored is not None:
@@ -180,7 +174,9 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
     if spec.validation_size and validation is None:
         what = f"task {name!r}: validation_size"
         train, validation = _split_off(train, spec.validation_size, spec.seed + 1, what, problems)
-    return Task(name, train, test, spec.scorer, tuple(spec.labels), validation or [])
+    return Task(
+        name, train, test, spec.scorer, tuple(spec.labels), validation or [], special_tokens=spec.special_tokens
+    )
 
 
 def _scored(spec: UserTask, splits: set[str]) -> tuple[str | None, str | None]:
@@ -226,7 +222,7 @@ def _from_folder(path: Path, spec: UserTask, problems: Problems) -> Splits:
         return _from_datasets(dict(loaded) if isinstance(loaded, dict) else {spec.train_split: loaded}, str(path))
     files = defaultdict(list)
     for file in sorted(path.iterdir()):
-        if file.suffix in READERS:
+        if kind_of(file) is not None:
             files[_split_of(file)].append(file)
     if not files:
         raise PmLlmError(f"{path} holds no {', '.join(READERS)} file and no saved dataset.")
@@ -234,7 +230,7 @@ def _from_folder(path: Path, spec: UserTask, problems: Problems) -> Splits:
 
 
 def _joined(split: str, files: list[Path], problems: Problems) -> list[Row]:
-    of = {int(found[1]) if (found := _SHARD.search(file.stem)) else 1 for file in files}
+    of = {int(found[1]) if (found := _SHARD.search(stem_of(file))) else 1 for file in files}
     folder = files[0].parent
     if len(of) > 1 or len({file.suffix for file in files}) > 1 or len(files) > max(of):
         names = " and ".join(file.name for file in files)
@@ -250,79 +246,3 @@ def _from_datasets(loaded: dict[str, Any], name: str) -> Splits:
 
 def _listed(rows: Any, name: str) -> list[Row]:
     return list(dataset_rows(rows, name))
-
-
-def _examples(rows: list[Row], spec: UserTask, problems: Problems) -> list[Example]:
-    if not rows:
-        return []
-    found = Counter(_columns(row, spec) for row in rows)
-    if list(found) == [None]:
-        problems.add(
-            rows[0].place,
-            f"the columns are {', '.join(map(str, rows[0].values))}; needed are prompt and completion, or messages. "
-            "Name yours with `prompt` and `completion`, or `messages`.",
-        )
-        return []
-    common = max((columns for columns in found if columns is not None), key=found.__getitem__)
-    prompt, completion = common
-    if spec.prompt is None and completion is not None and prompt != INSTRUCTION:
-        place = next((row.place for row in rows if _has_context(row)), None)
-        if place is not None:
-            what = f"there is a `context`, which {prompt} alone leaves out"
-            problems.add(place, f"{what}. Put both into one column, or name `prompt: {prompt}` to go without.")
-            return []
-    examples = [_example(row, *common, spec, problems) for row in rows]
-    return [example for example in examples if example is not None]
-
-
-def _columns(row: Row, spec: UserTask) -> tuple[str, str | None] | None:
-    """(prompt, completion), or (messages, None); None if nothing is named and nothing known is found."""
-    if spec.messages is not None:
-        return spec.messages, None
-    if spec.prompt is not None or spec.completion is not None:
-        return spec.prompt or "prompt", spec.completion or "completion"
-    pair = next((pair for pair in PAIRS if row.values.keys() >= set(pair)), None)
-    return pair or next(((chat, None) for chat in CHATS if chat in row.values), None)
-
-
-def _example(row: Row, prompt: str, completion: str | None, spec: UserTask, problems: Problems) -> Example | None:
-    given = row.values.get(spec.id)
-    name = None if given is None else str(given)
-    if completion is None:
-        return _chat(row, prompt, name, problems)
-    body, answer = row.text(prompt, problems), row.text(completion, problems)
-    if body is None or answer is None:
-        return None
-    if (prompt, spec.prompt) == (INSTRUCTION, None):
-        more = [*(["input"] if row.values.get("input") else []), *([CONTEXT] if _has_context(row) else [])]
-        texts = [text for column in more if (text := row.text(column, problems)) is not None]
-        if len(texts) < len(more):
-            return None
-        body = "\n\n".join([body, *texts])
-    return Example(body, answer, id=name, place=row.place)
-
-
-def _has_context(row: Row) -> bool:
-    """A text; of another type it says something of the row (where it is from, and the like)."""
-    value = row.values.get(CONTEXT)
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _chat(row: Row, column: str, name: str | None, problems: Problems) -> Example | None:
-    messages = row.values.get(column)
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        problems.row(row.place, f"{column} must be a list of turns with `role` and `content`.")
-        return None
-    turns = []
-    for message in messages:
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role is None or content is None:
-            problems.row(row.place, f"each turn of {column} needs `role` and `content`; one is {message!r:.80}.")
-            return None
-        if row.check_text(role, "role", problems) is None or row.check_text(content, "content", problems) is None:
-            return None
-        turns.append({"role": _ROLES.get(role, role), "content": content})
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        problems.row(row.place, "a chat must end with an assistant turn after at least one other.")
-        return None
-    return Example("", turns[-1]["content"], messages=tuple(turns[:-1]), id=name, place=row.place)

@@ -1,0 +1,112 @@
+"""Chats as people write them, as the turns that a chat template takes: nothing of a turn is left out unsaid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pm_llm.tasks.problems import Problems
+from pm_llm.tasks.rows import Row, short
+
+Turn = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# other names of them, as ShareGPT and its kin have
+OTHER_ROLES = {
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("observation", "tool_response", "function_response", "function"), "tool"),
+}
+CALL = ("function_call", "tool_call")  # roles of a turn that is a call
+KEYS = {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "weight"}
+
+
+def chat_of(row: Row, column: str, given: Any, problems: Problems) -> list[Turn] | None:
+    """The turns in `given`, a row's `column`; None, with the reason in `problems`, if they cannot be used whole."""
+    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(turn, dict) for turn in given):
+        problems.row(row.place, f"{column} must be a list of turns with `role` and `content`.")
+        return None
+    turns = []
+    for turn in given:
+        found = _turn(turn, column)
+        if isinstance(found, str):
+            problems.row(row.place, found)
+            return None
+        text = found.get("content")
+        if text is not None and row.check_text(text, "content", problems) is None:
+            return None
+        turns.append(found)
+    return turns
+
+
+def up_to_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str] | str:
+    """The turns before the last answer that is to be learnt, and that answer; or why there is none.
+
+    Turns after it, which no loss is on (`weight: 0`), do not matter to it.
+    """
+    at = next((i for i in reversed(range(len(turns))) if turns[i].get("weight") != 0 or i == 0), 0)
+    ends = turns[: at + 1] if turns[-1].get("weight") == 0 else turns
+    if len(ends) < 2 or ends[-1]["role"] != "assistant":
+        if len(ends) < len(turns):
+            return "no assistant turn of it is trained: `weight` is 0. Leave the row out."
+        return "a chat must end with an assistant turn after at least one other."
+    if ends[-1].get("tool_calls") or not isinstance(ends[-1].get("content"), str):
+        return "its last assistant turn is a tool call, which cannot be an answer here. End it with a text."
+    plain = [{key: x for key, x in turn.items() if key != "weight"} for turn in ends]
+    return plain[:-1], plain[-1]["content"]
+
+
+def _turn(turn: Turn, column: str) -> Turn | str:
+    """One turn with the usual names; or what is wrong with it."""
+    turn = {key: x for key, x in turn.items() if x is not None}  # of tables, in which every turn has all columns
+    unknown = sorted(map(str, turn.keys() - KEYS))
+    if unknown:
+        return f"a turn of {column} has {unknown[0]!r}, which is not known here. Known: {', '.join(sorted(KEYS))}."
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str):
+        return f"each turn of {column} needs `role` and `content`; one is {short(turn)}."
+    if role in CALL:
+        call = _call(content)
+        return call or f"a {role} turn of {column} must be JSON with `name` and `arguments`; one is {short(content)}."
+    role = OTHER_ROLES.get(role, role)
+    if role not in ROLES:
+        return f"a turn of {column} has the role {role!r}. Known: {', '.join([*ROLES, *OTHER_ROLES, *CALL])}."
+    if isinstance(content, (list, tuple)):
+        other = next((p for p in content if not (isinstance(p, dict) and isinstance(p.get("text"), str))), None)
+        if other is not None:
+            return f"a turn of {column} has a part that is no text: {short(other)}. Only text parts can be used."
+        content = "".join(part["text"] for part in content)
+    if content is None and not turn.get("tool_calls"):
+        return f"each turn of {column} needs `role` and `content`; one is {short(turn)}."
+    weight = turn.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        return f"a turn of {column} has weight {weight!r}; it must be 0 (not trained) or 1."
+    found: Turn = {"role": role, "content": content if content is not None else ""}
+    found |= {key: turn[key] for key in ("name", "tool_calls", "tool_call_id") if turn.get(key)}
+    return found if weight else {**found, "weight": 0}
+
+
+def _call(content: Any) -> Turn | None:
+    try:
+        call = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    function = {"name": call["name"], "arguments": call.get("arguments", {})}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def tools_of(row: Row, problems: Problems) -> tuple[Any, ...] | None:
+    """The row's `tools`: a list of JSON schemas, or their JSON; None, with the reason in `problems`, if it is none."""
+    given = row.values.get("tools")
+    try:
+        found = json.loads(given) if isinstance(given, str) and given.strip() else given
+    except (ValueError, RecursionError):
+        found = False
+    if not found and found is not False:
+        return ()
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        problems.row(row.place, f"tools is {short(given)}; it must be a list of JSON schemas.")
+        return None
+    return tuple(found)

@@ -1,0 +1,210 @@
+"""Which columns of the user's rows are question and answer, and that nothing beside them is left out unsaid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+from pm_llm.tasks import Example
+from pm_llm.tasks.chats import chat_of, tools_of, up_to_answer
+from pm_llm.tasks.problems import Problems
+from pm_llm.tasks.rows import Row, short
+
+if TYPE_CHECKING:
+    from pm_llm.tasks.user import UserTask
+
+INSTRUCTION, INPUT, CONTEXT = "instruction", "input", "context"  # the others join the first
+BEFORE = SYSTEM, HISTORY = "system", "history"  # what was said before the question
+# columns that are found without being named, the first pair that is there
+PAIRS = (
+    *(("prompt", answer) for answer in ("completion", "answer", "response", "label")),
+    *(("instruction", answer) for answer in ("output", "response", "answer")),
+    *(("question", answer) for answer in ("answer", "response", "answers")),
+    *(("input", answer) for answer in ("output", "label", "target")),
+    *(("text", answer) for answer in ("label", "target")),
+    *(("sentence", answer) for answer in ("label",)),
+)
+CHATS = ("messages", "conversations", "conversation")
+
+
+def examples_of(rows: list[Row], spec: UserTask, problems: Problems) -> list[Example]:
+    if not rows:
+        return []
+    found = Counter(columns_of(row.values, spec) for row in rows)
+    if list(found) == [None]:
+        problems.add(
+            rows[0].place,
+            f"the columns are {', '.join(map(str, rows[0].values))}; needed are prompt and completion, or messages. "
+            "Name yours with `prompt` and `completion`, or `messages`.",
+        )
+        return []
+    common = max((columns for columns in found if columns is not None), key=found.__getitem__)
+    if not _all_used(rows, common, spec, problems):
+        return []
+    examples = [common.example(row, spec, problems) for row in rows]
+    return [example for example in examples if example is not None]
+
+
+def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Problems) -> bool:
+    """Whether nothing of the rows is left out unsaid: what is neither used nor in `ignore` is refused, or told where it
+    is of numbers, or the user named the columns that count."""
+    used = {*columns.used(), spec.id, *spec.ignore}
+    joined = {INPUT, CONTEXT} - {*columns.prompt}
+    left: dict[str, Row] = {}
+    for row in rows:
+        for name, value in row.values.items():
+            read = name in used and not (name in joined and not isinstance(value, str))
+            if not read and name not in left and value not in (None, "", [], {}) and str(value).strip():
+                left[str(name)] = row
+    named = spec.prompt is not None or spec.messages is not None
+    texts = [] if named else [n for n, row in left.items() if not isinstance(row.values[n], (bool, int, float))]
+    if texts and not all(isinstance(n, str) for n in texts):
+        texts = [str(n) for n in texts]
+    if texts:
+        first = columns.prompt[0]
+        joined = ", ".join([*columns.prompt, *texts])
+        template = "\\n".join(f"{{{n}}}" for n in [*columns.prompt, *texts])
+        how = (
+            f"Leave out with `ignore: [{', '.join(texts)}]`"
+            if columns.completion is None
+            else f'Join them with `prompt: [{joined}]` or `prompt: "{template}"`, leave them out with '
+            f"`ignore: [{', '.join(texts)}]`, or name `prompt: {first}` to go without"
+        )
+        problems.add(
+            left[texts[0]].place,
+            f"{first} and {columns.completion or 'its turns'} leave out {', '.join(texts)}. {how}.",
+        )
+        return False
+    if left:
+        problems.note(f"{rows[0].place.rpartition(':')[0]}: not used: {', '.join(left)}")
+    return True
+
+
+def columns_of(values: Mapping[str, Any], spec: UserTask) -> Columns | None:
+    """Where a row's question and answer stand; None if nothing is named and nothing known is found."""
+    if spec.messages is not None:
+        return Columns((spec.messages,))
+    more = tuple(name for name in BEFORE if values.get(name))
+    if spec.prompt is not None or spec.completion is not None:
+        given = spec.prompt if spec.prompt is not None else "prompt"
+        names = tuple(given) if isinstance(given, list) else tuple(_fields(given)) or (given,)
+        return Columns(
+            names, spec.completion or "completion", given if isinstance(given, str) and _fields(given) else None
+        )
+    pair = next((pair for pair in PAIRS if values.keys() >= set(pair)), None)
+    if pair is None:
+        return next((Columns((chat,)) for chat in CHATS if chat in values), None)
+    prompt, completion = pair
+    joins = [name for name in (INPUT, CONTEXT) if prompt == INSTRUCTION and isinstance(values.get(name), str)]
+    return Columns((prompt, *(name for name in joins if values[name].strip())), completion, before=more)
+
+
+def _fields(template: str) -> list[str]:
+    """The columns that a template such as `{question}\\n{choices}` names; empty: it is the name of a column."""
+    try:
+        return [name for _, name, _, _ in Formatter().parse(template) if name]
+    except ValueError:
+        return []
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where question and answer stand: columns that are joined (or a template of them), the answer's, and those of what
+    was said before the question. Without `completion` the one column holds a chat."""
+
+    prompt: tuple[str, ...]
+    completion: str | None = None
+    template: str | None = None
+    before: tuple[str, ...] = ()
+
+    def used(self) -> set[str]:
+        """Every column that is read."""
+        chat = {"tools"} if self.completion is None else set()
+        joins = {INPUT, CONTEXT} if self.prompt[0] == INSTRUCTION else set()
+        return {*self.prompt, *self.before, *joins, *chat} | ({self.completion} if self.completion else set())
+
+    def example(self, row: Row, spec: UserTask, problems: Problems) -> Example | None:
+        """The row as an example; None, with the reason in `problems`, if it is none."""
+        given = row.values.get(spec.id)
+        name = None if given is None else str(given)
+        if self.completion is None:
+            return _chat(row, self.prompt[0], row.values.get(self.prompt[0]), name, problems)
+        answer = row.values.get(self.completion)
+        if isinstance(answer, list) and isinstance(row.values.get(self.prompt[0]), list) and len(self.prompt) == 1:
+            both = [*row.values[self.prompt[0]], *answer]  # turns, as TRL has them
+            return _chat(row, f"{self.prompt[0]} and {self.completion}", both, name, problems)
+        return self._plain(row, name, problems, spec)
+
+    def _plain(self, row: Row, name: str | None, problems: Problems, spec: UserTask) -> Example | None:
+        guessed = spec.prompt is None
+        wanted = [n for n in self.prompt if n not in (INPUT, CONTEXT) or not guessed or self.prompt[0] != INSTRUCTION]
+        if guessed and self.prompt[0] == INSTRUCTION:  # rows of a file need not all have them
+            wanted = [INSTRUCTION, *(n for n in (INPUT, CONTEXT) if _has_text(row, n))]
+        texts = {n: self._text(row, n, problems, joined=len(self.prompt) > 1) for n in wanted}
+        answers = _answers(row, self.completion or "", problems)
+        if answers is None or not all(text is not None for text in texts.values()):
+            return None
+        body = self.template.format(**texts) if self.template else "\n\n".join(text or "" for text in texts.values())
+        turns = _turns_before(row, self.before, problems)
+        if turns is None:
+            return None
+        messages, whole = None, body
+        if turns:
+            messages = (*turns, {"role": "user", "content": body})
+            whole = "\n\n".join(turn["content"] for turn in messages)
+        return Example(whole, answers[0], messages=messages, alternatives=tuple(answers[1:]), id=name, place=row.place)
+
+    @staticmethod
+    def _text(row: Row, column: str, problems: Problems, joined: bool) -> str | None:
+        value = row.values.get(column)
+        if joined and isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value):
+            return "\n".join(value)
+        if joined and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        return row.text(column, problems)
+
+
+def _has_text(row: Row, column: str) -> bool:
+    """A text; of another type it says something of the row (where it is from, and the like)."""
+    value = row.values.get(column)
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _answers(row: Row, column: str, problems: Problems) -> list[str] | None:
+    """The right answers: a text, or the `text` of SQuAD's answers, of which the first is trained."""
+    value = row.values.get(column)
+    listed = value.get("text") if isinstance(value, dict) else None
+    if isinstance(listed, list) and listed and all(isinstance(x, str) for x in listed):
+        return list(dict.fromkeys(listed))
+    text = row.text(column, problems)
+    return None if text is None else [text]
+
+
+def _turns_before(row: Row, columns: Sequence[str], problems: Problems) -> list[dict[str, Any]] | None:
+    """Alpaca's `system` and `history` (pairs of an earlier question and answer) as turns."""
+    turns: list[dict[str, Any]] = []
+    if SYSTEM in columns and row.values.get(SYSTEM):
+        text = row.text(SYSTEM, problems)
+        if text is None:
+            return None
+        turns.append({"role": "system", "content": text})
+    for pair in (row.values.get(HISTORY) or []) if HISTORY in columns else []:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
+            problems.row(row.place, f"history holds {short(pair)}; it must be pairs of a question and its answer.")
+            return None
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def _chat(row: Row, column: str, given: Any, name: str | None, problems: Problems) -> Example | None:
+    turns, tools = chat_of(row, column, given, problems), tools_of(row, problems)
+    if turns is None or tools is None:
+        return None
+    found = up_to_answer(turns)
+    if isinstance(found, str):
+        problems.row(row.place, found)
+        return None
+    return Example("", found[1], messages=tuple(found[0]), id=name, place=row.place, tools=tools)
