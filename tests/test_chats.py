@@ -43,7 +43,7 @@ def test_tools_and_calls_reach_the_template_or_the_row_is_refused(tmp_path) -> N
     assert problem_of(t, row) is None
     prompt = t.decode(Encoder(t, False, 400, 8).prompt(row))
     assert prompt.startswith("tools : [")
-    assert "<assistant>  call weather\n<tool> sunny\n<assistant> " in prompt
+    assert "<assistant>  call weather<tool> sunny<assistant> " in prompt
     t.chat_template = PLAIN
     assert "no place for its `tools`" in problem_of(t, row)
     assert "no place for `tool_calls`" in problem_of(t, replace(row, tools=()))
@@ -135,7 +135,7 @@ def test_what_of_a_turn_cannot_be_used_is_named(turns: list, said: str, tmp_path
 def test_what_was_said_before_stands_in_the_prompt_where_there_is_no_template(tmp_path) -> None:
     row = rows_of(tmp_path, {"instruction": "r", "output": "a", "system": "s", "history": [["q", "b"]]})[0]
     t = tokenizer("llama")
-    assert t.decode(Encoder(t, False, 64, 8).prompt(row)) == "s\n\nq\n\nb\n\nr"
+    assert t.decode(Encoder(t, False, 64, 8).prompt(row), skip_special_tokens=True) == "s\n\nq\n\nb\n\nr"
     t.chat_template = PLAIN
     assert t.decode(Encoder(t, False, 64, 8).prompt(row)).startswith("<system> s\n<user> q\n<assistant> b\n")
 

@@ -218,7 +218,7 @@ def test_columns_are_found(row: dict, prompt: str, completion: str, tmp_path) ->
         ({"instruction": "i", "context": ["c"], "output": "o"}, "context"),
         ({"question": "q", "choices": ["x", "y"], "answer": "a"}, "choices"),
         ({"sentence": "s", "question": "q", "label": "l"}, "question"),
-        ({"prompt": "q", "completion": "a", "system": ["s"], "idx": 3, "note": " "}, "system"),
+        ({"prompt": "q", "completion": "a", "hint": ["s"], "idx": 3, "note": " "}, "hint"),
     ],
 )
 def test_what_is_left_out_is_named_with_what_to_do(row: dict, left: str, tmp_path, capsys) -> None:

@@ -44,8 +44,9 @@ def up_to_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str] | str:
 
     Turns after it, which no loss is on (`weight: 0`), do not matter to it.
     """
-    at = next((i for i in reversed(range(len(turns))) if turns[i].get("weight") != 0 or i == 0), 0)
-    ends = turns[: at + 1] if turns[-1].get("weight") == 0 else turns
+    ends = list(turns)
+    while ends and turns[-1].get("weight") == 0 and (ends[-1]["role"] != "assistant" or ends[-1].get("weight") == 0):
+        ends.pop()
     if len(ends) < 2 or ends[-1]["role"] != "assistant":
         if len(ends) < len(turns):
             return "no assistant turn of it is trained: `weight` is 0. Leave the row out."

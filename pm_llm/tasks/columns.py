@@ -52,11 +52,11 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
     """Whether nothing of the rows is left out unsaid: what is neither used nor in `ignore` is refused, or told where it
     is of numbers, or the user named the columns that count."""
     used = {*columns.used(), spec.id, *spec.ignore}
-    joined = {INPUT, CONTEXT} - {*columns.prompt}
+    joined = {INPUT, CONTEXT} - {*columns.prompt, *spec.ignore}
     left: dict[str, Row] = {}
     for row in rows:
         for name, value in row.values.items():
-            read = name in used and not (name in joined and not isinstance(value, str))
+            read = name in used and (name not in joined or isinstance(value, str))
             if not read and name not in left and value not in (None, "", [], {}) and str(value).strip():
                 left[str(name)] = row
     named = spec.prompt is not None or spec.messages is not None
