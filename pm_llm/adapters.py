@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pm_llm.errors import PmLlmError
-from pm_llm.foreign import WEIGHTS_FILE, check_files
+from pm_llm import lowrank
+from pm_llm.durable import readable
+from pm_llm.foreign import WEIGHTS_FILE, check_files, keys_for, module_of
 from pm_llm.lowrank import LowRank
 from pm_llm.sharding import gathered, whole
 
@@ -50,7 +51,7 @@ class _Scaled(Mapping[str, LowRank]):
 
     def __getitem__(self, name: str) -> LowRank:
         b, a, scaling = self._pairs[name]
-        return LowRank(b.float() if scaling == 1 else b.float() * scaling, a.float())
+        return lowrank.trimmed(LowRank(b.float() if scaling == 1 else b.float() * scaling, a.float()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pairs)
@@ -65,13 +66,14 @@ class Adapter:
     folder they are read, and scaled, when they are asked for.
 
     `place` holds the fields of the PEFT configuration that say where the adapter sits (target modules and the like),
-    `base_model` the name or path of the model it belongs to, `task_type` PEFT's task type.
+    `base_model` the name or path of the model it belongs to, at `revision`, `task_type` PEFT's task type.
     """
 
     factors: Mapping[str, LowRank]
     place: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     task_type: str | None = None
+    revision: str | None = None
 
     @property
     def rank(self) -> int:
@@ -91,6 +93,21 @@ class Adapter:
         """The same adapter with other matrices."""
         return dataclasses.replace(self, factors=factors)
 
+    def beside(self, other: Adapter) -> Adapter:
+        """The same adapter, which knows what the other one does of the base model."""
+        facts = {key: getattr(self, key) or getattr(other, key) for key in ("base_model", "task_type", "revision")}
+        return dataclasses.replace(self, **facts)
+
+    def of_one_rank(self) -> Adapter:
+        """The same adapter with one rank everywhere, filled up with zeros, as other programs want it: of mixed ranks
+        llama.cpp scales all modules as the first, and SGLang refuses them."""
+        rank, pad = self.rank, torch.nn.functional.pad
+        filled = {
+            name: x if x.rank == rank else LowRank(pad(x.B, (0, rank - x.rank)), pad(x.A, (0, 0, 0, rank - x.rank)))
+            for name, x in self.factors.items()
+        }
+        return self.replace_factors(filled)
+
     # ---- PEFT's configuration ----
     def peft_config(self) -> LoraConfig:
         """A plain LoRA configuration with scaling 1 everywhere: `lora_alpha = r`, no rsLoRA.
@@ -106,6 +123,7 @@ class Adapter:
             alpha_pattern=dict(other),
             base_model_name_or_path=self.base_model,
             task_type=self.task_type,
+            revision=self.revision,
             inference_mode=True,
             **self.place,
         )
@@ -120,11 +138,12 @@ class Adapter:
 
     # ---- disk ----
     def save(self, folder: str | Path) -> None:
-        """Write an ordinary PEFT adapter folder (config and safetensors)."""
-        folder = Path(folder)
+        """Write an ordinary PEFT adapter folder (config and safetensors), of one rank over all modules."""
+        folder, one = Path(folder), self.of_one_rank()
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.peft_state(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        self.peft_config().save_pretrained(str(folder))
+        save_file(one.peft_state(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        one.peft_config().save_pretrained(str(folder))
+        readable(folder, WEIGHTS_FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:
@@ -154,7 +173,9 @@ class Adapter:
         _refuse_what_cannot_fold(config, where)
         sides: dict[str, dict[str, Tensor]] = {}
         for key, tensor in state.items():
-            module, _, tail = key.removeprefix(_PREFIX).partition(".lora_")
+            module, _, tail = module_of(key, where).partition(".lora_")
+            if key.endswith(".base_layer.weight"):
+                continue  # PEFT writes an adapted output layer's own weights beside its adapter
             if tail not in ("A.weight", "B.weight") or tensor.ndim != 2:
                 raise PmLlmError(
                     f"{where}: tensor {key!r} {tuple(tensor.shape)} is not a LoRA factor of a linear layer, "
@@ -172,8 +193,13 @@ class Adapter:
                     f"{where}: module {module} has factors B {tuple(pair['B'].shape)} and A {tuple(pair['A'].shape)}, "
                     "which are not of one matrix. The file is damaged."
                 )
-            pairs[module] = (pair["B"], pair["A"], _scaling(config, module, rank=pair["A"].shape[0]))
-        return cls(_Scaled(pairs), place_of(config), config.base_model_name_or_path, task_type_of(config))
+        alphas = keys_for(list(config.alpha_pattern or {}), list(sides))
+        for module, pair in sides.items():
+            alpha = (config.alpha_pattern or {}).get(alphas.get(module), config.lora_alpha)
+            rank = pair["A"].shape[0]
+            pairs[module] = (pair["B"], pair["A"], alpha / rank**0.5 if config.use_rslora else alpha / rank)
+        base, revision = config.base_model_name_or_path, config.revision
+        return cls(_Scaled(pairs), place_of(config, list(sides)), base, task_type_of(config), revision)
 
     # ---- a live model ----
     @classmethod
@@ -337,7 +363,12 @@ def factors_of(layers: Iterable[LoraLayer], name: str) -> list[nn.Parameter]:
 
 def check_same_place(running: Adapter, new: Adapter) -> None:
     """Raise PmLlmError unless both adapters belong to the same base model and adapt the same modules."""
-    if running.base_model and new.base_model and running.base_model != new.base_model:
+    if running.revision and new.revision and running.revision != new.revision:
+        raise PmLlmError(
+            f"the adapters belong to different revisions of the base model: {running.revision!r} and "
+            f"{new.revision!r}. Only adapters of one can be merged."
+        )
+    if running.base_model and new.base_model and _spelt(running.base_model) != _spelt(new.base_model):
         raise PmLlmError(
             f"the adapters belong to different base models: {running.base_model!r} and {new.base_model!r}. "
             "Only adapters of one base model can be merged."
@@ -356,16 +387,17 @@ def check_same_place(running: Adapter, new: Adapter) -> None:
             )
 
 
-def _scaling(config: LoraConfig, module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA, after PEFT's rank and alpha patterns."""
-    pattern = config.alpha_pattern or {}
-    alpha = pattern.get(get_pattern_key(list(pattern), module), config.lora_alpha)
-    return alpha / rank**0.5 if config.use_rslora else alpha / rank
+def _spelt(base: str) -> str:
+    """A base model's name, however it is written: folders in full, ids in small letters."""
+    return str(Path(base).resolve()) if Path(base).exists() else base.rstrip("/").lower()
 
 
-def place_of(config: PeftConfig) -> dict[str, Any]:
-    """The fields that say where an adapter sits, as :class:`Adapter` keeps them."""
+def place_of(config: PeftConfig, modules: Sequence[str]) -> dict[str, Any]:
+    """The fields that say where an adapter sits, as :class:`Adapter` keeps them; a pattern of names becomes the names
+    themselves, so that none is handed on."""
     values = {name: getattr(config, name) for name in _PLACE}
+    if isinstance(values["target_modules"], str):
+        values |= {"target_modules": sorted(modules), "exclude_modules": None, "layers_pattern": None}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
+import io
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,11 +17,10 @@ import yaml
 
 from pm_llm import __version__
 from pm_llm.config import RunConfig, flags, load_config
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, first_line, nobody_listens
 from pm_llm.quiet import quiet_libraries, quiet_notices
 
-# what a disk may say at any time; whatever was being written, what is committed stays as it is
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,8 +58,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser("merge", help="fold one LoRA adapter into another, exactly")
     merge.add_argument("--running", required=True, metavar="DIR", help="the adapter to fold into")
-    merge.add_argument("--new", required=True, metavar="DIR", help="the adapter to add")
-    merge.add_argument("--coefficient", type=float, default=1.0, help="weight of the new adapter (default: 1)")
+    merge.add_argument(
+        "--new", required=True, metavar="DIR", nargs="+", action="extend", help="the adapter to add, or several"
+    )
+    merge.add_argument(
+        "--coefficient",
+        type=float,
+        nargs="+",
+        action="extend",
+        metavar="X",
+        help="weight of the new adapter: one for all, or one each (default: 1)",
+    )
     merge.add_argument("--max-rank", type=int, help="truncate the result to this rank (default: exact, no truncation)")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder for the result; must not exist")
 
@@ -145,7 +154,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, or 2 after printing one line on bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII stops nothing
     parser = make_parser()
+    for command in parser._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
+        command._negative_number_matcher = NEGATIVE  # -1e-1 is a number too, and no flag
     given, rest = parser.parse_known_args(arguments)
     quiet_notices()
     try:
@@ -167,11 +181,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pm-llm: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        print(f"pm-llm: error: {error.strerror}: {error.filename or 'while writing'}.", file=sys.stderr)
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        nobody_listens()
+        return 0
+    except OSError as error:  # of the disk, names, links or the network; what is committed stays as it is
+        print(f"pm-llm: error: {error.strerror or first_line(error)}: {_place(error)}.", file=sys.stderr)
         return 2
+    except (ValueError, RuntimeError) as error:
+        if "null byte" not in str(error) and "Symlink loop" not in str(error):
+            raise
+        print(f"pm-llm: error: {first_line(error)}: check the names that were given.", file=sys.stderr)
+        return 2
+
+
+def _place(error: OSError) -> str:
+    name = str(error.filename or "while reading or writing")
+    return name if len(name) <= 200 else name[:200] + "..."
 
 
 def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
@@ -249,6 +274,7 @@ def status(given: argparse.Namespace) -> int:
 
 def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm evaluate`: one line a task with its 95 % bootstrap interval, and their mean (probes aside)."""
+    from pm_llm.durable import replace_bytes, writing
     from pm_llm.evaluation.run import evaluate_adapter
     from pm_llm.processes import process_state, shut_down
     from pm_llm.progress import say
@@ -266,7 +292,8 @@ def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
         say(line)
     shut_down()
     if keep is not None and process_state().is_main_process:
-        keep.write_bytes(jsonl([line for one in found for line in one.lines()]))
+        with writing(keep):  # whole, or as it was
+            replace_bytes(keep, jsonl([line for one in found for line in one.lines()]))
     return 0
 
 
@@ -327,9 +354,9 @@ def merge(given: argparse.Namespace) -> int:
     from pm_llm.merges.files import merge_folders
     from pm_llm.run_dir import RunDir
 
-    for folder in (given.running, given.new):
+    for folder in (given.running, *given.new):
         RunDir.check_within(folder)
-    report = merge_folders(given.running, given.new, given.coefficient, given.max_rank, given.out)
+    report = merge_folders(given.running, given.new, given.coefficient or [1.0], given.max_rank, given.out)
     print(f"{given.out}: rank {report.rank}, relative truncation error {report.truncation_error:.3e}")
     return 0
 

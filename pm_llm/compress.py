@@ -95,7 +95,9 @@ def expand(compressed: str | Path, out: str | Path) -> None:
         raise PmLlmError(f"{folder} holds no {FILE}: it is no compressed adapter.")
     try:
         config, factors = LoraConfig.from_pretrained(str(folder)), _read(folder / FILE)
-        adapter = Adapter(factors, place_of(config), config.base_model_name_or_path, task_type_of(config))
+        adapter = Adapter(
+            factors, place_of(config, list(factors)), config.base_model_name_or_path, task_type_of(config)
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise PmLlmError(f"{folder} is damaged: {first_line(error)}. Compress the adapter again.") from error
     with new_folder(out) as scratch:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import platform
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +22,7 @@ from safetensors import SafetensorError
 
 from pm_llm.errors import PmLlmError, first_line
 
+UNFINISHED = "unfinished"  # how the name of a folder ends that is being written
 Digests = dict[str, dict[str, Any]]  # path relative to a folder -> {"size": bytes, "sha256": hex}
 
 
@@ -26,7 +30,8 @@ def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part, whenever the machine stops."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # a link there would be followed
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -47,13 +52,30 @@ def replace_link(path: Path, target: Path) -> None:
 
 
 def rename_tree(temporary: Path, final: Path) -> None:
-    """Flush a folder with all it holds, then give it its name."""
+    """Flush a folder with all it holds, let others read it as the umask says, then give it its name."""
+    readable(temporary)
     for folder, _, names in os.walk(temporary):
         for name in names:
             sync(Path(folder) / name)
         sync(Path(folder))
     temporary.rename(final)
     sync(final.parent)
+
+
+def readable(folder: Path, *names: str) -> None:
+    """Files of a folder (by default all below it, and folders) may be read by whom the umask lets: safetensors and
+    mkdtemp make them the owner's."""
+    mask = os.umask(0)
+    os.umask(mask)
+    if names:
+        for name in names:
+            os.chmod(folder / name, 0o666 & ~mask)
+        return
+    for place, _, names in os.walk(folder):
+        os.chmod(place, 0o777 & ~mask)
+        for name in names:
+            if not (Path(place) / name).is_symlink():
+                os.chmod(Path(place) / name, 0o666 & ~mask)
 
 
 def remove_tree(path: Path) -> None:
@@ -157,14 +179,18 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         PmLlmError: If `out` exists or cannot be written.
     """
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise PmLlmError(f"{out} exists. Choose another --out.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*.{UNFINISHED}"):  # by a process that was killed
+            if not left.is_symlink() and not _alive(left):
+                shutil.rmtree(left)
+        suffix = f".{os.getpid()}.{UNFINISHED}"
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=suffix, dir=out.parent))
         try:
             yield scratch
-            scratch.chmod(0o755)
+            readable(scratch)
             scratch.rename(out)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -172,6 +198,18 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise PmLlmError(f"cannot write {out}: {reason}. Choose another --out.") from error
+
+
+def _alive(scratch: Path) -> bool:
+    """Whether the process that a scratch folder's name tells of is at work still (on this machine)."""
+    number = scratch.name.removesuffix(f".{UNFINISHED}").rpartition(".")[2]
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        return True
+    return True
 
 
 class Lock:
@@ -194,10 +232,12 @@ class Lock:
         """Take the lock. Raises PmLlmError if another process has it, or this one already."""
         if self._is_ours():
             raise PmLlmError(f"{self.path.parent} is in use by this process already.")
-        file = self.path.open("a+", encoding="utf-8")
+        file = self._opened()
         for patience in (0.1, 0.2, 0.4, 0):  # one that only looks who is at work lets go at once
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not self._lock_folder():
+                    raise BlockingIOError
                 break
             except (BlockingIOError, PermissionError) as error:
                 if patience:
@@ -206,6 +246,7 @@ class Lock:
                 file.seek(0)
                 holder = file.read().strip() or "a process that has not said its name"
                 file.close()
+                os.close(self._folder)
                 raise PmLlmError(
                     f"{self.path.parent} is in use by {holder}. Wait for it, stop it, or choose another output_dir."
                 ) from error
@@ -215,12 +256,36 @@ class Lock:
         file.flush()
         self._file = file
 
+    def _opened(self) -> Any:
+        """The lock file, and the folder itself, which is locked too: a lock file that is removed lets nobody in."""
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                os.close(handle)
+                raise PmLlmError(f"{self.path} is no ordinary file. Remove it, or choose another output_dir.")
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise PmLlmError(f"{self.path} is a link. Remove it, or choose another output_dir.") from error
+        self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        return os.fdopen(handle, "r+", encoding="utf-8")
+
+    def _lock_folder(self) -> bool:
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system that has no locks on folders: the lock file is all there is
+            return True
+        return True
+
     def release(self, remove: bool = False) -> None:
         """Let go, and `remove` the file."""
         if self._file is not None:
             if remove:
                 self.path.unlink(missing_ok=True)
             self._file.close()
+            os.close(self._folder)
             self._file = None
             self._held.pop(self.path.resolve(), None)
 
@@ -237,8 +302,8 @@ class Lock:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError):
                     return file.read().strip() or "another process"
-        except (FileNotFoundError, PermissionError):
-            pass  # no lock file, or none of ours: nobody that could be named
+        except OSError:
+            pass  # no lock file, none of ours, a file system to be read only: nobody that could be named
         return None
 
 

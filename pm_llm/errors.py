@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from math import inf, isfinite
@@ -70,3 +72,14 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> PmLlmError:
     """The error for a name that is not among `allowed`, with the nearest one that is."""
     names = tuple(sorted(allowed))
     return PmLlmError(f"unknown {kind} {given!r}.{did_you_mean(given, names)} Allowed: {', '.join(names)}.")
+
+
+def nobody_listens() -> None:
+    """Let what is printed from now on go nowhere: the pipe it went to is closed."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from pm_llm.errors import PmLlmError, first_line
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 MAX_RANK = 4096
+MAX_NAMES, MAX_PATTERN = 10_000, 10_000  # modules of an adapter, and characters of one pattern
+PATIENCE = 10.0  # seconds to match patterns in, the start of a process included
+PREFIX = "base_model.model."
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -68,13 +74,15 @@ def check_files(folder: Path) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise PmLlmError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}, which this PEFT does not know.")
     known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])}
-    unknown = sorted(config.keys() - known)
+    unknown = sorted(key for key in config.keys() - known if config[key] is not None)
     if unknown:
         raise PmLlmError(
             f"{folder / CONFIG_FILE} has keys that this PEFT does not know for {kind}: {', '.join(unknown[:5])}. "
             "Upgrade PEFT if a newer one wrote it; otherwise do not trust it."
         )
     for name in shapes:
+        if kind == "LORA":
+            module_of(name, str(folder))
         if not PLAIN_NAME.fullmatch(name):
             raise PmLlmError(f"{folder / WEIGHTS_FILE}: {name!r} is not the name of a module's tensor.")
     _check_values(config, shapes, folder)
@@ -93,6 +101,7 @@ def _check_values(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], fo
     wrong = [key for key, value in patterns.items() if not _is_pattern(value)]
     places = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
     wrong += [key for key in places if not _is_place(config.get(key))]
+    wrong += ["layer_replication"] if config.get("layer_replication") else []
     largest = max([MAX_RANK, *(size for shape in shapes.values() for size in shape)])
     numbers = ("r", "lora_alpha", "lora_dropout", "num_virtual_tokens")
     found = {key: config[key] for key in numbers if config.get(key) is not None}
@@ -106,33 +115,109 @@ def _check_values(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], fo
 
 
 def _is_pattern(value: Any) -> bool:
-    """Names of modules with numbers. PEFT reads the names as regular expressions, so they must be plain."""
-    return isinstance(value, dict) and all(
-        PLAIN_NAME.fullmatch(name) and isinstance(x, (int, float)) and x > 0 for name, x in value.items()
+    """Names of modules, or regular expressions for them, with numbers."""
+    return (
+        isinstance(value, dict)
+        and len(value) <= MAX_NAMES
+        and all(len(name) <= MAX_PATTERN and isinstance(x, (int, float)) and x > 0 for name, x in value.items())
     )
 
 
 def _is_place(value: Any) -> bool:
-    """None, names of modules, or one regular expression that repeats no group (or matching could take for ever)."""
+    """None, names of modules, or one regular expression (which is never matched here, see :func:`without_patterns`)."""
     if value is None:
         return True
     if isinstance(value, list):
-        return all(isinstance(x, str) and PLAIN_NAME.fullmatch(x) for x in value)
-    if not isinstance(value, str) or len(value) > 1000 or re.search(r"\)[*+{]", value):
-        return False
+        return len(value) <= MAX_NAMES and all(isinstance(x, str) and PLAIN_NAME.fullmatch(x) for x in value)
+    return isinstance(value, str) and len(value) <= MAX_PATTERN
+
+
+def module_of(key: str, where: str) -> str:
+    """A tensor's name in the base model, of the name that PEFT gives it, without what wrappers put in between
+    (torch.compile, DDP, FSDP, checkpointing, a second PeftModel).
+
+    Raises:
+        PmLlmError: If it is none of PEFT's.
+    """
+    plain = ".".join(part for part in key.split(".") if part not in WRAPPERS).removeprefix("module.")
+    while plain.startswith(PREFIX * 2):
+        plain = plain.removeprefix(PREFIX)
+    if not plain.startswith(PREFIX) or plain.startswith(f"{PREFIX}module."):
+        raise PmLlmError(
+            f"{where}: {key!r} is not a name that PEFT gives ({PREFIX}...). The adapter would not be found by any model."
+        )
+    return plain.removeprefix(PREFIX)
+
+
+def keys_for(patterns: list[str], modules: list[str]) -> dict[str, str]:
+    """Module -> the first of the keys of a rank or alpha pattern that stands for it, as PEFT finds it.
+
+    Keys that are regular expressions are matched in a process of their own, for a second at most: they may be of a file
+    that is not trusted.
+
+    Raises:
+        PmLlmError: If one is no regular expression, or takes too long.
+    """
+    if not patterns:
+        return {}
+    if all(PLAIN_NAME.fullmatch(pattern) for pattern in patterns):
+        pairs = ((module, get_pattern_key(patterns, module)) for module in modules)
+        return {module: key for module, key in pairs if key in patterns}
+    script = (
+        "import json, re, sys\np, m = json.load(sys.stdin)\n"
+        "print(json.dumps({x: k for x in m for k in [next((k for k in p if re.match(rf'(.*\\.)?({k})$', x)), None)] "
+        "if k is not None}))"
+    )
     try:
-        re.compile(value)
-    except re.error:
-        return False
-    return True
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", script],
+            input=json.dumps([patterns, modules]),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PmLlmError(
+            f"the pattern {patterns[0][:60]!r} takes too long to match. Do not trust the adapter."
+        ) from error
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[-1:] or ["it failed"]
+        raise PmLlmError(f"the patterns {', '.join(patterns)[:60]!r} cannot be matched: {reason[0]}.") from error
+    return json.loads(done.stdout)
+
+
+def without_patterns(config: Any, folder: Path) -> Any:
+    """A LoRA's PEFT configuration with the names of its modules in place of patterns for them.
+
+    PEFT would match patterns with all names of a model; one that comes with a file may take for ever.
+    """
+    if getattr(config.peft_type, "value", config.peft_type) != "LORA":
+        return config
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        names = [module_of(name, str(folder)) for name in file.keys()]  # noqa: SIM118
+    modules = sorted({name.partition(".lora_")[0] for name in names if ".lora_" in name})
+    for key in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, key) or {}
+        if not all(PLAIN_NAME.fullmatch(name) for name in given):
+            setattr(config, key, {module: given[k] for module, k in keys_for(list(given), modules).items()})
+    if isinstance(config.target_modules, str):
+        config.target_modules = set(modules)
+        config.exclude_modules = config.layers_pattern = None
+    elif isinstance(config.exclude_modules, str) or isinstance(config.layers_pattern, str):
+        config.target_modules, config.exclude_modules = set(modules), None
+        config.layers_pattern = config.layers_to_transform = None
+    return config
 
 
 def _check_ranks(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
     pattern = config.get("rank_pattern") or {}
+    modules = {name: module_of(name, str(folder)).rpartition(".lora_")[0] for name in shapes}
+    keys = keys_for(list(pattern), sorted(set(modules.values())))
     for name, shape in shapes.items():
-        module, side = name.removeprefix("base_model.model.").rpartition(".lora_")[::2]
+        module, side = modules[name], name.rpartition(".lora_")[2]
         if side == "A.weight" and len(shape) == 2:
-            rank = pattern.get(get_pattern_key(list(pattern), module), config.get("r"))
+            rank = pattern.get(keys.get(module), config.get("r"))
             other = shapes.get(name.replace(".lora_A.", ".lora_B."))
             if rank != shape[0] or (other is not None and other[1:] != (rank,)):
                 raise PmLlmError(

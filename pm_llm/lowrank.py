@@ -42,6 +42,13 @@ class LowRank:
         return self.B @ self.A
 
 
+def trimmed(x: LowRank) -> LowRank:
+    """`x` without what was filled up with zeros at the end of both factors; at least of rank 1."""
+    used = ((x.B != 0).any(0) | (x.A != 0).any(1)).nonzero()
+    rank = max(1, int(used[-1]) + 1) if len(used) else 1
+    return x if rank == x.rank else LowRank(x.B[:, :rank].contiguous(), x.A[:rank].contiguous())
+
+
 def from_dense(x: Tensor) -> LowRank:
     """A dense (d_out, d_in) matrix as factors of full rank, one of them the identity; for :func:`truncate` to cut."""
     d_out, d_in = x.shape

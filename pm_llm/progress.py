@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from pm_llm.errors import nobody_listens
 from pm_llm.processes import process_state
 
 
@@ -17,9 +19,13 @@ def bar(total: int, label: str, unit: str) -> Any:
 
 
 def say(line: str) -> None:
-    """One line above the bars, from the main process."""
+    """One line above the bars, from the main process. Nobody may be listening any more: that decides nothing."""
     if process_state().is_main_process:
-        tqdm.write(line)
+        try:
+            tqdm.write(line)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            nobody_listens()
 
 
 class TrainingBar(TrainerCallback):

@@ -10,7 +10,7 @@ from typing import Any
 from pm_llm.config import RunConfig
 from pm_llm.durable import sha256_of
 from pm_llm.errors import PmLlmError
-from pm_llm.run_dir import STATE, RunDir
+from pm_llm.run_dir import RunDir
 from pm_llm.tasks import Example, Task
 
 # keys without influence on any result, beyond the rounding of sums
@@ -60,7 +60,7 @@ def take_up(
         },
     }
     new = {"tasks": names, "config": plain, "rows": rows}
-    if not (run_dir.path / STATE).is_file():
+    if not run_dir.has_state():
         if restart_from is not None:
             raise PmLlmError(f"{run_dir.path} holds no run that could be restarted. Leave --restart-from out.")
         run_dir.begin({**new, "restarted": None})

@@ -18,6 +18,7 @@ not part of the run, whatever a crash has left, and is swept away.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ from pm_llm.errors import PmLlmError
 ADAPTER, TASK_ADAPTER, CURVATURE, LOG = "adapter", "task_adapter", "curvature.safetensors", "log.jsonl"
 MEMORY = "memory.safetensors"
 STATE, RESULTS, STAGES, UNTRAINED, WORK = "state.json", "results.json", "stages", "untrained", "work"
+SUMS = "sums"  # in work: a Fisher's sums in mapped files
+OWN = (STATE, RESULTS, ADAPTER, UNTRAINED, WORK, "config.yaml", "matrix.png", "report.html", "README.md", "figures")
+OURS = re.compile(r"\d{2,}-.*|\.\d{2,}-.*\.tmp")  # folders that a run makes in stages and work
 KEYS = {"tasks", "config", "rows", "stages", "untrained", "files", "restarted"}
 
 
@@ -53,10 +57,31 @@ class RunDir:
     def open(cls, path: str | Path) -> RunDir:
         """An existing run. Raises PmLlmError if there is none."""
         run = cls(path)
-        if not (run.path / STATE).is_file():
+        run.check_links()
+        if not run.has_state():
             hint = " Its stages are there: put state.json back from a copy." if run._stages_on_disk() else ""
             raise PmLlmError(f"{path} is not a run folder: state.json is missing.{hint}")
         return run
+
+    def has_state(self) -> bool:
+        """Whether the folder holds a run. Raises PmLlmError if something else stands in its state's place."""
+        state = self.path / STATE
+        if os.path.lexists(state) and (state.is_symlink() or not state.is_file()):
+            raise PmLlmError(
+                f"{state} is no ordinary file. Put state.json itself there, or choose another output_dir."
+            )
+        return state.is_file()
+
+    def check_links(self) -> None:
+        """Raise PmLlmError if a folder of the run is a link: what lies behind one is somebody's, and is not swept."""
+        stages = self.path / STAGES
+        inside = sorted(stages.iterdir()) if stages.is_dir() and not stages.is_symlink() else []
+        for folder in (stages, self.path / UNTRAINED, self.path / WORK, *inside):
+            if folder.is_symlink():
+                raise PmLlmError(
+                    f"{folder} is a link, and a run removes what is left over in its folders. Let output_dir itself lie "
+                    "on (or be a link to) the other disk."
+                )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -65,8 +90,9 @@ class RunDir:
         Raises:
             PmLlmError: If another process is in, the folder cannot be written, or it holds something that is no run.
         """
+        self.check_links()
         with writing(self.path):
-            if not (self.path / STATE).exists() and self._holds_something():
+            if not self.has_state() and self._holds_something():
                 raise PmLlmError(
                     f"{self.path} is not empty and holds no run: {self.path / STATE} is missing. Put it back from a "
                     "copy, or choose another output_dir."
@@ -76,7 +102,7 @@ class RunDir:
         try:
             yield
         finally:
-            begun = (self.path / STATE).exists()
+            begun = os.path.lexists(self.path / STATE)
             self._lock.release(remove=not begun)
             if not begun and self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
@@ -90,7 +116,7 @@ class RunDir:
         """Make the folder a run's that has done nothing yet."""
         with writing(self.path):
             self._write_state({**state, "stages": [], "untrained": None, "files": {}})  # from here it is a run folder
-            _remove(self.path / WORK)
+            self._clear_work()
             self.sweep()
             self._record_config(state["config"])
 
@@ -118,7 +144,7 @@ class RunDir:
         with writing(self.path):
             stages = state["stages"][:stage]
             self._write_state({**state, "config": config, "stages": stages, "files": files, "restarted": token})
-            _remove(self.path / WORK)
+            self._clear_work()
             self.sweep()
 
     def _holds_something(self) -> bool:
@@ -141,9 +167,10 @@ class RunDir:
         else:
             (self.path / ADAPTER).unlink(missing_ok=True)
         for temporary in self.path.glob(".*.tmp"):
-            _remove(temporary)
+            if temporary.name[1:-4] in OWN or temporary.is_file():
+                _remove(temporary)
         for folder in (self.path / STAGES).iterdir():
-            if folder.name not in stages:
+            if folder.name not in stages and OURS.fullmatch(folder.name):
                 _remove(folder)
         if RESULTS not in state["files"]:
             _remove(self.path / RESULTS)
@@ -151,10 +178,18 @@ class RunDir:
             for file in [path for path in folder.rglob("*") if path.is_file()]:
                 if file.relative_to(self.path).as_posix() not in state["files"]:
                     file.unlink()
-        if (self.path / WORK).is_dir():
-            for folder in (self.path / WORK).iterdir():
-                if not folder.name.startswith(f"{len(stages) + 1:02d}-"):
-                    _remove(folder)
+        self._clear_work(but=f"{len(stages) + 1:02d}-")
+
+    def _clear_work(self, but: str | None = None) -> None:
+        """Remove the checkpoints, except those of the stage whose folder begins with `but`; and nothing else."""
+        work = self.path / WORK
+        if not work.is_dir() or work.is_symlink():
+            return
+        for folder in work.iterdir():
+            if (OURS.fullmatch(folder.name) or folder.name == SUMS) and not (but and folder.name.startswith(but)):
+                _remove(folder)
+        if but is None and not any(work.iterdir()):
+            work.rmdir()
 
     # ---- reading ----
     def state(self) -> dict[str, Any]:
@@ -243,11 +278,15 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         """The merged adapter after the last trained task. Raises PmLlmError if there is none, or it is damaged."""
-        stages = self.state()["stages"]
+        state = self.state()
+        stages = state["stages"]
         if not stages:
             raise PmLlmError(f"{self.path} holds no adapter yet: no task is finished.")
         folder = f"{STAGES}/{stages[-1]['folder']}/{ADAPTER}"
         self.check([f"{folder}/"])
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if f"{folder}/{name}" not in state["files"] or (self.path / folder / name).is_symlink():
+                raise PmLlmError(f"{self.path / folder / name} is not as the run wrote it. Put it back from a copy.")
         return self.path / folder
 
     def stage_adapter(self, stage: int, which: str = ADAPTER) -> Path:
@@ -357,7 +396,7 @@ class RunDir:
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Replace `results.json`; the run is finished."""
-        _remove(self.path / WORK)
+        self._clear_work()
         self.write(RESULTS, json.dumps(results, indent=1), restarted=None)
 
     def _record_config(self, config: dict[str, Any]) -> None:
@@ -392,7 +431,9 @@ def _is_kept(name: str) -> bool:
 
 def _names(state: dict[str, Any]) -> list[str]:
     """All paths that a state names."""
-    return [*state["files"], *(entry["folder"] for entry in state["stages"])]
+    scores = [state["untrained"] or {}, *(entry["scores"] for entry in state["stages"])]
+    predictions = [one["predictions"] for found in scores for one in found.values()]
+    return [*state["files"], *(entry["folder"] for entry in state["stages"]), *predictions]
 
 
 def _is_inside(name: str) -> bool:

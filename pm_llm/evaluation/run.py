@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from pm_llm.adapters import check_fit
 from pm_llm.config import EvaluationSection, RunConfig
@@ -17,7 +18,7 @@ from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels
 from pm_llm.evaluation.predictions import Predictions
 from pm_llm.evaluation.scorers import SCORERS
-from pm_llm.foreign import fetched
+from pm_llm.foreign import fetched, without_patterns
 from pm_llm.models import load_base
 from pm_llm.progress import bar
 from pm_llm.tasks import Example, Task, load_tasks, scored
@@ -73,7 +74,8 @@ def evaluate_adapter(
     model = base.model
     if folder is not None:
         try:
-            model = PeftModel.from_pretrained(model, folder)
+            config_of = without_patterns(PeftConfig.from_pretrained(folder), Path(folder))
+            model = PeftModel.from_pretrained(model, folder, config=config_of)
             found = model.load_adapter(folder, "default")  # again, as it says what did not fit
             # prompts and shared vectors have places of their own, which PEFT fills, or raises
             missing = [key for key in found.missing_keys if "prompt_encoder" not in key and "vector_bank" not in key]

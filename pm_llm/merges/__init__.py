@@ -278,6 +278,7 @@ class Merger:
                 adapter.check_finite(which)
         if running is not None:
             check_same_place(running, new)
+            new = new.beside(running)
         if self.rule.needs_fisher and fisher is None:
             raise PmLlmError(f"merge rule {type(self.rule).__name__} needs the task's Fisher; give fisher=...")
         if self.rule.needs_probe and running is not None and probe is None:
@@ -313,6 +314,9 @@ class Merger:
             kept, lost, total = self._truncated(name, merged, fold.new[name].rank)
             if lost > 0:
                 self.rule.truncated(name, lowrank.add(kept, merged.scale(-1.0)))
+            kept = lowrank.trimmed(kept)
+            if not (torch.isfinite(kept.B).all() and torch.isfinite(kept.A).all()):
+                raise PmLlmError(f"merging makes weights that are NaN or infinite in {name}. Lower the coefficient.")
             if zeros is not None:
                 kept = LowRank(zeros(*kept.B.shape).copy_(kept.B), zeros(*kept.A.shape).copy_(kept.A))
             elif kept is merged:  # it may hold a mapped file's own tensors

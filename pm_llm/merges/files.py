@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pm_llm.accumulators import mapped_files
@@ -16,18 +17,39 @@ from pm_llm.starts import TASK
 
 
 def merge_folders(
-    running: str | Path, new: str | Path, coefficient: float, max_rank: int | None, out: str | Path
+    running: str | Path,
+    new: Sequence[str | Path],
+    coefficients: Sequence[float],
+    max_rank: int | None,
+    out: str | Path,
 ) -> FoldReport:
-    """Write `running + coefficient * new` as an adapter folder `out`, truncated to `max_rank` if given.
+    """Write `running + sum_i coefficient_i * new_i` as an adapter folder `out`, truncated to `max_rank` if given.
+
+    Args:
+        running: An adapter folder.
+        new: The folders of those that are added to it.
+        coefficients: One for all of them, or one each.
+        max_rank: Of the result.
+        out: The folder to write; must not exist.
 
     Raises:
         PmLlmError: If an input is no foldable adapter, they do not belong together, or `out` exists or cannot be
             written. Then `out` is not there.
     """
-    merger = Merger("constant", max_rank=max_rank, coefficient=coefficient)
+    if len(coefficients) not in (1, len(new)):
+        raise PmLlmError(
+            f"{len(coefficients)} coefficients are given for {len(new)} adapters. Give one for all of them, or one each."
+        )
+    merged: str | Path | Adapter = running
     with new_folder(out) as scratch:
-        # module by module, from mapped files into mapped files: memory holds a few modules
-        merger.fold(running, new, zeros=mapped_files(scratch)).save(scratch)
+        for i, one in enumerate(new):
+            last = i == len(new) - 1  # what is before is exact: the result is cut once
+            merger = Merger(
+                "constant", max_rank=max_rank if last else None, coefficient=coefficients[i % len(coefficients)]
+            )
+            # module by module, from mapped files into mapped files: memory holds a few modules
+            merged = merger.fold(merged, one, zeros=mapped_files(scratch))
+        merged.save(scratch)  # type: ignore[union-attr]
     return merger.report
 
 
