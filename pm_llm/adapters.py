@@ -21,9 +21,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pm_llm.errors import PmLlmError
 from pm_llm import lowrank
 from pm_llm.durable import readable
+from pm_llm.errors import PmLlmError
 from pm_llm.foreign import WEIGHTS_FILE, check_files, keys_for, module_of
 from pm_llm.lowrank import LowRank
 from pm_llm.sharding import gathered, whole
@@ -396,8 +396,9 @@ def place_of(config: PeftConfig, modules: Sequence[str]) -> dict[str, Any]:
     """The fields that say where an adapter sits, as :class:`Adapter` keeps them; a pattern of names becomes the names
     themselves, so that none is handed on."""
     values = {name: getattr(config, name) for name in _PLACE}
-    if isinstance(values["target_modules"], str):
-        values |= {"target_modules": sorted(modules), "exclude_modules": None, "layers_pattern": None}
+    if any(isinstance(values[key], str) for key in ("target_modules", "exclude_modules", "layers_pattern")):
+        names = {"target_modules": sorted(modules), "exclude_modules": None}
+        values |= {**names, "layers_pattern": None, "layers_to_transform": None}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 

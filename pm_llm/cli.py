@@ -147,7 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("run_dir", metavar="RUN_DIR")
     push.add_argument("repo_id", metavar="USER/NAME")
     push.add_argument("--private", action="store_true", help="make the repository private")
-    push.add_argument("--dry-run", action="store_true", help="write the card and list the files, upload nothing")
+    push.add_argument("--base-model", metavar="USER/NAME", help="id of the base model, where the run's is a folder")
+    push.add_argument("--dry-run", action="store_true", help="show the card and list the files, upload nothing")
     return parser
 
 
@@ -206,6 +207,11 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
         PmLlmError: If a value is missing, a list is given twice, or something is not a flag.
     """
     overrides: dict[str, list[Any]] = {}
+    texts = {"model", "data_dir", "output_dir", "tasks", "probes"}  # paths: `#2` in one is no comment
+
+    def read(key: str, word: str) -> Any:
+        return word if key in texts and not word.startswith(("{", "[", '"', "'")) else _yaml(word)
+
     lists = {"tasks", "probes", "lora.target_modules", "lora.layers_to_transform"}
     key = None
     for word in rest:
@@ -214,11 +220,11 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
             key = name.replace("-", "_")
             if key in lists & overrides.keys():
                 raise PmLlmError(f"--{key} is given twice. Give all of its values after one --{key}.")
-            overrides[key] = [_yaml(value)] if equals else []
+            overrides[key] = [read(key, value)] if equals else []
         elif key is None:
             raise PmLlmError(f"{word!r} is not a flag. Settings are given as --key value.")
         else:
-            overrides[key].append(_yaml(word))
+            overrides[key].append(read(key, word))
     for key, values in overrides.items():
         if not values:
             raise PmLlmError(f"--{key} needs a value.")
@@ -449,7 +455,7 @@ def push(given: argparse.Namespace) -> int:
     """`pm-llm push`: the adapter and its card."""
     from pm_llm.hub import push_run
 
-    print(push_run(given.run_dir, given.repo_id, private=given.private, dry_run=given.dry_run))
+    print(push_run(given.run_dir, given.repo_id, given.private, given.dry_run, given.base_model))
     return 0
 
 

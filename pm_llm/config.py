@@ -17,7 +17,7 @@ import yaml
 
 from pm_llm.errors import PmLlmError, check_number, check_pattern, unknown_name
 from pm_llm.methods import PRESETS, Choice, Method
-from pm_llm.values import convert
+from pm_llm.values import check_no_secrets, cleaned, convert
 
 
 def option(default: Any, help: str) -> Any:
@@ -47,6 +47,7 @@ AT_LEAST_ONE = (
 )
 ABOVE_ZERO = ("train.learning_rate", "lora.lora_alpha")
 NOT_NEGATIVE = ("train.warmup_steps", "train.weight_decay", "train.max_grad_norm")
+MAX_RANK = 4096  # of an adapter: beyond the width of most layers
 SEEDS = 2**32  # how many numpy knows
 
 
@@ -182,9 +183,10 @@ class RunConfig:
             value = _get(self, name)
             if value is not None and value < 1:
                 raise PmLlmError(f"{name} is {value}; it must be at least 1.")
+        check_number("lora.r", self.lora.r, 1, MAX_RANK, whole=True)
         for pattern, rank in self.lora.rank_pattern.items():
             check_pattern("lora.rank_pattern", pattern)
-            check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, whole=True)
+            check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, MAX_RANK, whole=True)
         for pattern, alpha in self.lora.alpha_pattern.items():
             check_pattern("lora.alpha_pattern", pattern)
             if not alpha > 0:
@@ -199,6 +201,7 @@ class RunConfig:
             check_number(name, _get(self, name), low=0)
         if not by_epochs and self.train.max_steps < 1:
             raise PmLlmError(f"train.max_steps is {self.train.max_steps}; it must be at least 1, or -1 for epochs.")
+        check_no_secrets(self.plain())
         self._check_method(self.parsed_method())
         return self
 
@@ -287,7 +290,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
             raise PmLlmError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise PmLlmError(f"{path} holds no mapping of keys to values.")
-    given = overrides or {}
+    values, given = cleaned(values, str(path or "the command line")), cleaned(overrides or {}, "the command line")
     method = values.get("method", RunConfig.method)
     if given.get("method", method) != method:
         usual = {"start": "null", "constrain": "null", "merge": "null", "space": RunConfig.space}

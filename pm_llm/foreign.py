@@ -106,6 +106,7 @@ def _check_values(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], fo
     numbers = ("r", "lora_alpha", "lora_dropout", "num_virtual_tokens")
     found = {key: config[key] for key in numbers if config.get(key) is not None}
     wrong += [key for key, value in found.items() if not isinstance(value, (int, float))]
+    wrong += [key for key in ("r", "lora_alpha") if config["peft_type"] == "LORA" and config.get(key, 8) is None]
     wrong += [key for key in ("r", "num_virtual_tokens") if key not in wrong and found.get(key, 0) > largest]
     ranks = patterns["rank_pattern"]
     wrong += ["rank_pattern"] if not wrong and any(x > MAX_RANK for x in ranks.values()) else []

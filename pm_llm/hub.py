@@ -6,29 +6,47 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from pm_llm.errors import PmLlmError, first_line
+from pm_llm.durable import replace_bytes, sha256_of
+from pm_llm.errors import PmLlmError
 from pm_llm.methods import knows_task
 from pm_llm.run_dir import STAGES, TASK_ADAPTER, RunDir
 
+WRITTEN = ".card"  # in the run's folder: the digest of the card as it was written
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
-def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: bool = False) -> str:
+def push_run(
+    run_dir: str | Path,
+    repo_id: str,
+    private: bool = False,
+    dry_run: bool = False,
+    base_model: str | None = None,
+) -> str:
     """Upload the merged adapter of a finished run with a model card; return what was done, in words.
 
     The token is the one `huggingface_hub` finds (HF_TOKEN or `hf auth login`); it is never printed. With `dry_run`
-    nothing is sent: the card is written to `README.md` in the run's folder.
+    nothing is sent and nothing is written: the card is part of what is returned. Of a card that is on the Hub, or that
+    the user has edited in the run's folder (which goes first), all is kept that a run does not say.
+
+    Args:
+        run_dir: The run.
+        repo_id: The repository, `user/name`.
+        private: Whether to make it private.
+        dry_run: Whether to send nothing.
+        base_model: The base model's id on the Hub; needed where the run's base is a folder of this machine, whose path
+            is never uploaded.
 
     Raises:
         PmLlmError: If the run is not finished or has no one adapter for all tasks, the name is no repository name, or
             the Hub refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    from pm_llm.report.card import write_card
+    from pm_llm.report.card import is_hub_id, write_card
 
     run = RunDir.open(run_dir)
     results = run.results()
@@ -45,19 +63,24 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
         )
     adapter = run.adapter
     config = json.loads((adapter / FILES[0]).read_text())
+    base = base_model or config.get("base_model_name_or_path") or results["config"]["model"]
+    if not is_hub_id(base):
+        raise PmLlmError(
+            f"the base model is {base!r}, a folder of this machine, which nobody else can load. Name its id on the Hub "
+            "with --base-model USER/NAME."
+        )
+    config["base_model_name_or_path"], api = base, HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for name in FILES[:2]:
-            shutil.copy(adapter / name, folder / name)
-        base_model, rank = results["config"]["model"], _rank(config)
-        write_card(results, repo_id, base_model, rank, config.get("task_type"), folder / FILES[2])
-        with run.locked():
-            run.write(FILES[2], (folder / FILES[2]).read_bytes())
+        shutil.copy(adapter / FILES[1], folder / FILES[1])
+        (folder / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True))
+        theirs = _card_of(run) if dry_run else _card_of(run) or _card_on_hub(api, repo_id)
+        card = write_card(results, repo_id, base, _rank(config), config.get("task_type"), folder / FILES[2], theirs)
         sizes = ", ".join(f"{name} ({(folder / name).stat().st_size:,} bytes)" for name in FILES)
         if dry_run:
-            return f"dry run: would upload to {repo_id}: {sizes}. The card is in {run.path / FILES[2]}."
-        api = HfApi()
+            return f"{card}\ndry run: would upload to {repo_id}: {sizes}. Above is the card."
         try:
+            ModelCard(card).validate()  # before there is a repository
             api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.repo_info(repo_id).private:
                 raise PmLlmError(
@@ -69,11 +92,33 @@ def push_run(run_dir: str | Path, repo_id: str, private: bool = False, dry_run: 
         except PmLlmError:
             raise
         except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
-            reason = first_line(error)
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise PmLlmError(
                 f"the Hub did not take {repo_id}: {reason}. Check the name and your login (`hf auth whoami`)."
             ) from error
+        with run.locked():
+            replace_bytes(run.path / FILES[2], card.encode())  # the user's to edit from here on
+            replace_bytes(run.path / WRITTEN, sha256_of(card).encode())
     return f"uploaded {sizes} to {commit.repo_url}"
+
+
+def _card_of(run: RunDir) -> str | None:
+    """The card in the run's folder, if the user has edited it since it was written."""
+    card, written = run.path / FILES[2], run.path / WRITTEN
+    if not card.is_file() or card.is_symlink():
+        return None
+    text = card.read_text(encoding="utf-8")
+    return None if written.is_file() and written.read_text() == sha256_of(text) else text
+
+
+def _card_on_hub(api: Any, repo_id: str) -> str | None:
+    """The card that is there; None where there is none, or what cannot be reached will be told by the upload."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(api.hf_hub_download(repo_id, FILES[2], force_download=True)).read_text(encoding="utf-8")
+    except (HfHubHTTPError, OSError):
+        return None
 
 
 def _rank(config: dict) -> int:

@@ -122,6 +122,8 @@ def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> 
         _keep_packing(model)
     else:
         model = model.to(device)
+    if Path(resolve(name)).is_dir():  # an adapter's configuration names its base: found from any folder
+        model.name_or_path = str(Path(resolve(name)).resolve())
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
         setattr(model.config, token, getattr(tokenizer, token))
     # plain greedy decoding: no penalties or forced tokens that the model may ship; its own end tokens still end

@@ -39,6 +39,8 @@ STATE, RESULTS, STAGES, UNTRAINED, WORK = "state.json", "results.json", "stages"
 SUMS = "sums"  # in work: a Fisher's sums in mapped files
 OWN = (STATE, RESULTS, ADAPTER, UNTRAINED, WORK, "config.yaml", "matrix.png", "report.html", "README.md", "figures")
 OURS = re.compile(r"\d{2,}-.*|\.\d{2,}-.*\.tmp")  # folders that a run makes in stages and work
+FORMAT = 2  # of the folder; 1 had none written
+STAGE_KEYS = {"task", "folder", "scores", "seconds", "coefficient", "raw_coefficient", "peak_memory_bytes"}
 KEYS = {"tasks", "config", "rows", "stages", "untrained", "files", "restarted"}
 
 
@@ -197,8 +199,18 @@ class RunDir:
         found = self._json(STATE)
         if "digest" not in found and {"tasks", "stages", "versions"} <= found.keys():
             raise PmLlmError(f"{self.path} holds a run of an older pm_llm, which cannot go on. Run in another folder.")
+        if isinstance(found.get("format"), int) and found["format"] > FORMAT:
+            raise PmLlmError(
+                f"{self.path} is of format {found['format']}, of a newer pm_llm; this one knows up to {FORMAT}. "
+                "Upgrade pm_llm, or run in another folder."
+            )
         digest = found.pop("digest", None)
-        if digest != sha256_of(found) or not found.keys() >= KEYS or not all(map(_is_inside, _names(found))):
+        try:
+            good = digest == sha256_of(found) and found.keys() >= KEYS and all(map(_is_inside, _names(found)))
+            good = good and all(entry.keys() >= STAGE_KEYS for entry in found["stages"])
+        except (KeyError, TypeError, AttributeError):
+            good = False
+        if not good:
             raise PmLlmError(
                 f"{self.path / STATE} has other content than was written. Put it back from a copy, or run in another "
                 f"folder. The adapters in {self.path / STAGES} are ordinary PEFT adapters still."
@@ -403,7 +415,7 @@ class RunDir:
         self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def _write_state(self, state: dict[str, Any]) -> None:
-        state = json.loads(json.dumps(state))  # as it will be read
+        state = json.loads(json.dumps({**state, "format": FORMAT}))  # as it will be read
         durable.replace_bytes(self.path / STATE, json.dumps({**state, "digest": sha256_of(state)}, indent=1).encode())
 
 

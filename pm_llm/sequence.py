@@ -166,7 +166,7 @@ class ContinualSequence:
             "seed": self.config.seed_of(number),
             "config": {key: value for key, value in self.config.plain().items() if key != "output_dir"},
             "words": self.method.plain(),
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            "versions": _versions(),
             "processes": self.state.num_processes,
             "coefficient": report.coefficient,
             "raw_coefficient": report.raw_coefficient,
@@ -310,6 +310,10 @@ class ContinualSequence:
         if not done:
             return merger, None
         say(f"going on after task {done} of {len(self.tasks)} in {self.run_dir.path}")
+        before, now = self.stages[-1].get("versions", {}), _versions()
+        others = [f"{name} {before[name]} then, {now[name]} now" for name in before if now.get(name) != before[name]]
+        if others:
+            say(f"versions differ: {', '.join(others)}; what follows may come out otherwise than it would have")
         curvature = self.run_dir.curvature()
         if curvature is None and self.stages[-1]["remembers"]:
             self._replay(merger)
@@ -377,6 +381,10 @@ class ContinualSequence:
         if box[0] is not None:
             raise PmLlmError(box[0])
         return box[1]
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
 
 
 def _stage_line(number: int, total: int, entry: dict[str, Any], seconds: float) -> str:

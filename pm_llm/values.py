@@ -21,6 +21,79 @@ NAMES: dict[Any, str] = {
 }
 
 
+MAX_VALUES = 100_000  # of a configuration, aliases followed
+
+SECRET = re.compile(r"(^|_)(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})")
+NO_SECRETS = {"eos_token", "pad_token", "bos_token"}
+
+
+def cleaned(value: Any, where: str = "the configuration") -> Any:
+    """Plain values of YAML, with halves of characters (as JSON writes emojis) put together.
+
+    Raises:
+        PmLlmError: If a text is no Unicode, or there is no end of values (YAML lets aliases stand for aliases).
+    """
+    count = 0
+
+    def walk(x: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > MAX_VALUES:
+            raise PmLlmError(f"{where} holds more than {MAX_VALUES:,} values. Write it without aliases of aliases.")
+        if isinstance(x, dict):
+            return {walk(key): walk(one) for key, one in x.items()}
+        if isinstance(x, list):
+            return [walk(one) for one in x]
+        return text_of(x, where) if isinstance(x, str) else x
+
+    return walk(value)
+
+
+def text_of(text: str, where: str) -> str:
+    """A text whose surrogate pairs are characters. Raises PmLlmError if half a character is left."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeError as error:
+        raise PmLlmError(
+            f"{where} holds {ascii(text)[:60]}, which is not valid Unicode. Write it in UTF-8."
+        ) from error
+
+
+def name_of(text: str, what: str) -> str:
+    """A name that can be printed, drawn and written: the door through which names come in.
+
+    Raises:
+        PmLlmError: If it is empty, longer than 200 characters, or has characters that are not printable.
+    """
+    found = text_of(text, what)
+    if not found.strip() or len(found) > 200 or not found.isprintable():
+        raise PmLlmError(
+            f"{what} is {ascii(found)[:60]}; it must be of 1 to 200 printable characters, without line breaks."
+        )
+    return found
+
+
+def check_no_secrets(values: Any, where: str = "") -> None:
+    """Raise PmLlmError if a key or a value is a login: a run's folder and its page show the whole configuration."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if isinstance(key, str) and SECRET.search(key) and key not in NO_SECRETS and value is not None:
+                raise PmLlmError(
+                    f"{where}{key} is a secret, which would be written into the run's folder. Leave it out and set it in "
+                    "the environment (HF_TOKEN, or `hf auth login`)."
+                )
+            check_no_secrets(value, f"{where}{key}.")
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            check_no_secrets(value, where)
+    elif isinstance(values, str) and SECRET_VALUE.search(values):
+        raise PmLlmError(
+            f"{where.rstrip('.') or 'the configuration'} holds what looks like a login token, which would be written into "
+            "the run's folder. Leave it out and set it in the environment."
+        )
+
+
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 

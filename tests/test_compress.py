@@ -102,6 +102,6 @@ def test_where_an_adapter_sits_survives(tmp_path) -> None:
     compress(tmp_path / "whole", tmp_path / "small", 0.5)
     expand(tmp_path / "small", tmp_path / "again")
     found = json.loads((tmp_path / "again/adapter_config.json").read_text())
-    assert found["target_modules"] == r".*\.(q|v)_proj"
+    assert sorted(found["target_modules"]) == sorted(Adapter.from_model(model, "default").factors)  # no pattern
     assert found["task_type"] is None
     assert PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "again"))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from pm_llm.adapters import Adapter
 from pm_llm.cli import main
 from pm_llm.errors import PmLlmError
 from pm_llm.foreign import check_files
@@ -94,17 +95,12 @@ def without_weights(folder: Path) -> None:
 # values that PEFT would take: to allocate what it is told, to match for ever, or to fail in its own words
 VALUES = [
     ("rank_pattern", {"k_proj": 5 * 10**7}),
-    ("rank_pattern", {"(([a-z0-9_.])+)+X": 4}),
-    ("rank_pattern", {"(": 4}),
     ("rank_pattern", [1]),
-    ("alpha_pattern", {"(": 4}),
     ("alpha_pattern", "x"),
-    ("target_modules", "("),
-    ("target_modules", "((a+)+)+b"),
     ("target_modules", 5),
     ("target_modules", [5]),
-    ("exclude_modules", "("),
-    ("layers_pattern", "("),
+    ("target_modules", [f"m{i}" for i in range(300_000)]),
+    ("layer_replication", [[0, 10**9]]),
     ("lora_alpha", "abc"),
     ("lora_dropout", "x"),
 ]
@@ -115,7 +111,7 @@ CASES = [
     (petabytes_of_tensor, "is damaged"),
     (overlapping, "is damaged"),
     (deep, "is damaged"),
-    (traversal, "is not the name of a module's tensor"),
+    (traversal, "is not a name that PEFT gives"),
     (configured(run_this="rm -rf /"), "keys that this PEFT does not know for LORA: run_this"),
     (configured(r=10**9), "values that no adapter needs: r"),
     (configured(r=5), "do not belong together"),
@@ -124,6 +120,9 @@ CASES = [
     (configured(megatron_config={"x": 1}, megatron_core="os"), "megatron_config"),
     (other_shapes, "shape"),
     *((configured(**{key: value}), f"values that no adapter needs: {key}") for key, value in VALUES),
+    (configured(rank_pattern={"(([a-z0-9_.])+)+X": 4}), "takes too long to match"),
+    (configured(rank_pattern={".*" * 24 + "Z": 4}), "takes too long to match"),
+    (configured(alpha_pattern={"(": 4}), "cannot be matched"),
     (configured(peft_type="XLORA"), "XLORA"),
     (without_weights, "holds no weights"),
 ]
@@ -135,8 +134,62 @@ def adapter(tmp_path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("pattern", [".*" * 24 + "Z", "((a+)+)+b", r"(.)\\1*(.*)*\\2Z", "("])
+def test_a_pattern_for_names_that_comes_with_a_file_is_never_matched(
+    key: str, pattern: str, adapter, pico_folders, tmp_path, capsys
+) -> None:
+    configured(**{key: pattern})(adapter)
+    assert main(["evaluate", "--model", pico_folders["llama"], "--adapter", str(adapter), *TASKS]) == 0
+    out = str(tmp_path / "out")
+    assert main(["merge", "--running", str(adapter), "--new", str(adapter), "--out", out]) == 0
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert all(pattern != value for value in config.values())
+    assert PeftModel.from_pretrained(make_model("llama"), out)
+
+
+def test_patterns_as_keys_of_ranks_and_null_values_of_other_versions_are_fine(adapter, pico_folders, tmp_path) -> None:
+    configured(
+        rank_pattern={r".*\\.q_proj": 4}, alpha_pattern={r"model\\.layers\\.[01].*v_proj": 32}, r=4, corda_of_old=None
+    )(adapter)
+    found = Adapter.load(adapter)
+    plain = PeftModel.from_pretrained(make_model("llama"), str(adapter))
+    live = Adapter.from_model(plain, "default")
+    for name, x in found.factors.items():
+        torch.testing.assert_close(x.dense(), live.factors[name].dense())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("base_model.model.", "_orig_mod.base_model.model."),
+        ("base_model.model.", "module.base_model.model."),
+        ("base_model.model.", "base_model.model.base_model.model."),
+        (".self_attn.", "._fsdp_wrapped_module.self_attn."),
+        (".lora_A.", "._orig_mod.lora_A."),
+    ],
+)
+def test_names_that_wrappers_give_are_taken_as_the_models(before: str, after: str, adapter) -> None:
+    expected = Adapter.load(adapter)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name.replace(before, after): x.clone() for name, x in load_file(file).items()}, file)
+    found = Adapter.load(adapter)
+    assert list(found.factors) == list(expected.factors)
+    save_file({name.replace("base_model.model.", "wrapped."): x for name, x in load_file(file).items()}, file)
+    with pytest.raises(PmLlmError, match="is not a name that PEFT gives"):
+        Adapter.load(adapter)
+
+
+def test_an_adapter_of_the_output_layer_as_peft_saves_it(tmp_path) -> None:
+    model = make_peft("llama", random_b=True, target_modules=["q_proj", "lm_head"])
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert any("base_layer" in name for name in load_file(tmp_path / "a/adapter_model.safetensors"))
+    assert "lm_head" in Adapter.load(tmp_path / "a").factors
+
+
 @pytest.mark.parametrize(("spoil", "expected"), CASES, ids=[f"{i}" for i in range(len(CASES))])
-def test_refused_by_every_command(spoil, expected: str, adapter, pico_folders, tmp_path, capsys) -> None:
+def test_refused_by_every_command(spoil, expected: str, adapter, pico_folders, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("pm_llm.foreign.PATIENCE", 1.0)
     shutil.copytree(adapter, tmp_path / "good")
     spoil(adapter)
     commands = {

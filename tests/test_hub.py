@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +18,7 @@ from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.hub import push_run
 from pm_llm.methods import PRESETS
-from pm_llm.report.card import _is_hub_id, _serving, write_card
+from pm_llm.report.card import _serving, is_hub_id, write_card
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, pm_llm, small_tasks
 from tests.forks import Forker
@@ -72,7 +74,9 @@ def test_push_and_load_again(family: str, large: tuple[str, ...], finished_runs,
         # with a file that goes through LFS the plain protocol is used; small files need none
         env = environment(hub, tmp_path, **({"HF_HUB_DISABLE_XET": "1"} if large else {}))
         with Forker(tmp_path, env) as forker:
-            done = forker("push", finished_runs[family], "user/my-adapter", "--private", kill=120.0)
+            done = forker(
+                "push", finished_runs[family], "user/my-adapter", "--base-model", "org/base", "--private", kill=120.0
+            )
             assert done.status == 0, done.said
             repo, files = hub.repos["user/my-adapter"], hub.files["user/my-adapter"]
             assert repo.get("private") or repo.get("visibility") == "private"
@@ -84,7 +88,7 @@ def test_push_and_load_again(family: str, large: tuple[str, ...], finished_runs,
             assert len(sums) == 2
             assert sums[0] == sums[1]
             assert any(r.startswith("GET /user/my-adapter/resolve/main/adapter_model") for r in hub.requests)
-            again = forker("push", finished_runs[family], "user/my-adapter", kill=120.0)
+            again = forker("push", finished_runs[family], "user/my-adapter", "--base-model", "org/base", kill=120.0)
             assert again.status == 0, again.said  # pushing to what exists is an update
 
 
@@ -93,27 +97,75 @@ def test_refused_login_is_one_line_without_the_token(finished_runs, tmp_path) ->
     with HubServer() as hub:
         wrong = TOKEN + "x"
         env = environment(hub, tmp_path, HF_TOKEN=wrong, HF_HUB_DISABLE_XET="1")
-        done = pm_llm("push", finished_runs["llama"], "user/name", env=env, timeout=120)
+        done = pm_llm("push", finished_runs["llama"], "user/name", "--base-model", "org/base", env=env, timeout=120)
     assert done.returncode == 2
     assert "hf auth" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert wrong not in done.stderr + done.stdout
 
 
-def test_dry_run_sends_nothing_and_writes_the_card(finished_runs, tmp_path) -> None:
+def test_dry_run_sends_nothing_and_shows_the_card(finished_runs, tmp_path) -> None:
+    before = sorted(str(path) for path in Path(finished_runs["llama"]).rglob("*"))
+    push = ("push", finished_runs["llama"], "user/name", "--dry-run")
     with HubServer() as hub:
-        done = pm_llm("push", finished_runs["llama"], "user/name", "--dry-run", env=environment(hub, tmp_path))
+        env = environment(hub, tmp_path)
+        done = pm_llm(*push, env=env)
+        assert done.returncode == 2
+        assert "Name its id on the Hub with --base-model" in done.stderr
+        done = pm_llm(*push, "--base-model", "org/base", env=env)
         assert done.returncode == 0, done.stderr
         assert hub.requests == []
-    with open(f"{finished_runs['llama']}/README.md") as file:
-        check_card(file.read(), finished_runs["llama"])
+    assert sorted(str(path) for path in Path(finished_runs["llama"]).rglob("*")) == before
+    card, _, _ = done.stdout.partition("\ndry run: ")
+    check_card(card, finished_runs["llama"])
+
+
+@pytest.mark.slow
+def test_pushing_again_keeps_what_is_the_users(finished_runs, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_runs["llama"], run, symlinks=True)
+    push = ("push", str(run), "user/name", "--base-model", "org/base")
+    with HubServer() as hub:
+        env = environment(hub, tmp_path, HF_HUB_DISABLE_XET="1")
+        with Forker(tmp_path, env) as forker:
+            assert forker(*push, kill=120.0).status == 0
+            files = hub.files["user/name"]
+            config = json.loads(files["adapter_config.json"])
+            assert config["base_model_name_or_path"] == "org/base"
+            assert str(tmp_path) not in files["adapter_config.json"].decode() + files["README.md"].decode()
+            edited = files["README.md"].decode().replace("---\n", "---\nlicense: mit\n", 1)
+            edited = edited.replace("To be filled in", "Rows of my own. To be filled in")
+            files["README.md"] = edited.replace("average accuracy", "AVERAGE").encode()
+            assert forker(*push, kill=120.0).status == 0
+            found = files["README.md"].decode()
+            assert "license: mit" in found
+            assert "Rows of my own." in found
+            assert "AVERAGE" not in found
+            (run / "README.md").write_text((run / "README.md").read_text() + "\nSaid here.\n")
+            assert forker(*push, kill=120.0).status == 0
+            assert files["README.md"].decode().rstrip().endswith("Said here.")
+            assert "damaged" not in forker("status", str(run), kill=120.0).said
+
+
+def test_names_that_a_card_cannot_hold(finished_runs, tmp_path) -> None:
+    with open(f"{finished_runs['llama']}/results.json") as file:
+        results = json.load(file)
+    names = {"sentiment": "law & order", "topic": "<b>a|b</b>"}
+    results |= {key: [names[name] for name in results[key]] for key in ("tasks", "stages")}
+    card = write_card(results, "user/name", "gpt2", 4, None, tmp_path / "README.md")
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    (index,) = yaml.safe_load(head)["model-index"]
+    assert [one["dataset"]["type"] for one in index["results"]] == ["law-order", "b-a-b-b"]
+    assert "<b>" not in body
+    (header,) = [line for line in body.splitlines() if line.startswith("| after |")]
+    assert header.replace("\\|", "").count("|") == 6
 
 
 @pytest.mark.parametrize(
     "name", ["gpt2", "t5-large", "org/model-1.5", "embedded:llama", "/models/mine", "./x", "a/b/c"]
 )
 def test_what_can_be_a_model_on_the_hub(name: str) -> None:
-    assert _is_hub_id(name) == (name in ("gpt2", "t5-large", "org/model-1.5"))
+    assert is_hub_id(name) == (name in ("gpt2", "t5-large", "org/model-1.5"))
 
 
 def check_card(card: str, run: str) -> None:
@@ -129,11 +181,11 @@ def check_card(card: str, run: str) -> None:
     last = results["matrix"][-1]
     assert values == {t: round(v, 2) for t, v in zip(results["tasks"], last, strict=True)}
     pattern = (
-        r"\s*# name\n.*\n## Method\n\n`pm` \(start: fresh, constrain: perturb, merge: optimal\).*coefficients: "
+        r"\s*<!-- made by pm_llm[^\n]*-->\n# name\n.*\n## Method\n\n`pm` \(start: fresh, constrain: perturb, merge: optimal\).*coefficients: "
         r"sentiment 1\.000, topic \d\.\d{3}\..*\n## Results\n.*"
         r"\| after \| sentiment \| topic \| average \| coefficient \|"
         r".*average accuracy: \d.*\n## Use\n.*PeftModel\.from_pretrained\(base, \"user/name\"\).*"
-        r"vllm serve BASE_MODEL --enable-lora --max-lora-rank 8 --lora-modules name=user/name\n"
+        r"vllm serve org/base --enable-lora --max-lora-rank 8 --lora-modules name=user/name\n"
         r".*\n## Licence and data\n\nTo be filled in.*"
     )
     assert re.fullmatch(pattern, body, re.S), body
@@ -169,7 +221,9 @@ def test_adapters_for_one_task_each_are_not_pushed_as_one(pico_folders, tmp_path
     assert "an adapter for each task, in stages/*/task_adapter" in capsys.readouterr().err
     assert not (tmp_path / "run" / "README.md").exists()
     ContinualSequence(replace(config, output_dir=str(tmp_path / "one")), small_tasks("topic")).run()
-    assert "would upload to user/name" in push_run(tmp_path / "one", "user/name", dry_run=True)  # its only one
+    assert "would upload to user/name" in push_run(
+        tmp_path / "one", "user/name", dry_run=True, base_model="org/base"
+    )  # its only one
 
 
 def test_bad_names_and_unfinished_runs(finished_runs, tmp_path, capsys) -> None:

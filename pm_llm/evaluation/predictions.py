@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,13 @@ def gather(lines: Iterable[dict[str, Any]]) -> dict[str, Predictions]:
 
 def _whole(name: str, rows: dict[int, dict[str, Any]]) -> Predictions:
     first = next(iter(rows.values()))
-    missing = [i for i in range(first["of"]) if i not in rows]
+    if not isinstance(first["of"], int) or isinstance(first["of"], bool) or first["of"] < 1:
+        raise PmLlmError(f"`of` of task {name!r} is {first['of']!r}; it must be the number of its rows")
+    missing = list(islice((i for i in range(first["of"]) if i not in rows), 11))
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
         raise MissingPredictionError(
-            f"{len(missing)} of {first['of']} predictions of task {name!r} are missing (row {shown}). Evaluate again."
+            f"{first['of'] - sum(i in range(first['of']) for i in rows)} of {first['of']} predictions of task {name!r} are missing (row {shown}). Evaluate again."
         )
     if len(rows) > first["of"] or {(row["of"], row["scorer"]) for row in rows.values()} != {
         (first["of"], first["scorer"])

@@ -199,7 +199,10 @@ def past_of(tensors: dict[str, Tensor]) -> Past:
         past = form_of(name).past
         if set(tensors) == set(past.names):
             return past(**tensors)
-    raise PmLlmError(f"the curvature holds {sorted(tensors)}, which is of no form that is known here.")
+    raise PmLlmError(
+        f"the curvature holds {sorted(tensors)}, which is of no form that is known here: of another version of pm_llm. "
+        "Go on with that version, or begin anew in another folder."
+    )
 
 
 def scale_of(fisher: Fisher, scale: str, own: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,24 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _SEQ2SEQ = "SEQ_2_SEQ_LM"
 
 
+BEGIN, END = (
+    "<!-- made by pm_llm; what is between these lines is made anew -->",
+    "<!-- end of what is made by pm_llm -->",
+)
+OURS = ("base_model", "library_name", "model-index", "model_name")  # what of the metadata a run says
+
+
 def write_card(
-    results: dict[str, Any], repo_id: str, base_model: str, rank: int, task_type: str | None, path: Path
+    results: dict[str, Any],
+    repo_id: str,
+    base_model: str,
+    rank: int,
+    task_type: str | None,
+    path: Path,
+    theirs: str | None = None,
 ) -> str:
-    """Write README.md for the adapter and return its text.
+    """Write README.md for the adapter and return its text. Of a card that is there already all stays that a run does
+    not say: licence, other metadata, and every text outside of the part that is marked as made here.
 
     Args:
         results: The run's `results.json`.
@@ -30,13 +45,52 @@ def write_card(
         rank: The adapter's rank.
         task_type: PEFT's task type.
         path: The file to write.
+        theirs: The card that is there already.
     """
-    card = ModelCard(
-        f"---\n{_data(results, repo_id, base_model).to_yaml()}\n---\n\n"
-        + _body(results, repo_id, base_model, rank, task_type)
-    )
+    data, body = _data(results, repo_id, base_model), _body(results, repo_id, base_model, rank, task_type)
+    if theirs is None:
+        text = f"{BEGIN}\n{body}\n{END}\n\n{_LICENCE}"
+    else:
+        old = ModelCard(theirs, ignore_metadata_errors=True)
+        data, text = _with_theirs(data, old.data), _between(old.text, body)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}")
     card.save(path)
     return str(card)
+
+
+def _with_theirs(ours: ModelCardData, theirs: Any) -> ModelCardData:
+    """The user's metadata, with what a run says put in."""
+    for key, value in theirs.to_dict().items():
+        if key == "tags":
+            ours.tags = list(dict.fromkeys([*(value or []), *(ours.tags or [])]))
+        elif key not in OURS or ours.get(key) is None:
+            setattr(ours, key, value)
+    return ours
+
+
+def _between(text: str, body: str) -> str:
+    """A card's text with the part that is made here in its place; behind theirs where it had none."""
+    front, found, rest = text.partition(BEGIN)
+    if not found:
+        return f"{text.strip()}\n\n{BEGIN}\n{body}\n{END}\n"
+    return f"{front}{BEGIN}\n{body}\n{END}{rest.partition(END)[2]}"
+
+
+_LICENCE = """## Licence and data
+
+To be filled in: the licence of this adapter, and where its training data comes from and under what terms.
+"""
+
+
+def plain_type(name: str) -> str:
+    """A task's name as the Hub takes it for a dataset's id."""
+    found = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
+    return found[:96] or "task"
+
+
+def shown_name(name: str) -> str:
+    """A name as text of Markdown: no table is broken, and nothing of it is HTML."""
+    return name.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")
 
 
 def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardData:
@@ -46,7 +100,7 @@ def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardDa
     found = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=task,
+            dataset_type=plain_type(task),
             dataset_name=task,
             metric_type=scorer,
             metric_name=f"{scorer} after the last task{how_scored(results)}",
@@ -56,7 +110,7 @@ def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardDa
     ]
     return ModelCardData(
         # a local folder is no id on the Hub, and the Hub refuses it
-        base_model=base_model if _is_hub_id(base_model) else None,
+        base_model=base_model if is_hub_id(base_model) else None,
         library_name="peft",
         tags=["pm_llm", "lora", "continual-learning", "model-merging"],
         model_name=name,
@@ -69,18 +123,18 @@ def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, tas
     method = results["method"]
     said = ", ".join(f"{key}: {words(method[key])}" for key in ("start", "constrain", "merge"))
     coefficients = ", ".join(
-        f"{task} {c:.3f}" for task, c in zip(results["stages"], results["coefficients"], strict=True)
+        f"{shown_name(task)} {c:.3f}" for task, c in zip(results["stages"], results["coefficients"], strict=True)
     )
     shown_numbers = "\n".join(f"- {line}" for line in numbers(results))
     scorers = ", ".join(sorted(set(results["scorers"])))
-    counts = ", ".join(f"{t} {n}" for t, n in zip(results["tasks"], results["test_rows"], strict=True))
+    counts = ", ".join(f"{shown_name(t)} {n}" for t, n in zip(results["tasks"], results["test_rows"], strict=True))
     auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
-    shown = base_model if _is_hub_id(base_model) else "BASE_MODEL"
+    shown = base_model if is_hub_id(base_model) else "BASE_MODEL"
     rows = {True: ", with rows of earlier tasks", False: ", without keeping old data", None: ""}[keeps_rows(method)]
     return f"""# {repo_id.rpartition("/")[2]}
 
 One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.stages)} tasks one after the other{rows}:
-{", ".join(matrix.stages)}.
+{", ".join(map(shown_name, matrix.stages))}.
 
 ## Method
 
@@ -90,7 +144,7 @@ One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.stages)}
 
 Scores after each task ({scorers}, rows: the task just trained){how_scored(results)}:
 
-{matrix.table(results["coefficients"])}
+{_table(matrix, results)}
 
 {shown_numbers}
 
@@ -107,12 +161,14 @@ model = PeftModel.from_pretrained(base, "{repo_id}")
 tokenizer = AutoTokenizer.from_pretrained("{shown}")
 ```
 
-{_serving(repo_id, shown, rank, task_type)}
+{_serving(repo_id, shown, rank, task_type)}"""
 
-## Licence and data
 
-To be filled in: the licence of this adapter, and where its training data comes from and under what terms.
-"""
+def _table(matrix: Matrix, results: dict[str, Any]) -> str:
+    names = {name: shown_name(name) for name in [*matrix.tasks, *matrix.stages]}
+    renamed = copy.copy(matrix)
+    renamed.tasks, renamed.stages = [names[t] for t in matrix.tasks], [names[t] for t in matrix.stages]
+    return renamed.table(results["coefficients"])
 
 
 def _serving(repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:
@@ -129,5 +185,6 @@ vllm serve {base_model} --enable-lora --max-lora-rank {fits[0]} --lora-modules {
 ```"""
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name can be an id on the Hub, and is no folder here."""
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pm_llm.errors import PmLlmError, unknown_name
 from pm_llm.tasks.problems import Problems
+from pm_llm.values import name_of
 
 if TYPE_CHECKING:
     from pm_llm.config import RunConfig
@@ -100,6 +101,7 @@ class Task:
 
         if self.scorer not in SCORERS:
             raise unknown_name(f"scorer of task {self.name!r}:", self.scorer, SCORERS)
+        name_of(self.name, "the name of a task")
         self._check_labels(problems)
         seen: dict[tuple[str, str], str] = {}
         kept: dict[str, Any] = {split: self._good(split, seen, problems) for split in SPLITS}

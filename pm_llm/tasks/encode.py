@@ -146,7 +146,7 @@ class Encoder:
 
     def _lead(self, example: Example) -> str:
         """A decoder goes on from "...Answer:" with a space before the word."""
-        blank = example.prompt[-1:].isspace() or example.completion[:1].isspace() and not example.framed
+        blank = example.prompt[-1:].isspace() or (example.completion[:1].isspace() and not example.framed)
         return "" if self.seq2seq or not example.prompt or blank else " "
 
     def _encode(self, text: str, **how: Any) -> Any:

@@ -17,6 +17,7 @@ from pm_llm.tasks.columns import examples_of
 from pm_llm.tasks.hub_rows import load_hub_dataset
 from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.rows import READERS, Row, dataset_rows, kind_of, read_rows, stem_of
+from pm_llm.values import name_of
 
 _TEST_ALIASES = ("validation", "dev", "eval")
 _SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")
@@ -126,7 +127,7 @@ def _parse(entry: Any) -> UserTask:
 
 def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) -> Task:
     path = _place(spec.data, folder)
-    name = spec.name or (stem_of(path) if kind_of(path) else path.name)
+    name = name_of(spec.name or (stem_of(path) if kind_of(path) else path.name), f"the name of {spec.data!r}")
     here = path.is_dir() or kind_of(path) is not None or path.is_file() or spec.data.startswith((".", "/"))
     if here and spec.subset is not None:
         raise PmLlmError(f"task {name!r}: subset {spec.subset!r} is of a dataset on the Hub, and {path} is here.")
