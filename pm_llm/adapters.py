@@ -413,7 +413,7 @@ def _refuse_what_cannot_fold(config: LoraConfig, where: str) -> None:
     found = [
         f.name
         for f in dataclasses.fields(config)
-        if f.name not in _HARMLESS and getattr(config, f.name) not in (getattr(default, f.name), [], {})
+        if f.name not in _HARMLESS and getattr(config, f.name) not in (getattr(default, f.name), [], {}, set())
     ]
     if config.init_lora_weights not in _PLAIN_INIT:
         found.append(f"init_lora_weights={config.init_lora_weights!r} (it changes the base weights)")

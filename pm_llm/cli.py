@@ -373,8 +373,11 @@ def vector(given: argparse.Namespace) -> int:
     from pm_llm.run_dir import RunDir
 
     RunDir.check_within(given.out)
-    error = write_task_vector(given.base, given.tuned, given.rank, given.target_modules, given.out)
+    error, names, share = write_task_vector(given.base, given.tuned, given.rank, given.target_modules, given.out)
     print(f"{given.out}: rank {given.rank}, relative truncation error {error:.3e}")
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        print(f"left out: {share:.1%} of the squared change, in {shown}. --target-modules says what is taken.")
     return 0
 
 

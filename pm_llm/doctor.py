@@ -195,7 +195,8 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
         PmLlmError: If the model or the tasks cannot be had.
     """
     from pm_llm.adapters import lora_layers
-    from pm_llm.models import add_task_adapter, empty_base
+    from pm_llm.fisher.terms import Watched
+from pm_llm.models import add_task_adapter, empty_base
     from pm_llm.tasks import load_tasks, scored
 
     stages = load_tasks(config)
@@ -237,8 +238,13 @@ def _kept(merge: Any, form: str, tasks: int, n: int, m: int, r: int, whole: int)
         return 2 * (n + m) * r
     if form == "dense":
         return 2 * n * m
-    each = merge.directions + 1 if form == "kronecker" else 1
-    return (n + m) * (merge.pairs * each + merge.rank)
+    terms = min(merge.pairs, tasks)
+    own = (n + m) * (terms * Watched.WIDTH + merge.rank) + terms
+    if form == "factored":
+        return (n + m) * terms + own
+    directions = [min(merge.basis, terms * merge.directions, d) for d in (n, m)]
+    cores = terms * merge.directions * sum(directions)
+    return sum(d * (k + terms) for d, k in zip((n, m), directions, strict=True)) + cores + own
 
 
 def _hub(config: RunConfig) -> Iterator[Finding]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -124,6 +123,14 @@ def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> 
         model = model.to(device)
     if Path(resolve(name)).is_dir():  # an adapter's configuration names its base: found from any folder
         model.name_or_path = str(Path(resolve(name)).resolve())
+    size = model.get_input_embeddings().num_embeddings
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        number = getattr(tokenizer, token)
+        if number is not None and number >= size:
+            raise PmLlmError(
+                f"the tokenizer's {token} is {number}, and the model {name!r} knows tokens up to {size - 1} only. Give "
+                "the tokenizer a token that the model has, or the model that tokenizer's embedding."
+            )
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
         setattr(model.config, token, getattr(tokenizer, token))
     # plain greedy decoding: no penalties or forced tokens that the model may ship; its own end tokens still end
@@ -177,8 +184,12 @@ def _told(name: str) -> Iterator[None]:
         yield
     except PmLlmError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # weights that are cut, or of other sizes
-        raise PmLlmError(f"cannot load the model {name!r}: {first_line(error)}") from error
+    except Exception as error:  # whatever the libraries make of files that are cut, missing, or of other programs
+        kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        raise PmLlmError(
+            f"cannot load the model {name!r}: {kind}{first_line(error)}. Check its files, and that what they need is "
+            "installed."
+        ) from error
 
 
 def lora_config(lora: LoraSection, targets: list[str] | str, seq2seq: bool) -> LoraConfig:

@@ -20,9 +20,9 @@ from transformers import set_seed
 from pm_llm.accumulators import Zeros, mapped_files
 from pm_llm.adapters import Adapter, lora_layers, remove, set_active
 from pm_llm.checkpoints import Checkpoints
-from pm_llm.config import RunConfig
+from pm_llm.config import FisherSection, RunConfig
 from pm_llm.constraints import Constraint, Context, Live
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, first_line
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix, asked_for
 from pm_llm.evaluation.run import answer_task
 from pm_llm.fisher import Fisher
@@ -40,7 +40,7 @@ from pm_llm.sharding import is_sharded, launched
 from pm_llm.starts import RUNNING, TASK
 from pm_llm.stopping import Stopping
 from pm_llm.tasks import Task, checked, distinct, load_tasks, scored
-from pm_llm.tasks.encode import encoders_for
+from pm_llm.tasks.encode import Encoder, encoders_for
 from pm_llm.trainer import refuse_sharding
 from pm_llm.training import train
 
@@ -128,6 +128,8 @@ class ContinualSequence:
         began = Adapter.from_model(self.model, TASK) if running is None else None
         chosen = self._chosen(number, task, rows)
         constraints = self._constraints()
+        if number == 1:
+            self._rehearse(merger, rows, constraints)
         self.start.look(self.model, chosen)
         with self._folded():
             context = self._context(number, merger, running, chosen, rows)
@@ -198,6 +200,46 @@ class ContinualSequence:
         self._evaluate(number - 1, entry["scores"])
         say(_stage_line(number, len(self.tasks), entry, time.monotonic() - started))
         return merged
+
+    def _rehearse(self, merger: Merger, rows: list[dict[str, Any]], constraints: list[Constraint]) -> None:
+        """What comes after training, on a row each before it: models that cannot be measured or scored are known then.
+
+        Raises:
+            PmLlmError: If something fails.
+        """
+        longest = max(rows, key=lambda row: len(row["input_ids"]))
+        fishers = FisherSection(samples=1, batch_size=1)
+        what = "trained on its longest row"
+        try:
+            with torch.random.fork_rng(devices=[]):
+                one = ChosenRows("rehearsal", [longest] * self.state.num_processes, fishers, 0, self.base.tokenizer)
+                one.loss(self.model)
+                if merger.rule.needs_fisher or any(c.needs_fisher for c in constraints):
+                    what = "measured (its Fisher)"
+                    one.fisher(self.model, "factored")
+                what = "scored"
+                for task, encoder in self._one_of_each_kind():
+                    row = max(task.test, key=lambda row: len(encoder.prompt(row)))
+                    first = encoder if encoder.seq2seq else replace(encoder, max_length=encoder.prompt_budget + 1)
+                    answer_task(
+                        self.model, replace(first, max_new_tokens=1), replace(task, test=[row]), self.config.evaluation
+                    )
+        except PmLlmError:
+            raise
+        except Exception as error:  # whatever a model's own code raises
+            raise PmLlmError(
+                f"{self.config.model!r} cannot be {what}: {type(error).__name__}: {first_line(error)}. Nothing was "
+                "trained. Is max_length beyond what the model takes, or target_modules more than its linear layers "
+                "with (batch, tokens, width) inputs?"
+            ) from error
+
+    def _one_of_each_kind(self) -> list[tuple[Task, Encoder]]:
+        """Tasks that are scored in unlike ways, one of each."""
+        found: dict[tuple[Any, ...], str] = {}
+        for name, task in self.columns.items():
+            labels = bool(task.labels) and self.config.evaluation.mode == "labels"
+            found.setdefault((task.scorer == "perplexity", labels, bool(task.test[0].messages)), name)
+        return [(self.columns[name], self.encoders[name]) for name in found.values()]
 
     def _features(self, task: Task) -> list[dict[str, Any]]:
         rows = self.encoders[task.name].features(task.train)

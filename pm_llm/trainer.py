@@ -436,9 +436,15 @@ def original_forward(model: nn.Module) -> Iterator[None]:
     task of a process only.
     """
     before = {module: module.__dict__.get("forward") for module in model.modules()}
+    config = model.config.get_text_config()
+    routed = {
+        key: getattr(config, key) for key in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, key)
+    }
     try:
         yield
     finally:
+        for key, value in routed.items():  # TRL turns a mixture of experts' on, with which it cannot generate
+            setattr(config, key, value)
         for module, forward in before.items():
             if forward is None:
                 module.__dict__.pop("forward", None)

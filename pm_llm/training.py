@@ -126,6 +126,8 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
     if taken:
         raise PmLlmError(f"train.extra sets {', '.join(taken)}, which a run must decide itself. Leave it out.")
     cpu = process_state().device.type == "cpu"
+    if cpu and config.train.extra.get("activation_offloading"):
+        raise PmLlmError("train.extra sets activation_offloading, which has no use on a CPU. Leave it out.")
     fields = {key: value for key, value in vars(config.train).items() if key != "extra"}
     fields |= {
         "output_dir": str(folder),

@@ -12,7 +12,7 @@ from pm_llm.processes import process_state
 OVERHEAD = 100  # what a batch costs besides its tokens, in tokens: the weights are read once for all its rows
 
 
-def pack(lengths: Sequence[int], extra: int, rows: int, tokens: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], extra: int, rows: int, tokens: int, one_length: bool = False) -> list[list[int]]:
     """Row numbers in batches, longest first, that cost least: the sum of rows x longest + OVERHEAD over the batches.
 
     Args:
@@ -20,6 +20,7 @@ def pack(lengths: Sequence[int], extra: int, rows: int, tokens: int) -> list[lis
         extra: What a row may grow by, in tokens.
         rows: Largest number of rows in a batch.
         tokens: Largest number of rows x (longest length + extra); a longer row is a batch of its own.
+        one_length: Whether all rows of a batch must be of one length: nothing is padded.
     """
     # longest first: running out of memory shows at once
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -29,6 +30,8 @@ def pack(lengths: Sequence[int], extra: int, rows: int, tokens: int) -> list[lis
         for start in range(end - 1, max(-1, end - 1 - rows), -1):
             longest, count = lengths[order[start]], end - start
             if count > 1 and count * (longest + extra) > tokens:
+                break
+            if one_length and longest != lengths[order[end - 1]]:
                 break
             cost = least[start] + count * longest + OVERHEAD
             if cost < best:

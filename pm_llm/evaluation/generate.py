@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,7 +52,8 @@ def generate(
     with evaluating(model):
         read = Prompts(model, encoder, prompts)
         lengths = [len(ids) - read.common for ids in prompts]
-        batches = pack(lengths, read.common + encoder.max_new_tokens, batch_size, batch_tokens)
+        extra = read.common + encoder.max_new_tokens
+        batches = pack(lengths, extra, batch_size, batch_tokens, one_length=read.one_length)
         return in_batches(batches, answer, progress)
 
 
@@ -66,10 +68,11 @@ class Prompts:
 
     def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
         self.model, self.encoder, self.prompts = model, encoder, prompts
-        self.common, self.cache = 0, None
+        self.common, self.cache, self.one_length = 0, None, False
         if encoder.seq2seq or is_prompt_learning(model):
             return
-        common = common_prefix(prompts)
+        self.one_length = not takes_padding(model)
+        common = 0 if self.one_length else common_prefix(prompts)
         if common:
             ids = torch.tensor([prompts[0][:common]], device=model.device)
             cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -97,6 +100,33 @@ class Prompts:
             "input_ids": torch.cat([front, ids], dim=1),
             "attention_mask": torch.cat([torch.ones_like(front), mask], dim=1),
         }, cache
+
+
+def takes_padding(model: Any) -> bool:
+    """Whether a decoder answers a prompt alike with padding before it.
+
+    It is tried: some look at a token's place in the batch (ALiBi over padding, learned positions that are not told).
+    A model with a local window counts the padding between what prompts have in common and the rest of each.
+    """
+    if getattr(model.config, "window_size", None):
+        return False
+    size = min(8, model.get_input_embeddings().num_embeddings)
+    ids = torch.arange(size, device=model.device)[None]
+    padded = torch.cat([ids[:, :1].expand(1, 5), ids], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    knows = "position_ids" in inspect.signature(model.forward).parameters or _takes_positions(model)
+    alone = model(input_ids=ids).logits[:, -1].float()
+    more = {"position_ids": positions} if knows else {}
+    beside = model(input_ids=padded, attention_mask=mask, **more).logits[:, -1].float()
+    scale = alone.abs().max().clamp(min=1e-6)
+    return bool((alone - beside).abs().max() < (0.05 if alone.dtype != model.dtype else 1e-3) * scale)
+
+
+def _takes_positions(model: Any) -> bool:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "position_ids" in inspect.signature(inner.forward).parameters
 
 
 def is_plain(cache: Any) -> bool:

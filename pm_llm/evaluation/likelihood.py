@@ -122,7 +122,8 @@ def _read(
     with evaluating(model):
         prompts = Prompts(model, encoder, [encoder.prompt(example) for example in examples])
         lengths = [len(ids) - prompts.common for ids in prompts.prompts]
-        return in_batches(pack(lengths, prompts.common + longest, batch_size, batch_tokens), on_batch, progress)
+        batches = pack(lengths, prompts.common + longest, batch_size, batch_tokens, prompts.one_length)
+        return in_batches(batches, on_batch, progress)
 
 
 class Reader:

@@ -11,7 +11,7 @@ from pm_llm.config import LoraSection
 from pm_llm.durable import new_folder
 from pm_llm.errors import PmLlmError
 from pm_llm.merges import FoldReport, Merger
-from pm_llm.merges.transfer import task_vector
+from pm_llm.merges.transfer import left_out, task_vector
 from pm_llm.models import add_task_adapter, load_base
 from pm_llm.starts import TASK
 
@@ -53,8 +53,11 @@ def merge_folders(
     return merger.report
 
 
-def write_task_vector(base: str, tuned: str, rank: int, targets: list[str] | None, out: str | Path) -> float:
-    """Write `tuned - base`, two models, as an adapter folder `out` of the base, and return its relative error.
+def write_task_vector(
+    base: str, tuned: str, rank: int, targets: list[str] | None, out: str | Path
+) -> tuple[float, list[str], float]:
+    """Write `tuned - base`, two models, as an adapter folder `out` of the base; return its relative error, the names of
+    what else changed, and the share of the squared change that it has (:func:`pm_llm.merges.transfer.left_out`).
 
     Args:
         base: Hub id or folder.
@@ -73,5 +76,6 @@ def write_task_vector(base: str, tuned: str, rank: int, targets: list[str] | Non
         model = add_task_adapter(one.model, LoraSection(r=1, target_modules=targets), one.seq2seq, TASK)
         place = Adapter.from_model(model, TASK)
         found, error = task_vector(model.get_base_model(), other.model, lora_layers(model), rank)
+        names, share = left_out(model.get_base_model(), other.model, lora_layers(model))
         place.replace_factors(found).save(scratch)
-    return error
+    return error, names, share

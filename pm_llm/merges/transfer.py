@@ -100,3 +100,26 @@ def task_vector(base: Any, tuned: nn.Module, modules: Iterable[str], rank: int) 
     if not total > 0:
         raise PmLlmError("the two models have the same weights in these modules; there is no difference to take.")
     return found, (lost / total) ** 0.5
+
+
+def left_out(base: nn.Module, tuned: nn.Module, modules: Iterable[str]) -> tuple[list[str], float]:
+    """What else of the weights changed than those modules', which a vector of these does not hold.
+
+    Returns:
+        The names of the parameters, and their share of the squared norm of the whole change (those of another shape, as
+        after a change of the vocabulary, count with their own norm).
+    """
+    held = {f"{name}.weight" for name in modules}
+    ours, theirs = ({n.replace(".base_layer.", "."): p for n, p in one.named_parameters()} for one in (base, tuned))
+    names, left, total = [], 0.0, 0.0
+    for name, other in theirs.items():
+        if ".lora_" in name:
+            continue
+        one = ours.get(name)
+        alike = one is not None and one.shape == other.shape
+        change = float(((other - one) if alike else other).detach().float().square().sum())  # type: ignore[operator]
+        total += change
+        if change > 0 and name not in held:
+            names.append(name)
+            left += change
+    return names, left / total if total > 0 else 0.0

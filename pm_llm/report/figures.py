@@ -16,9 +16,8 @@ MANY = 8
 WIDTH = 4.8  # inches: the text stays readable where the page is as wide as a phone
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE: Any = {
-    "text.parse_math": False,  # a name may hold dollar signs"svg.fonttype": "none", "svg.hashsalt": "pm_llm", "font.size": 9, "axes.spines.top": False}
-STYLE |= {"axes.spines.right": False, "axes.grid": False}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "pm_llm", "font.size": 9, "axes.spines.top": False}
+STYLE |= {"axes.spines.right": False, "axes.grid": False, "text.parse_math": False}  # a name may hold dollar signs
 
 
 def matrix(results: dict[str, Any]) -> Figure:
