@@ -21,6 +21,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/fisher.py
 	$(BIN)/python benchmarks/fold.py
+	$(BIN)/python benchmarks/past_sum.py
 	$(BIN)/python benchmarks/directions.py
 	$(BIN)/python benchmarks/many_tasks.py
 	$(BIN)/python benchmarks/coefficient.py

@@ -195,8 +195,7 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
         PmLlmError: If the model or the tasks cannot be had.
     """
     from pm_llm.adapters import lora_layers
-    from pm_llm.fisher.terms import Watched
-from pm_llm.models import add_task_adapter, empty_base
+    from pm_llm.models import add_task_adapter, empty_base
     from pm_llm.tasks import load_tasks, scored
 
     stages = load_tasks(config)
@@ -238,6 +237,8 @@ def _kept(merge: Any, form: str, tasks: int, n: int, m: int, r: int, whole: int)
         return 2 * (n + m) * r
     if form == "dense":
         return 2 * n * m
+    from pm_llm.fisher.terms import Watched
+
     terms = min(merge.pairs, tasks)
     own = (n + m) * (terms * Watched.WIDTH + merge.rank) + terms
     if form == "factored":

@@ -71,9 +71,9 @@ def readable(folder: Path, *names: str) -> None:
         for name in names:
             os.chmod(folder / name, 0o666 & ~mask)
         return
-    for place, _, names in os.walk(folder):
+    for place, _, files in os.walk(folder):
         os.chmod(place, 0o777 & ~mask)
-        for name in names:
+        for name in files:
             if not (Path(place) / name).is_symlink():
                 os.chmod(Path(place) / name, 0o666 & ~mask)
 

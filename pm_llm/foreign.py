@@ -125,7 +125,7 @@ def _is_pattern(value: Any) -> bool:
 
 
 def _is_place(value: Any) -> bool:
-    """None, names of modules, or one regular expression (which is never matched here, see :func:`without_patterns`)."""
+    """None, names of modules, or one regular expression (never matched here, see :func:`without_patterns`)."""
     if value is None:
         return True
     if isinstance(value, list):
@@ -145,7 +145,7 @@ def module_of(key: str, where: str) -> str:
         plain = plain.removeprefix(PREFIX)
     if not plain.startswith(PREFIX) or plain.startswith(f"{PREFIX}module."):
         raise PmLlmError(
-            f"{where}: {key!r} is not a name that PEFT gives ({PREFIX}...). The adapter would not be found by any model."
+            f"{where}: {key!r} is not a name that PEFT gives ({PREFIX}...). No model would find the adapter."
         )
     return plain.removeprefix(PREFIX)
 
@@ -153,8 +153,8 @@ def module_of(key: str, where: str) -> str:
 def keys_for(patterns: list[str], modules: list[str]) -> dict[str, str]:
     """Module -> the first of the keys of a rank or alpha pattern that stands for it, as PEFT finds it.
 
-    Keys that are regular expressions are matched in a process of their own, for a second at most: they may be of a file
-    that is not trusted.
+    Keys that are regular expressions are matched in a process of their own, for a second at most: they may be of a
+    file that is not trusted.
 
     Raises:
         PmLlmError: If one is no regular expression, or takes too long.

@@ -66,8 +66,8 @@ def push_run(
     base = base_model or config.get("base_model_name_or_path") or results["config"]["model"]
     if not is_hub_id(base):
         raise PmLlmError(
-            f"the base model is {base!r}, a folder of this machine, which nobody else can load. Name its id on the Hub "
-            "with --base-model USER/NAME."
+            f"the base model is {base!r}, a folder of this machine, which nobody else can load. Name its id on the "
+            "Hub with --base-model USER/NAME."
         )
     config["base_model_name_or_path"], api = base, HfApi()
     with tempfile.TemporaryDirectory() as scratch:

@@ -123,13 +123,13 @@ def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> 
         model = model.to(device)
     if Path(resolve(name)).is_dir():  # an adapter's configuration names its base: found from any folder
         model.name_or_path = str(Path(resolve(name)).resolve())
-    size = model.get_input_embeddings().num_embeddings
+    size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         number = getattr(tokenizer, token)
         if number is not None and number >= size:
             raise PmLlmError(
-                f"the tokenizer's {token} is {number}, and the model {name!r} knows tokens up to {size - 1} only. Give "
-                "the tokenizer a token that the model has, or the model that tokenizer's embedding."
+                f"the tokenizer's {token} is {number}, and the model {name!r} knows tokens up to {size - 1} only. "
+                "Give the tokenizer a token that the model has, or the model that tokenizer's embedding."
             )
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
         setattr(model.config, token, getattr(tokenizer, token))

@@ -81,8 +81,8 @@ class RunDir:
         for folder in (stages, self.path / UNTRAINED, self.path / WORK, *inside):
             if folder.is_symlink():
                 raise PmLlmError(
-                    f"{folder} is a link, and a run removes what is left over in its folders. Let output_dir itself lie "
-                    "on (or be a link to) the other disk."
+                    f"{folder} is a link, and a run removes what is left over in its folders. Let output_dir itself "
+                    "lie on (or be a link to) the other disk."
                 )
 
     @contextmanager

@@ -436,7 +436,8 @@ def original_forward(model: nn.Module) -> Iterator[None]:
     task of a process only.
     """
     before = {module: module.__dict__.get("forward") for module in model.modules()}
-    config = model.config.get_text_config()
+    whole_model: Any = model
+    config = whole_model.config.get_text_config()
     routed = {
         key: getattr(config, key) for key in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, key)
     }

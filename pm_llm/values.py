@@ -80,8 +80,8 @@ def check_no_secrets(values: Any, where: str = "") -> None:
         for key, value in values.items():
             if isinstance(key, str) and SECRET.search(key) and key not in NO_SECRETS and value is not None:
                 raise PmLlmError(
-                    f"{where}{key} is a secret, which would be written into the run's folder. Leave it out and set it in "
-                    "the environment (HF_TOKEN, or `hf auth login`)."
+                    f"{where}{key} is a secret, which would be written into the run's folder. Leave it out and set it "
+                    "in the environment (HF_TOKEN, or `hf auth login`)."
                 )
             check_no_secrets(value, f"{where}{key}.")
     elif isinstance(values, (list, tuple)):
@@ -89,8 +89,8 @@ def check_no_secrets(values: Any, where: str = "") -> None:
             check_no_secrets(value, where)
     elif isinstance(values, str) and SECRET_VALUE.search(values):
         raise PmLlmError(
-            f"{where.rstrip('.') or 'the configuration'} holds what looks like a login token, which would be written into "
-            "the run's folder. Leave it out and set it in the environment."
+            f"{where.rstrip('.') or 'the configuration'} holds what looks like a login token, which would be written "
+            "into the run's folder. Leave it out and set it in the environment."
         )
 
 

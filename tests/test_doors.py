@@ -74,7 +74,7 @@ def test_a_configuration_without_end(tmp_path, capsys) -> None:
     (tmp_path / "c.yaml").write_text("\n".join(lines))
     assert main(["run", "--config", str(tmp_path / "c.yaml")]) == 2
     assert "more than 100,000 values" in capsys.readouterr().err
-    with pytest.raises(PmLlmError, match="lora.r is 100000000"):
+    with pytest.raises(PmLlmError, match=r"lora\.r is 100000000"):
         RunConfig(lora=load_config(None, {"lora.r": 100_000_000}).lora).check()
 
 

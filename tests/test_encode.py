@@ -188,7 +188,7 @@ def test_the_text_of_a_special_token_is_told_or_taken_as_the_task_says(pico_fold
         )
         tasks = load_tasks(config)
         if fails:
-            with pytest.raises(PmLlmError, match="special token '</s>'. Say what that is"):
+            with pytest.raises(PmLlmError, match=r"special token '</s>'\. Say what that is"):
                 encoders_for(config, tasks)
         else:
             encoders_for(config, tasks)

@@ -96,8 +96,14 @@ def test_generation_is_that_of_one_row_at_a_time(answering, size: int, tokens: i
     assert len(set(alone)) > 2
 
 
+def tried(model, encoder) -> None:
+    """Whether it takes padding is tried once a model, with passes of its own."""
+    generate(model, replace(encoder, max_new_tokens=1), make_task("topic", 4, 1).train, 4)
+
+
 def test_generation_stops_when_all_rows_have_ended(answering, monkeypatch) -> None:
     model, encoder = answering
+    tried(model, encoder)
     steps: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: steps.append(1))
     long, rows = replace(encoder, max_new_tokens=20), make_task("topic", 4, 1).train
@@ -125,6 +131,7 @@ def reference_log_likelihood(model, encoder, row: Example, ids: list[int]) -> fl
 
 def test_what_prompts_begin_with_is_read_once(answering) -> None:
     model, encoder = answering
+    tried(model, encoder)
     read: list[int] = []
     reader = (model.get_encoder() if encoder.seq2seq else model).get_input_embeddings()
     hook = reader.register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))

@@ -181,7 +181,8 @@ def check_card(card: str, run: str) -> None:
     last = results["matrix"][-1]
     assert values == {t: round(v, 2) for t, v in zip(results["tasks"], last, strict=True)}
     pattern = (
-        r"\s*<!-- made by pm_llm[^\n]*-->\n# name\n.*\n## Method\n\n`pm` \(start: fresh, constrain: perturb, merge: optimal\).*coefficients: "
+        r"\s*<!-- made by pm_llm[^\n]*-->\n# name\n.*\n## Method\n\n"
+        r"`pm` \(start: fresh, constrain: perturb, merge: optimal\).*coefficients: "
         r"sentiment 1\.000, topic \d\.\d{3}\..*\n## Results\n.*"
         r"\| after \| sentiment \| topic \| average \| coefficient \|"
         r".*average accuracy: \d.*\n## Use\n.*PeftModel\.from_pretrained\(base, \"user/name\"\).*"

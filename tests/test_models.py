@@ -86,7 +86,8 @@ def test_answers_do_not_depend_on_who_is_in_the_batch(kind: str, tmp_path) -> No
     for p in model.parameters():  # far from zero, or all answers are one
         torch.nn.init.normal_(p, std=0.3)
     if kind in ("GPT2Config", "LlamaConfig", "OPTConfig"):
-        assert takes_padding(model)  # and many are answered at once
+        assert takes_padding(model, 0)
+        assert takes_padding(model, 3)  # and many are answered at once
     encoder = Encoder(t, False, 96, 6)
     rows = [Example("the cat " + "eats fish " * (i % 7) + f"{i} ?", "yes") for i in range(24)]
     one, many = (generate(model, encoder, rows, size) for size in (1, 24))

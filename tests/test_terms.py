@@ -109,7 +109,8 @@ def test_most_of_a_hundred_tasks_is_kept_in_bounded_room() -> None:
 
 
 def test_the_measured_scale_is_that_of_the_parabola_whether_training_ended_or_only_began() -> None:
-    """L(alpha) = b/2 (alpha - 1.5)^2 is measured at 0 and at the end of the vector, which stops short of the minimum."""
+    """L(alpha) = b/2 (alpha - 1.5)^2 is measured at 0 and at the end of the vector, which stops short of the
+    minimum."""
     bend, least = 3.0, 1.5
     losses = tuple(1 + bend / 2 * (alpha - least) ** 2 for alpha in (0.0, 1.0))
     fisher, vector = unlike("kronecker", 0, 20.0)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -71,8 +72,9 @@ class Prompts:
         self.common, self.cache, self.one_length = 0, None, False
         if encoder.seq2seq or is_prompt_learning(model):
             return
-        self.one_length = not takes_padding(model)
-        common = 0 if self.one_length else common_prefix(prompts)
+        self.one_length = not takes_padding(model, 0)
+        common = common_prefix(prompts)
+        common = common if common and not self.one_length and takes_padding(model, 3) else 0
         if common:
             ids = torch.tensor([prompts[0][:common]], device=model.device)
             cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -102,26 +104,44 @@ class Prompts:
         }, cache
 
 
-def takes_padding(model: Any) -> bool:
-    """Whether a decoder answers a prompt alike with padding before it.
+_KNOWN: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()  # a base model's answers to takes_padding
 
-    It is tried: some look at a token's place in the batch (ALiBi over padding, learned positions that are not told).
-    A model with a local window counts the padding between what prompts have in common and the rest of each.
+
+def takes_padding(model: Any, after: int) -> bool:
+    """Whether a decoder answers a prompt alike with padding after its first `after` tokens (0: before all of it).
+
+    It is tried: some models look at a token's place among all that are in the batch (ALiBi over padding, learned
+    positions that are not told). A model with a local window counts padding between tokens.
     """
-    if getattr(model.config, "window_size", None):
+    if after and getattr(model.config, "window_size", None):
         return False
+    known = _KNOWN.setdefault(model.get_base_model() if isinstance(model, PeftModel) else model, {})
+    if after not in known:
+        known[after] = _same_with_padding(model, after)
+    return known[after]
+
+
+def _same_with_padding(model: Any, after: int) -> bool:
     size = min(8, model.get_input_embeddings().num_embeddings)
     ids = torch.arange(size, device=model.device)[None]
-    padded = torch.cat([ids[:, :1].expand(1, 5), ids], dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, :5] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    knows = "position_ids" in inspect.signature(model.forward).parameters or _takes_positions(model)
-    alone = model(input_ids=ids).logits[:, -1].float()
-    more = {"position_ids": positions} if knows else {}
-    beside = model(input_ids=padded, attention_mask=mask, **more).logits[:, -1].float()
+    alone, beside = (_two_steps(model, ids, after, padding) for padding in (0, 5))
     scale = alone.abs().max().clamp(min=1e-6)
-    return bool((alone - beside).abs().max() < (0.05 if alone.dtype != model.dtype else 1e-3) * scale)
+    return bool((alone - beside).abs().max() < (1e-3 if model.dtype == torch.float32 else 0.05) * scale)
+
+
+def _two_steps(model: Any, ids: Tensor, after: int, padding: int) -> Tensor:
+    """Logits after a prompt with some padding in it, and after one token more, from the cache as in generation."""
+    given = torch.cat([ids[:, :after], ids[:, :1].expand(1, padding), ids[:, after:]], dim=1)
+    mask = torch.ones_like(given)
+    mask[:, after : after + padding] = 0
+    found, cache = [], None
+    for _ in range(2):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -given.shape[1] :]
+        more = {"position_ids": positions} if _takes_positions(model) else {}
+        out = model(input_ids=given, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
+        found.append(out.logits[:, -1].float())
+        cache, given, mask = out.past_key_values, ids[:, :1], torch.cat([mask, mask[:, -1:]], dim=1)
+    return torch.cat(found)
 
 
 def _takes_positions(model: Any) -> bool:

@@ -99,7 +99,8 @@ def _whole(name: str, rows: dict[int, dict[str, Any]]) -> Predictions:
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
         raise MissingPredictionError(
-            f"{first['of'] - sum(i in range(first['of']) for i in rows)} of {first['of']} predictions of task {name!r} are missing (row {shown}). Evaluate again."
+            f"{first['of'] - sum(i in range(first['of']) for i in rows)} of {first['of']} predictions of task "
+            f"{name!r} are missing (row {shown}). Evaluate again."
         )
     if len(rows) > first["of"] or {(row["of"], row["scorer"]) for row in rows.values()} != {
         (first["of"], first["scorer"])

@@ -73,7 +73,7 @@ class Diagonal:
         """
         raise NotImplementedError
 
-    def kept(self, room: Room) -> Diagonal:
+    def kept(self, room: Room) -> Any:
         """What a sum of past quadratics takes of it: itself, but for a form that is cut on the way there."""
         return self
 
@@ -168,9 +168,9 @@ class Fisher:
 
     `modules` by name. `exact` is `E[(g . Delta)^2]`, the empirical Fisher along the task vector with nothing left out
     between weights or modules; `exact_modules` the same module by module. `losses` are the mean loss (nats an example,
-    summed over the answer's tokens) before and after training, at `M_{t-1}` and `theta*_t`, and `slopes` the derivatives
-    `<grad L(theta*_t), Delta>` of that loss, module by module: below 0 where training had further to go. None, or
-    empty: not measured.
+    summed over the answer's tokens) before and after training, at `M_{t-1}` and `theta*_t`, and `slopes` the
+    derivatives `<grad L(theta*_t), Delta>` of that loss, module by module: below 0 where training had further to go.
+    None, or empty: not measured.
     """
 
     modules: dict[str, Any]
@@ -200,7 +200,7 @@ def past_of(tensors: dict[str, Tensor]) -> Past:
         if set(tensors) == set(past.names):
             return past(**tensors)
     raise PmLlmError(
-        f"the curvature holds {sorted(tensors)}, which is of no form that is known here: of another version of pm_llm. "
+        f"the curvature holds {sorted(tensors)}, which is of no form that is known here, but of another pm_llm. "
         "Go on with that version, or begin anew in another folder."
     )
 
@@ -209,8 +209,8 @@ def scale_of(fisher: Fisher, scale: str, own: float) -> float:
     """What to divide a task's Fisher by, to put it on a common scale.
 
     `raw`: 1 (the paper). `trace`: the mean of the diagonal becomes 1. `own`: the task's own quadratic
-    `Delta' F Delta` becomes 1. `measured`: `1/2 Delta' F Delta` becomes that of the parabola along the task vector with
-    the losses L0 and L1 that were measured at its two ends on the task's own rows, and the slope g at its end:
+    `Delta' F Delta` becomes 1. `measured`: `1/2 Delta' F Delta` becomes that of the parabola along the task vector
+    with the losses L0 and L1 that were measured at its two ends on the task's own rows, and the slope g at its end:
     `1/2 q = L0 - L1 + g`. Where training reached the minimum, g is 0 and this is all that training took away; where it
     only began, the loss is nearly a line and has little curvature to protect. It is at least a hundredth of the loss
     before (a choice), or such a task would have no place in the sum. A task that was known to the end before it was

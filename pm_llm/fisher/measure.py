@@ -29,8 +29,8 @@ class Sums:
     """Sums over examples, to be added over processes and divided by their number.
 
     `form` is the Fisher's, `modules` holds each module's sums by tensor name, `along` the squares of each example's
-    derivative along the task vector, of each module and under `ALONG` of all together, `slopes` the derivatives of each
-    module themselves, `loss` the summed loss, `count` the examples.
+    derivative along the task vector, of each module and under `ALONG` of all together, `slopes` the derivatives of
+    each module themselves, `loss` the summed loss, `count` the examples.
     """
 
     form: str

@@ -2,8 +2,8 @@
 
     M_k = U' G_k' G_k U + diag(d_k)
 
-with `U` (basis, d) orthonormal rows, `G_k` (directions, basis) and `d_k` (d), none of it negative. A task brings its own
-leading directions; what tasks have in common is in the basis once, so that many tasks have room in it. Where it is
+with `U` (basis, d) orthonormal rows, `G_k` (directions, basis) and `d_k` (d), none of it negative. A task brings its
+own leading directions; what tasks have in common is in the basis once, so that many tasks have room in it. Where it is
 full, those directions stay that hold most of the matrices, each divided by its trace: a small task counts as much as a
 large one. Of what is cut, `V' V`, the diagonal is added to `d_k`: the trace stays, and unseen directions are charged.
 """

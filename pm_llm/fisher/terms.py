@@ -1,18 +1,20 @@
 """The past's quadratics as a bounded number of terms, one a task, and their slope at the merged model.
 
-    Q(M + Delta) - Q(M) = 1/2 <S o Delta, Delta> + <g, Delta>,   S = sum_k S_k,   g = S o M - m = sum_k S_k o (M - theta_k)
+    Q(M + Delta) - Q(M) = 1/2 <S o Delta, Delta> + <g, Delta>,
+    S = sum_k S_k,   g = S o M - m = sum_k S_k o (M - theta_k)
 
 The slope g is kept, not m: it is a small difference of two large matrices, which a matrix of bounded rank holds well
 where it would be lost in the same cut of m. It follows the model: where M moves by D, g moves by `S o D`.
 
 Each task is a term of its own until there are `pairs` of them. Then two are joined, those that keep most of each
-other's quadratic, relative to their own size: a small task must not vanish beside a large one. With traces t_1 and t_2,
-sides `R_k` and `C_k` divided by their traces, and `a = sqrt t_1 / (sqrt t_1 + sqrt t_2)`,
+other's quadratic, relative to their own size: a small task must not vanish beside a large one. With traces t_1 and
+t_2, sides `R_k` and `C_k` divided by their traces, and `a = sqrt t_1 / (sqrt t_1 + sqrt t_2)`,
 
     S_12 = (t_1 + t_2) (a R_1 + (1 - a) R_2) (x) (a C_1 + (1 - a) C_2).
 
-Equal shapes are joined exactly. Of two that have nothing in common each keeps at least half of itself, whatever their
-sizes, where adding up the sides (the Fisher of both tasks' examples together) would leave t_1 / (t_1 + t_2) of the first.
+Equal shapes are joined exactly. Of two that have nothing in common each keeps at least half of itself then, whatever their
+sizes, where adding up the sides (the Fisher of both tasks' examples together) would leave t_1 / (t_1 + t_2) of the
+first.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Terms:
 
     @abstractmethod
     def likeness(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The traces t (terms), and the inner products of the R_k / t_k and of the C_k / t_k, (terms, terms); float64."""
+        """The traces t (terms), and the inner products of the R_k / t_k and of the C_k / t_k, (terms, terms);
+        float64."""
 
     @abstractmethod
     def joined(self, i: int, j: int, room: Room) -> Terms:

@@ -38,7 +38,7 @@ def merge_folders(
     """
     if len(coefficients) not in (1, len(new)):
         raise PmLlmError(
-            f"{len(coefficients)} coefficients are given for {len(new)} adapters. Give one for all of them, or one each."
+            f"{len(coefficients)} coefficients are given for {len(new)} adapters. Give one for all, or one each."
         )
     merged: str | Path | Adapter = running
     with new_folder(out) as scratch:
@@ -56,8 +56,8 @@ def merge_folders(
 def write_task_vector(
     base: str, tuned: str, rank: int, targets: list[str] | None, out: str | Path
 ) -> tuple[float, list[str], float]:
-    """Write `tuned - base`, two models, as an adapter folder `out` of the base; return its relative error, the names of
-    what else changed, and the share of the squared change that it has (:func:`pm_llm.merges.transfer.left_out`).
+    """Write `tuned - base`, two models, as an adapter folder `out` of the base; return its relative error, the names
+    of what else changed, and the share of the squared change that it has (:func:`pm_llm.merges.transfer.left_out`).
 
     Args:
         base: Hub id or folder.

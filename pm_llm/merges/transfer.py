@@ -106,8 +106,8 @@ def left_out(base: nn.Module, tuned: nn.Module, modules: Iterable[str]) -> tuple
     """What else of the weights changed than those modules', which a vector of these does not hold.
 
     Returns:
-        The names of the parameters, and their share of the squared norm of the whole change (those of another shape, as
-        after a change of the vocabulary, count with their own norm).
+        The names of the parameters, and their share of the squared norm of the whole change (those of another shape,
+        as after a change of the vocabulary, count with their own norm).
     """
     held = {f"{name}.weight" for name in modules}
     ours, theirs = ({n.replace(".base_layer.", "."): p for n, p in one.named_parameters()} for one in (base, tuned))

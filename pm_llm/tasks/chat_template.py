@@ -1,10 +1,11 @@
-"""A model's chat template: the prompt before an answer, the answer as it ends a turn, and what the template refuses."""
+"""A model's chat template: the prompt before an answer, the answer as it ends a turn, and what the template
+refuses."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from pm_llm.errors import PmLlmError, first_line
@@ -35,8 +36,8 @@ def render(tokenizer: Any, turns: Sequence[dict[str, Any]], tools: Sequence[Any]
 def answer_of(tokenizer: Any, example: Example, content: str) -> tuple[str, str, str]:
     """What stands between the generation prompt and an answer, the answer `content` as it ends a turn, and that end.
 
-    What a template puts before an answer, such as Qwen3's empty thoughts, belongs to the prompt: no answer is learnt or
-    judged by it. An answer that brings thoughts of its own has none before it. Where the generation prompt opens
+    What a template puts before an answer, such as Qwen3's empty thoughts, belongs to the prompt: no answer is learnt
+    or judged by it. An answer that brings thoughts of its own has none before it. Where the generation prompt opens
     thoughts itself (models distilled to reason), an answer's own thoughts go on from there, and an answer without any
     has them closed before it.
     """
@@ -51,7 +52,8 @@ def answer_of(tokenizer: Any, example: Example, content: str) -> tuple[str, str,
         if between.strip() and rest.startswith(between):
             return between, rest[len(between) :], end
         return "", rest, end
-    opened = before[len(commonprefix([before, whole])) :]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+    opened = before[sum(1 for _ in same) :]
     tag = re.fullmatch(r"\s*<([^<>\s]+)>\s*", opened)
     if tag is None:
         return "", content + end, end

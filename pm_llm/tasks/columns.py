@@ -49,8 +49,8 @@ def examples_of(rows: list[Row], spec: UserTask, problems: Problems) -> list[Exa
 
 
 def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Problems) -> bool:
-    """Whether nothing of the rows is left out unsaid: what is neither used nor in `ignore` is refused, or told where it
-    is of numbers, or the user named the columns that count."""
+    """Whether nothing of the rows is left out unsaid: what is neither used nor in `ignore` is refused, or told where
+    it is of numbers, or the user named the columns that count."""
     used = {*columns.used(), spec.id, *spec.ignore}
     joined = {INPUT, CONTEXT} - {*columns.prompt, *spec.ignore}
     left: dict[str, Row] = {}
@@ -65,12 +65,12 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
         texts = [str(n) for n in texts]
     if texts:
         first = columns.prompt[0]
-        joined = ", ".join([*columns.prompt, *texts])
+        together = ", ".join([*columns.prompt, *texts])
         template = "\\n".join(f"{{{n}}}" for n in [*columns.prompt, *texts])
         how = (
             f"Leave out with `ignore: [{', '.join(texts)}]`"
             if columns.completion is None
-            else f'Join them with `prompt: [{joined}]` or `prompt: "{template}"`, leave them out with '
+            else f'Join them with `prompt: [{together}]` or `prompt: "{template}"`, leave them out with '
             f"`ignore: [{', '.join(texts)}]`, or name `prompt: {first}` to go without"
         )
         problems.add(
@@ -112,8 +112,8 @@ def _fields(template: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where question and answer stand: columns that are joined (or a template of them), the answer's, and those of what
-    was said before the question. Without `completion` the one column holds a chat."""
+    """Where question and answer stand: columns that are joined (or a template of them), the answer's, and those of
+    what was said before the question. Without `completion` the one column holds a chat."""
 
     prompt: tuple[str, ...]
     completion: str | None = None

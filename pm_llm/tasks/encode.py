@@ -118,7 +118,8 @@ class Encoder:
         return answer.rstrip().endswith(self.tokenizer.eos_token)
 
     def content(self, example: Example, answer: str) -> str:
-        """What is trained of an answer: as it stands, but for the project's own prompts, whose frame goes around it."""
+        """What is trained of an answer: as it stands, but for the project's own prompts, whose frame goes around
+        it."""
         return self.bare(answer).strip() if example.framed else self.bare(answer)
 
     def reference(self, example: Example, answer: str) -> str:
@@ -223,8 +224,8 @@ def _special(tokenizer: Any) -> tuple[str, ...]:
 
 
 def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, Encoder], Callable[[Task], Task]]:
-    """How each task's rows are rendered for `config.model`, by name, after a look at every row; and what takes the rows
-    out of a task that cannot be (with `bad_rows: drop`, which says how many; else it leaves tasks as they are).
+    """How each task's rows are rendered for `config.model`, by name, after a look at every row; and what takes the
+    rows out of a task that cannot be (with `bad_rows: drop`, which says how many; else it leaves tasks as they are).
 
     Raises:
         PmLlmError: With every row whose frame alone is too long or that the chat template refuses.
@@ -259,7 +260,7 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
         def kept(some: Sequence[Example]) -> list[Example]:
             return [row for row in some if id(row) not in bad]
 
-        splits = {name: kept(getattr(task, name)) for name in (*SPLITS, "whole")}
+        splits: dict[str, Any] = {name: kept(getattr(task, name)) for name in (*SPLITS, "whole")}
         return replace(task, **splits, foreign=tuple((name, kept(some)) for name, some in task.foreign))
 
     return encoders, fitting if bad else lambda task: task
@@ -273,8 +274,8 @@ def _tell_unknown(name: str, encoder: Encoder, rows: Sequence[Example], problems
     if found:
         where = f", the first at {found[0].place}" if found[0].place else ""
         problems.note(
-            f"task {name!r}: {len(found)} of {len(rows)} rows hold characters that the model's vocabulary lacks{where}: "
-            f"it sees {encoder.tokenizer.unk_token} for each, and answers cannot be told apart by them"
+            f"task {name!r}: {len(found)} of {len(rows)} rows hold characters that the model's vocabulary lacks"
+            f"{where}: it sees {encoder.tokenizer.unk_token} for each, and answers cannot be told apart by them"
         )
 
 

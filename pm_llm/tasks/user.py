@@ -32,9 +32,10 @@ class UserTask:
     folder written by `Dataset.save_to_disk`, or a dataset id on the Hub (with its configuration in `subset`).
     `prompt` and `completion` name the columns; `prompt` may be several, which are joined, or a template such as
     `{question}\\n{choices}`. `messages` names a chat column, whose last turn is the answer. Without names, common ones
-    are found (prompt/completion, instruction/output, question/answer, text/label, messages ...), and every other column
-    with text must be in `ignore`. `special_tokens` says what the text of a special token in a row is: `text` or `token`. `labels` makes it a classification task: every other answer is an error. `validation_size` splits
-    a share off the training rows, for choosing settings without the test rows.
+    are found (prompt/completion, instruction/output, question/answer, text/label, messages ...), and every other
+    column with text must be in `ignore`. `special_tokens` says what the text of a special token in a row is: `text`
+    or `token`. `labels` makes it a classification task: every other answer is an error. `validation_size` splits a
+    share off the training rows, for choosing settings without the test rows.
     """
 
     data: str
