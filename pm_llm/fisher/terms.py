@@ -12,9 +12,9 @@ t_2, sides `R_k` and `C_k` divided by their traces, and `a = sqrt t_1 / (sqrt t_
 
     S_12 = (t_1 + t_2) (a R_1 + (1 - a) R_2) (x) (a C_1 + (1 - a) C_2).
 
-Equal shapes are joined exactly. Of two that have nothing in common each keeps at least half of itself then, whatever their
-sizes, where adding up the sides (the Fisher of both tasks' examples together) would leave t_1 / (t_1 + t_2) of the
-first.
+Equal shapes are joined exactly. Of two that have nothing in common each keeps at least half of itself then, whatever
+their sizes, where adding up the sides (the Fisher of both tasks' examples together) would leave t_1 / (t_1 + t_2) of
+the first.
 """
 
 from __future__ import annotations
