@@ -45,7 +45,7 @@ def main() -> None:
 
     cut, kept = timed(lambda: Kronecker(side, side).kept(Room(directions=given.directions)))
     whole, (values, _) = timed(lambda: torch.linalg.eigh(side.double()))
-    V = kept.C.V[0].double()
+    V = (kept.C.G[0] @ kept.C.U).double()
     error = float((side - V.T @ V).norm() / values[: -given.directions].norm())
     show(
         [{"size": given.size, "cut": cut, "decomposed": 2 * whole, "times": 2 * whole / cut, "error": error}],

@@ -73,7 +73,7 @@ def error(shape: str) -> float:
         folder = Path(name)
         write_adapters(shape, folder, 1)
         running, new = Adapter.load(folder / "running"), Adapter.load(folder / "new")
-        merge_folders(folder / "running", folder / "new", 0.5, 32, folder / "out")
+        merge_folders(folder / "running", [folder / "new"], [0.5], 32, folder / "out")
         found = {name: LowRank(x.B.clone(), x.A.clone()) for name, x in Adapter.load(folder / "out").factors.items()}
         which = next(iter(found))
         dense = sum(
@@ -108,7 +108,7 @@ def main() -> None:
             for i in range(given.repeats):
                 with peak_memory() as peak:
                     started = time.perf_counter()
-                    merge_folders(folder / "running", folder / "new", 0.5, 32, folder / f"out{i}")
+                    merge_folders(folder / "running", [folder / "new"], [0.5], 32, folder / f"out{i}")
                     seconds.append(time.perf_counter() - started)
                 memory.append(peak[0])
         row = {

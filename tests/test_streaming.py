@@ -96,7 +96,7 @@ for name, rank in (("running", 32), ("new", 16)):
     factors = {f"m{i}": LowRank(torch.randn(size, rank), torch.randn(rank, size)) for i in range(32)}
     Adapter(factors, {"target_modules": ["q_proj"]}).save(folder / name)
     del factors
-merge_folders(folder / "running", folder / "new", 0.5, 32, folder / "warm")
+merge_folders(folder / "running", [folder / "new"], [0.5], 32, folder / "warm")
 def anonymous():
     return int(re.findall(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 done, peak, before = threading.Event(), [0], anonymous()
@@ -106,7 +106,7 @@ def watch():
         time.sleep(0.001)
 thread = threading.Thread(target=watch)
 thread.start()
-merge_folders(folder / "running", folder / "new", 0.5, 32, folder / "out")
+merge_folders(folder / "running", [folder / "new"], [0.5], 32, folder / "out")
 done.set(); thread.join()
 print("added", peak[0] - before)
 """
@@ -227,5 +227,5 @@ def test_the_scratch_of_a_merge_that_fails_is_gone(tmp_path) -> None:
     random_adapter(0).save(tmp_path / "a")
     random_adapter(1, modules=("one", "three")).save(tmp_path / "b")
     with pytest.raises(PmLlmError, match="different target modules"):
-        merge_folders(tmp_path / "a", tmp_path / "b", 0.5, None, Path(tmp_path / "out"))
+        merge_folders(tmp_path / "a", [tmp_path / "b"], [0.5], None, Path(tmp_path / "out"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
