@@ -15,11 +15,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from pm_llm.config import MAX_RANK
 from pm_llm.errors import PmLlmError, first_line
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-MAX_RANK = 4096
 MAX_NAMES, MAX_PATTERN = 10_000, 10_000  # modules of an adapter, and characters of one pattern
 PATIENCE = 10.0  # seconds to match patterns in, the start of a process included
 PREFIX = "base_model.model."
@@ -153,8 +153,8 @@ def module_of(key: str, where: str) -> str:
 def keys_for(patterns: list[str], modules: list[str]) -> dict[str, str]:
     """Module -> the first of the keys of a rank or alpha pattern that stands for it, as PEFT finds it.
 
-    Keys that are regular expressions are matched in a process of their own, for a second at most: they may be of a
-    file that is not trusted.
+    Keys that are regular expressions are matched in a process of their own, for a few seconds at most: they may be of
+    a file that is not trusted.
 
     Raises:
         PmLlmError: If one is no regular expression, or takes too long.

@@ -29,7 +29,7 @@ class Pairs(Terms):
         self.r, self.c = r, c  # (terms, d_out), (terms, d_in)
 
     @classmethod
-    def first(cls, fisher: Factored, room: Room) -> Pairs:
+    def first(cls, fisher: Factored) -> Pairs:
         """A task's alone."""
         return cls(fisher.r[None], fisher.c[None])
 

@@ -43,10 +43,9 @@ class Products(Terms):
         return cls(R.U, R.G, R.d, C.U, C.G, C.d)
 
     @classmethod
-    def first(cls, fisher: Kronecker | Kept, room: Room) -> Products:
+    def first(cls, fisher: Kept) -> Products:
         """A task's alone."""
-        one = fisher.kept(room)
-        return cls.of(one.R, one.C)
+        return cls.of(fisher.R, fisher.C)
 
     def count(self) -> int:
         return len(self.R.d)
@@ -67,9 +66,8 @@ class Products(Terms):
     def sums(self) -> tuple[Tensor, Tensor]:
         return self.R.diagonals().sum(0), self.C.diagonals().sum(0)
 
-    def with_task(self, fisher: Kronecker | Kept, room: Room) -> Products:
-        one = fisher.kept(room)
-        return Products.of(self.R.with_terms(one.R, room.basis), self.C.with_terms(one.C, room.basis))
+    def with_task(self, fisher: Kept, room: Room) -> Products:
+        return Products.of(self.R.with_terms(fisher.R, room.basis), self.C.with_terms(fisher.C, room.basis))
 
     def likeness(self) -> tuple[Tensor, Tensor, Tensor]:
         traces = [side.traces().double().clamp(min=TINY) for side in (self.R, self.C)]

@@ -61,7 +61,7 @@ class Terms:
 
     @abstractmethod
     def with_task(self, fisher: Any, room: Room) -> Terms:
-        """With a task's Fisher as one term more, the last."""
+        """With a task's Fisher, cut to what is kept of it, as one term more, the last."""
 
     @abstractmethod
     def likeness(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,10 +137,6 @@ class TermsPast(Past):
         self._cut = (0.0, 0.0)
 
     @classmethod
-    def _made(cls, terms: Terms, g: LowRank, watched: Watched) -> TermsPast:
-        return cls(g.B, g.A, **watched.tensors(), **terms.tensors())
-
-    @classmethod
     def plus(
         cls,
         past: Any,
@@ -150,11 +146,11 @@ class TermsPast(Past):
         at: LowRank | None = None,
         before: LowRank | None = None,
     ) -> TermsPast:
-        at = theta if at is None else at
+        at, fisher = theta if at is None else at, fisher.kept(room)
         vector = theta if before is None else _change(theta, before)
-        gap = fisher.kept(room).times(_change(at, theta))
+        gap = fisher.times(_change(at, theta))
         if past is None:
-            terms = cls.kind.first(fisher, room)  # type: ignore[attr-defined]
+            terms = cls.kind.first(fisher)  # type: ignore[attr-defined]
             nothing = (
                 theta.B.new_zeros(0, len(theta.B), Watched.WIDTH),
                 theta.A.new_zeros(0, Watched.WIDTH, theta.shape[1]),
@@ -172,7 +168,7 @@ class TermsPast(Past):
                 i, j = most_alike(traces, rows, columns)
                 terms = terms.joined(i, j, room)
                 watched = watched.joined(i, j, terms)
-        found = cls._made(terms, LowRank(g.B[:, :1], g.A[:1]), watched)
+        found = cls(g.B, g.A, **watched.tensors(), **terms.tensors())
         found._set_slope(g, room)
         return found
 

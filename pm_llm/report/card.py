@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -166,9 +166,8 @@ tokenizer = AutoTokenizer.from_pretrained("{shown}")
 
 def _table(matrix: Matrix, results: dict[str, Any]) -> str:
     names = {name: shown_name(name) for name in [*matrix.tasks, *matrix.stages]}
-    renamed = copy.copy(matrix)
-    renamed.tasks, renamed.stages = [names[t] for t in matrix.tasks], [names[t] for t in matrix.stages]
-    return renamed.table(results["coefficients"])
+    tasks, stages = [names[t] for t in matrix.tasks], [names[t] for t in matrix.stages]
+    return dataclasses.replace(matrix, tasks=tasks, stages=stages).table(results["coefficients"])
 
 
 def _serving(repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:

@@ -31,6 +31,7 @@ CHATS = ("messages", "conversations", "conversation")
 
 
 def examples_of(rows: list[Row], spec: UserTask, problems: Problems) -> list[Example]:
+    """The rows as examples; what is wrong with them, or would be left out of them, goes to `problems`."""
     if not rows:
         return []
     found = Counter(columns_of(row.values, spec) for row in rows)
@@ -52,7 +53,7 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
     """Whether nothing of the rows is left out unsaid: what is neither used nor in `ignore` is refused, or told where
     it is of numbers, or the user named the columns that count."""
     used = {*columns.used(), spec.id, *spec.ignore}
-    joined = {INPUT, CONTEXT} - {*columns.prompt, *spec.ignore}
+    joined = {*columns.joins} - {*spec.ignore}
     left: dict[str, Row] = {}
     for row in rows:
         for name, value in row.values.items():
@@ -61,8 +62,6 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
                 left[str(name)] = row
     named = spec.prompt is not None or spec.messages is not None
     texts = [] if named else [n for n, row in left.items() if not isinstance(row.values[n], (bool, int, float))]
-    if texts and not all(isinstance(n, str) for n in texts):
-        texts = [str(n) for n in texts]
     if texts:
         first = columns.prompt[0]
         together = ", ".join([*columns.prompt, *texts])
@@ -87,7 +86,6 @@ def columns_of(values: Mapping[str, Any], spec: UserTask) -> Columns | None:
     """Where a row's question and answer stand; None if nothing is named and nothing known is found."""
     if spec.messages is not None:
         return Columns((spec.messages,))
-    more = tuple(name for name in BEFORE if values.get(name))
     if spec.prompt is not None or spec.completion is not None:
         given = spec.prompt if spec.prompt is not None else "prompt"
         names = tuple(given) if isinstance(given, list) else tuple(_fields(given)) or (given,)
@@ -98,8 +96,7 @@ def columns_of(values: Mapping[str, Any], spec: UserTask) -> Columns | None:
     if pair is None:
         return next((Columns((chat,)) for chat in CHATS if chat in values), None)
     prompt, completion = pair
-    joins = [name for name in (INPUT, CONTEXT) if prompt == INSTRUCTION and isinstance(values.get(name), str)]
-    return Columns((prompt, *(name for name in joins if values[name].strip())), completion, before=more)
+    return Columns((prompt,), completion, joins=(INPUT, CONTEXT) if prompt == INSTRUCTION else (), before=BEFORE)
 
 
 def _fields(template: str) -> list[str]:
@@ -112,19 +109,20 @@ def _fields(template: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where question and answer stand: columns that are joined (or a template of them), the answer's, and those of
-    what was said before the question. Without `completion` the one column holds a chat."""
+    """Where question and answer stand: columns that are joined (or a template of them), the answer's, those that join
+    where a row has a text there, and those of what was said before the question. Without `completion` the one column
+    holds a chat."""
 
     prompt: tuple[str, ...]
     completion: str | None = None
     template: str | None = None
+    joins: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
 
     def used(self) -> set[str]:
         """Every column that is read."""
         chat = {"tools"} if self.completion is None else set()
-        joins = {INPUT, CONTEXT} if self.prompt[0] == INSTRUCTION else set()
-        return {*self.prompt, *self.before, *joins, *chat} | ({self.completion} if self.completion else set())
+        return {*self.prompt, *self.before, *self.joins, *chat} | ({self.completion} if self.completion else set())
 
     def example(self, row: Row, spec: UserTask, problems: Problems) -> Example | None:
         """The row as an example; None, with the reason in `problems`, if it is none."""
@@ -136,13 +134,10 @@ class Columns:
         if isinstance(answer, list) and isinstance(row.values.get(self.prompt[0]), list) and len(self.prompt) == 1:
             both = [*row.values[self.prompt[0]], *answer]  # turns, as TRL has them
             return _chat(row, f"{self.prompt[0]} and {self.completion}", both, name, problems)
-        return self._plain(row, name, problems, spec)
+        return self._plain(row, name, problems)
 
-    def _plain(self, row: Row, name: str | None, problems: Problems, spec: UserTask) -> Example | None:
-        guessed = spec.prompt is None
-        wanted = [n for n in self.prompt if n not in (INPUT, CONTEXT) or not guessed or self.prompt[0] != INSTRUCTION]
-        if guessed and self.prompt[0] == INSTRUCTION:  # rows of a file need not all have them
-            wanted = [INSTRUCTION, *(n for n in (INPUT, CONTEXT) if _has_text(row, n))]
+    def _plain(self, row: Row, name: str | None, problems: Problems) -> Example | None:
+        wanted = [*self.prompt, *(column for column in self.joins if _has_text(row, column))]
         texts = {n: self._text(row, n, problems, joined=len(self.prompt) > 1) for n in wanted}
         answers = _answers(row, self.completion or "", problems)
         if answers is None or not all(text is not None for text in texts.values()):

@@ -177,16 +177,16 @@ def _object(value: Any, place: str, problems: Problems) -> Iterator[Row]:
 
 def _csv(path: Path, problems: Problems) -> Iterator[Row]:
     limit = csv.field_size_limit(sys.maxsize)
-    taken = 0
+    text, taken = _decoded(path), 0
 
     def lines() -> Iterator[str]:
         nonlocal taken
-        for line in io.StringIO(_decoded(path), newline="\n"):
+        for line in io.StringIO(text, newline="\n"):
             taken += 1
             yield line
 
     try:
-        first = next((line for line in io.StringIO(_decoded(path), newline="\n") if line.strip()), "")
+        first = next((line for line in io.StringIO(text, newline="\n") if line.strip()), "")
         reader, header = csv.reader(lines(), strict=True, delimiter=_separator(first)), None
         while True:
             place = f"{path}:{taken + 1}"
