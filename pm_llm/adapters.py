@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pm_llm import lowrank
 from pm_llm.durable import readable
 from pm_llm.errors import PmLlmError
-from pm_llm.foreign import WEIGHTS_FILE, check_files, keys_for, module_of
+from pm_llm.foreign import WEIGHTS_FILE, by_name, check_files, module_of
 from pm_llm.lowrank import LowRank
 from pm_llm.sharding import gathered, whole
 
@@ -184,7 +185,7 @@ class Adapter:
             sides.setdefault(module, {})[tail[0]] = tensor
         if not sides:
             raise PmLlmError(f"{where} holds no LoRA weights.")
-        pairs = {}
+        config, pairs = by_name(config, list(sides)), {}
         for module, pair in sides.items():
             if len(pair) != 2:
                 raise PmLlmError(f"{where}: module {module} has only one of its two LoRA factors.")
@@ -193,13 +194,9 @@ class Adapter:
                     f"{where}: module {module} has factors B {tuple(pair['B'].shape)} and A {tuple(pair['A'].shape)}, "
                     "which are not of one matrix. The file is damaged."
                 )
-        alphas = keys_for(list(config.alpha_pattern or {}), list(sides))
-        for module, pair in sides.items():
-            alpha = (config.alpha_pattern or {}).get(alphas.get(module), config.lora_alpha)
-            rank = pair["A"].shape[0]
-            pairs[module] = (pair["B"], pair["A"], alpha / rank**0.5 if config.use_rslora else alpha / rank)
+            pairs[module] = (pair["B"], pair["A"], _scaling(config, module, rank=pair["A"].shape[0]))
         base, revision = config.base_model_name_or_path, config.revision
-        return cls(_Scaled(pairs), place_of(config, list(sides)), base, task_type_of(config), revision)
+        return cls(_Scaled(pairs), place_of(config), base, task_type_of(config), revision)
 
     # ---- a live model ----
     @classmethod
@@ -392,13 +389,16 @@ def _spelt(base: str) -> str:
     return str(Path(base).resolve()) if Path(base).exists() else base.rstrip("/").lower()
 
 
-def place_of(config: PeftConfig, modules: Sequence[str]) -> dict[str, Any]:
-    """The fields that say where an adapter sits, as :class:`Adapter` keeps them; a pattern of names becomes the names
-    themselves, so that none is handed on."""
+def _scaling(config: Any, module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA, after PEFT's rank and alpha patterns."""
+    pattern = config.alpha_pattern or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), module), config.lora_alpha)
+    return alpha / rank**0.5 if config.use_rslora else alpha / rank
+
+
+def place_of(config: PeftConfig) -> dict[str, Any]:
+    """The fields that say where an adapter sits, as :class:`Adapter` keeps them."""
     values = {name: getattr(config, name) for name in _PLACE}
-    if any(isinstance(values[key], str) for key in ("target_modules", "exclude_modules", "layers_pattern")):
-        names = {"target_modules": sorted(modules), "exclude_modules": None}
-        values |= {**names, "layers_pattern": None, "layers_to_transform": None}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from pm_llm.adapters import Adapter, place_of, task_type_of
 from pm_llm.durable import new_folder
 from pm_llm.errors import PmLlmError, first_line
-from pm_llm.foreign import WEIGHTS_FILE
+from pm_llm.foreign import WEIGHTS_FILE, by_name
 from pm_llm.lowrank import LowRank
 
 FILE = "compressed.safetensors"
@@ -95,9 +95,9 @@ def expand(compressed: str | Path, out: str | Path) -> None:
         raise PmLlmError(f"{folder} holds no {FILE}: it is no compressed adapter.")
     try:
         config, factors = LoraConfig.from_pretrained(str(folder)), _read(folder / FILE)
-        adapter = Adapter(
-            factors, place_of(config, list(factors)), config.base_model_name_or_path, task_type_of(config)
-        )
+        config = by_name(config, list(factors))
+        base, task_type = config.base_model_name_or_path, task_type_of(config)
+        adapter = Adapter(factors, place_of(config), base, task_type, config.revision)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise PmLlmError(f"{folder} is damaged: {first_line(error)}. Compress the adapter again.") from error
     with new_folder(out) as scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -189,7 +190,7 @@ def keys_for(patterns: list[str], modules: list[str]) -> dict[str, str]:
 
 
 def without_patterns(config: Any, folder: Path) -> Any:
-    """A LoRA's PEFT configuration with the names of its modules in place of patterns for them.
+    """The PEFT configuration of an adapter folder, a LoRA's by :func:`by_name`.
 
     PEFT would match patterns with all names of a model; one that comes with a file may take for ever.
     """
@@ -197,17 +198,23 @@ def without_patterns(config: Any, folder: Path) -> Any:
         return config
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         names = [module_of(name, str(folder)) for name in file.keys()]  # noqa: SIM118
-    modules = sorted({name.partition(".lora_")[0] for name in names if ".lora_" in name})
+    return by_name(config, sorted({name.partition(".lora_")[0] for name in names if ".lora_" in name}))
+
+
+def by_name(config: Any, modules: list[str]) -> Any:
+    """A LoRA's configuration with the names of its modules in place of patterns for them.
+
+    Raises:
+        PmLlmError: If a pattern with a rank or an alpha cannot be matched, see :func:`keys_for`.
+    """
+    config = copy.copy(config)
     for key in ("rank_pattern", "alpha_pattern"):
         given = getattr(config, key) or {}
         if not all(PLAIN_NAME.fullmatch(name) for name in given):
             setattr(config, key, {module: given[k] for module, k in keys_for(list(given), modules).items()})
-    if isinstance(config.target_modules, str):
+    if any(isinstance(getattr(config, key), str) for key in ("target_modules", "exclude_modules", "layers_pattern")):
         config.target_modules = set(modules)
-        config.exclude_modules = config.layers_pattern = None
-    elif isinstance(config.exclude_modules, str) or isinstance(config.layers_pattern, str):
-        config.target_modules, config.exclude_modules = set(modules), None
-        config.layers_pattern = config.layers_to_transform = None
+        config.exclude_modules = config.layers_pattern = config.layers_to_transform = None
     return config
 
 
