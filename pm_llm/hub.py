@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,13 @@ def push_run(
         folder = Path(scratch)
         shutil.copy(adapter / FILES[1], folder / FILES[1])
         (folder / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True))
-        theirs = _card_of(run) if dry_run else _card_of(run) or _card_on_hub(api, repo_id)
+        with _told(repo_id):
+            theirs = _card_of(run) if dry_run else _card_of(run) or _card_on_hub(api, repo_id)
         card = write_card(results, repo_id, base, _rank(config), config.get("task_type"), folder / FILES[2], theirs)
         sizes = ", ".join(f"{name} ({(folder / name).stat().st_size:,} bytes)" for name in FILES)
         if dry_run:
             return f"{card}\ndry run: would upload to {repo_id}: {sizes}. Above is the card."
-        try:
+        with _told(repo_id):
             ModelCard(card).validate()  # before there is a repository
             api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.repo_info(repo_id).private:
@@ -89,17 +92,24 @@ def push_run(
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(results['stages'])} tasks"
             )
-        except PmLlmError:
-            raise
-        except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise PmLlmError(
-                f"the Hub did not take {repo_id}: {reason}. Check the name and your login (`hf auth whoami`)."
-            ) from error
         with run.locked():
             replace_bytes(run.path / FILES[2], card.encode())  # the user's to edit from here on
             replace_bytes(run.path / WRITTEN, sha256_of(card).encode())
     return f"uploaded {sizes} to {commit.repo_url}"
+
+
+@contextmanager
+def _told(repo_id: str) -> Iterator[None]:
+    """What the Hub says against something, whole and in one line."""
+    try:
+        yield
+    except PmLlmError:
+        raise
+    except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise PmLlmError(
+            f"the Hub did not take {repo_id}: {reason}. Check the name and your login (`hf auth whoami`)."
+        ) from error
 
 
 def _card_of(run: RunDir) -> str | None:
@@ -112,12 +122,13 @@ def _card_of(run: RunDir) -> str | None:
 
 
 def _card_on_hub(api: Any, repo_id: str) -> str | None:
-    """The card that is there; None where there is none, or what cannot be reached will be told by the upload."""
-    from huggingface_hub.errors import HfHubHTTPError
+    """The card that is there; None where there is none. Anything else that keeps it from being read is raised: a card
+    that was not seen would be overwritten."""
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(api.hf_hub_download(repo_id, FILES[2], force_download=True)).read_text(encoding="utf-8")
-    except (HfHubHTTPError, OSError):
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
         return None
 
 

@@ -27,6 +27,7 @@ class HubServer:
         self.files: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.broken: str | None = None  # what stands in the paths that end in an error of the server
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
 
     @property
@@ -150,6 +151,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if path == "/api/whoami-v2":
                 known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
                 self.reply(*((200, {"name": "user", "type": "user"}) if known else (401, {"error": "Unauthorized"})))
+                return
+            if hub.broken and hub.broken in path:
+                self.reply(500, {"error": "broken"})
                 return
             if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
                 content = hub.files.get(found[1], {}).get(found[2])

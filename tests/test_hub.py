@@ -145,6 +145,13 @@ def test_pushing_again_keeps_what_is_the_users(finished_runs, tmp_path) -> None:
             assert forker(*push, kill=120.0).status == 0
             assert files["README.md"].decode().rstrip().endswith("Said here.")
             assert "damaged" not in forker("status", str(run), kill=120.0).said
+            (run / "README.md").unlink()
+            hub.broken = "/resolve/"  # the card cannot be seen: nothing is put in its place
+            before = files["README.md"]
+            refused = forker(*push, kill=120.0)
+            assert refused.status == 2
+            assert "the Hub did not take user/name" in refused.said
+            assert files["README.md"] == before
 
 
 def test_names_that_a_card_cannot_hold(finished_runs, tmp_path) -> None:

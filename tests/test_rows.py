@@ -265,7 +265,7 @@ def test_names_of_parquet_files_are_no_patterns(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 12)),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 12, mtime=0)),
         ("a.json", json.dumps({"version": "1", "rows": [{"prompt": "p", "completion": "c"}] * 12}).encode()),
         ("a.csv", b"prompt;completion\n" + b"p;c\n" * 12),
         ("a.csv", b"prompt|completion\n" + b"p|c\n" * 12),
@@ -282,7 +282,7 @@ def test_kinds_of_files(name: str, content: bytes, tmp_path) -> None:
 
 
 def test_a_gzip_file_that_is_cut(tmp_path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 12)[:-9])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 12, mtime=0)[:-9])
     with pytest.raises(PmLlmError, match="is not a whole gzip file"):
         load_tasks(RunConfig(tasks=[str(tmp_path / "a.jsonl.gz")]))
 
