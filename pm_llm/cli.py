@@ -189,10 +189,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pm-llm: error: {error.strerror or first_line(error)}: {_place(error)}.", file=sys.stderr)
         return 2
     except (ValueError, RuntimeError) as error:
-        if "null byte" not in str(error) and "Symlink loop" not in str(error):
-            raise
-        print(f"pm-llm: error: {first_line(error)}: check the names that were given.", file=sys.stderr)
+        print(f"pm-llm: error: {_explained(error)}", file=sys.stderr)
         return 2
+
+
+def _explained(error: Exception) -> str:
+    """What the libraries' errors mean that can be told from their texts; any other is raised."""
+    from pm_llm.processes import is_lost_connection
+
+    if is_lost_connection(error):
+        return (
+            f"the connection to another process was lost ({first_line(error)}). See what that process said last; what "
+            "is committed stays, and the same command goes on from there."
+        )
+    if "null byte" in str(error) or "Symlink loop" in str(error):
+        return f"{first_line(error)}: check the names that were given."
+    raise error
 
 
 def _place(error: OSError) -> str:
@@ -442,11 +454,13 @@ def report(given: argparse.Namespace) -> int:
     if given.joint is not None and "gap closed" not in table:
         print("no gap closed: it needs a run of seqlora among these, scored as the first, with another average.\n")
     try:
-        from pm_llm.report.page import FIGURES, write_report
+        from pm_llm.report.page import FIGURES, PAGE, write_report
     except ImportError as error:
         raise PmLlmError(f'the page needs matplotlib: pip install "pm_llm[report]" ({error})') from error
     run_dir = RunDir.open(given.run_dir[0])
     with run_dir.locked() if own else nullcontext():
+        if own:
+            run_dir.forget(lambda name: name == PAGE or name.startswith(f"{FIGURES}/"))
         page = write_report(runs, out, given.joint)
         if own:
             run_dir.record([page, *(page.parent / FIGURES).iterdir()])

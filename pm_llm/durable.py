@@ -167,8 +167,10 @@ def _is_of_devices(error: Exception) -> bool:
     """Whether an accelerator or another process said it, as while a checkpoint's weights are gathered."""
     import torch
 
-    others = (getattr(torch, "AcceleratorError", ()), getattr(torch.distributed, "DistError", ()))
-    return isinstance(error, (torch.OutOfMemoryError, *others))
+    from pm_llm.processes import is_lost_connection
+
+    broken = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))
+    return isinstance(error, broken) or is_lost_connection(error)
 
 
 @contextmanager

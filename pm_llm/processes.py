@@ -29,6 +29,13 @@ def total(x: Tensor) -> Tensor:
     return reduce(x.to(state.device), "sum") if state.num_processes > 1 else x
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether another process, or the way to it, is what failed. Gloo's errors have no type of their own; they name
+    the file of its source."""
+    of_nccl = getattr(torch.distributed, "DistError", ())
+    return isinstance(error, of_nccl) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 class Clock:
     """Seconds of each part of a stage, and each part's peak of memory in bytes: the device's, on CPU the process's.
 

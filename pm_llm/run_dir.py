@@ -238,15 +238,18 @@ class RunDir:
         """What is wrong with the manifest's files, by their path in the folder."""
         state = self.state()
         found = durable.damaged(self.path, {name: x for name, x in state["files"].items() if wanted(name)})
-        if state["stages"] and wanted(ADAPTER):
-            target = Path(STAGES) / state["stages"][-1]["folder"] / ADAPTER
-            link = self.path / ADAPTER
-            if not link.is_symlink() or link.readlink() != target:
-                found[ADAPTER] = f"is no link to {target.as_posix()}"
         if found:  # a run that goes on may have replaced them meanwhile
             listed = self.state()["files"]
             found = {name: x for name, x in found.items() if listed.get(name) == state["files"].get(name)}
         return found
+
+    def link_missed(self) -> str | None:
+        """Where the link `adapter` should point to and does not, as when a run was killed just before; else None."""
+        stages = self.state()["stages"]
+        if not stages:
+            return None
+        target, link = Path(STAGES) / stages[-1]["folder"] / ADAPTER, self.path / ADAPTER
+        return None if link.is_symlink() and link.readlink() == target else target.as_posix()
 
     def check(self, names: Sequence[str]) -> None:
         """Compare files, or all of some folders (names that end in a slash), with the manifest.
@@ -275,7 +278,7 @@ class RunDir:
                 if folders
                 else "Put it back from a copy, or run in another folder."
             )
-        pages = [name for name in found if name not in (RESULTS, ADAPTER, "config.yaml", "matrix.png")]
+        pages = [name for name in found if name not in (RESULTS, "config.yaml", "matrix.png")]
         return "Make it again with pm-llm report or pm-llm push." if pages else "Run the same command again."
 
     @classmethod
@@ -395,9 +398,19 @@ class RunDir:
 
     def write(self, name: str, content: str | bytes, **changes: Any) -> None:
         """Write a file of the run's folder and list it in the manifest, with `changes` of the state."""
+        self.forget(lambda known: known == name)
         with writing(self.path):
             durable.replace_bytes(self.path / name, content.encode() if isinstance(content, str) else content)
         self.record([self.path / name], **changes)
+
+    def forget(self, replaced: Callable[[str], bool]) -> None:
+        """Take files that are to be replaced out of the manifest: one that was replaced, and not yet listed again when
+        the process was killed, is not damaged."""
+        state = self.state()
+        files = {name: known for name, known in state["files"].items() if not replaced(name)}
+        if files != state["files"]:
+            with writing(self.path):
+                self._write_state({**state, "files": files})
 
     def record(self, files: Sequence[Path], **changes: Any) -> None:
         """List files that are whole in the manifest."""

@@ -52,6 +52,8 @@ def describe_run(path: str | Path) -> str:
     if not todo and RESULTS not in state["files"]:
         todo.append("write results.json")
     lines += ["", f"next: {todo[0]}" if todo else "next: nothing, it is finished"]
+    if target := run_dir.link_missed():
+        lines.append(f"{run_dir.path / ADAPTER} is no link to {target}: the same command, run again, makes it one")
     wrong = run_dir.damaged()
     if wrong:
         lines += ["", "damaged:", *(f"  {run_dir.path / name} {what}" for name, what in wrong.items())]

@@ -132,6 +132,20 @@ class ConstraintMixin:
             for constraint in self.constraints:
                 constraint.prepared = False
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        return super().get_batch_samples(self._once(epoch_iterator), num_batches, device)  # type: ignore[misc]
+
+    def _once(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, of an epoch's last only the rows that are left: with several processes, accelerate fills it up
+        with the epoch's first rows, which would count twice. What it filled up has no answer here."""
+        state = self.accelerator.gradient_state  # type: ignore[attr-defined]
+        for batch in batches:
+            if state.end_of_dataloader and state.remainder > 0:
+                labels = batch["labels"]
+                left = state.remainder - self.accelerator.process_index * len(labels)  # type: ignore[attr-defined]
+                labels[max(left, 0) :] = -100
+            yield batch
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:  # type: ignore[attr-defined]
             raise AlreadyTrainedError
@@ -392,9 +406,10 @@ class _TokenMeanTrainer(Seq2SeqTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(**inputs)
-        loss = outputs.loss
+        tokens = inputs["labels"].ne(-100).sum()
+        loss = outputs.loss if tokens else outputs.logits.sum() * 0  # the mean over no tokens is NaN
         if num_items_in_batch is not None:
-            loss = loss * (inputs["labels"].ne(-100).sum() / num_items_in_batch)
+            loss = loss * (tokens / num_items_in_batch)
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

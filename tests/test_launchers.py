@@ -164,6 +164,21 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(pico_folders, tmp_p
 
 
 @pytest.mark.slow
+def test_what_is_left_when_a_rank_dies_says_so(forker, pico_folders, tmp_path) -> None:
+    """A lost connection, also where files are being written."""
+    command = [
+        *launcher("ddp_cpu", tmp_path, "tests/lost_peer_script.py"),
+        "run",
+        *arguments(pico_folders["llama"], 4),
+    ]
+    ended = launch(forker, [*command, "--output_dir", str(tmp_path / "run")])
+    assert ended.status != 0
+    assert "pm-llm: error: the connection to another process was lost" in ended.said
+    assert "cannot write" not in ended.said
+    assert "Traceback" not in ended.said.split("pm-llm: error")[0]
+
+
+@pytest.mark.slow
 def test_fsdp2_of_tied_embeddings_is_refused(forker, pico_folders, tmp_path) -> None:
     command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["t5"], 4), "--output_dir", str(tmp_path / "run")]
     ended = launch(forker, command)

@@ -8,7 +8,10 @@ import re
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +129,57 @@ def test_a_polite_signal_leaves_a_checkpoint(number: int, forker, whole, pico_fo
             assert forker(*run).status == 0
             same_outcome(tmp_path / "run", whole["llama"])
     assert checkpoints
+
+
+class KilledError(BaseException):
+    """Ends a command at an instant, as a signal would: no `except Exception` holds it."""
+
+
+@contextmanager
+def killed_at(instant: int) -> Iterator[None]:
+    """Within the block, the process ends before (even) or after (odd) a file or link gets its name."""
+    real, seen = os.replace, 0
+
+    def replace(source: Any, target: Any, **more: Any) -> None:
+        nonlocal seen
+        for real_one in (False, True):
+            if real_one:
+                real(source, target, **more)
+            if seen == instant:
+                raise KilledError
+            seen += 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        yield
+
+
+@pytest.mark.parametrize("command", ["report", "restart", "run"])
+def test_status_calls_nothing_damaged_that_was_being_replaced(command, whole, pico_folders, tmp_path, capsys) -> None:
+    model, run = pico_folders["llama"], tmp_path / "run"
+    shutil.copytree(whole["llama"], tmp_path / "before", symlinks=True)
+    assert main(["report", str(tmp_path / "before")]) == 0
+    argv = {
+        "report": ["report", str(run), str(whole["llama"])],
+        "restart": [*arguments(model), "--output_dir", str(run), "--restart-from", "question"],
+        "run": [*arguments(model, **{"order": "sentiment,topic,question,puzzle"}), "--output_dir", str(run)],
+    }[command]
+    for instant in range(100 if command == "report" else 10):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(tmp_path / "before", run, symlinks=True)
+        try:
+            with killed_at(instant):
+                assert main(argv) == 0
+            break
+        except KilledError:
+            pass
+        capsys.readouterr()
+        assert main(["status", str(run)]) == 0
+        assert "damaged" not in capsys.readouterr().out, instant
+    assert instant > 4
+    assert main(argv) == 0
+    assert main(["status", str(run)]) == 0
+    assert "damaged" not in capsys.readouterr().out
 
 
 def test_status_says_what_comes_next(forker, pico_folders, tmp_path, capsys) -> None:

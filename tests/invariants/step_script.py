@@ -1,4 +1,4 @@
-"""One optimizer step of plain SGD on 16 rows, started alone or by accelerate launch; writes loss and gradient."""
+"""Plain SGD, one step on 16 rows or two on 18, alone or by accelerate launch; writes the last loss and how far it went."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from pm_llm.processes import shut_down
 from tests.conftest import FAMILIES, features, make_peft, tokenizer
 
 
+ALWAYS = {"epsilon": 0.5, "probability": 0.5}  # never the sign 0
+UNEVEN = {"rows": 18, "max_steps": 2, "learning_rate": 0.1}  # two rows left for the second step
+
+
 def make_trainer(family: str, out: str, batch: int, accumulation: int, constraint=(), plain: bool = False, **options):
-    """A Trainer on 16 rows whose answers differ in length, with SGD at rate 1: the weights move by the gradient."""
+    """A Trainer on 16 rows (or `rows`) whose answers differ in length, with SGD at rate 1: the weights move by the gradient."""
     model = options.pop("model", None) or make_peft(family, random_b=True)
-    rows = features(family, 8, "question") + features(family, 8, "sentiment")
+    half = options.pop("rows", 16) // 2
+    rows = features(family, half, "question") + features(family, half, "sentiment")
     for i, row in enumerate(rows):  # uneven answers, so that a mean of means would show
         if i % 3 == 0:
             row["labels"] = [*row["labels"][:-1], 5, 6, 7, 1] if family == "t5" else row["labels"]
@@ -50,20 +55,21 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 def one_step(trainer) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient (the step it made, negated)."""
+    """The last step's loss, and the gradient (the step it made, negated)."""
     before = weights(trainer.model)
     trainer.train()
     after = weights(trainer.model)
-    loss = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
+    loss = next(log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log)
     return loss, {name: before[name] - after[name] for name in before}
 
 
 if __name__ == "__main__":
     out, batch, accumulation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     for family in FAMILIES:
-        trainer = make_trainer(family, out, batch, accumulation, Perturb(epsilon=0.5, probability=0.5))
+        trainer = make_trainer(family, out, batch, accumulation, Perturb(**ALWAYS))
         result = one_step(trainer)
+        uneven = one_step(make_trainer(family, out, batch, accumulation, Perturb(**ALWAYS), **UNEVEN))
         if PartialState().is_main_process:
-            torch.save(result, f"{out}/{family}.pt")
+            torch.save((result, uneven), f"{out}/{family}.pt")
     del trainer
     shut_down()
