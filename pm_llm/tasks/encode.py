@@ -214,8 +214,9 @@ class Encoder:
 
 @lru_cache
 def _prepends(tokenizer: Any) -> bool:
+    """Whether it puts a blank before a text: always (Llama 2), or where there is none (T5)."""
     one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
-    return len(two) > len(one)
+    return one == two or len(two) > len(one)
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Plain SGD, one step on 16 rows or two on 18, alone or by accelerate launch; writes the last loss and how far it went."""
+"""Plain SGD, a step on 16 rows or two on 18, alone or by accelerate launch; writes the last loss and the way gone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from pm_llm import ContinualSeq2SeqTrainer, ContinualSFTTrainer, Perturb
 from pm_llm.processes import shut_down
 from tests.conftest import FAMILIES, features, make_peft, tokenizer
 
-
 ALWAYS = {"epsilon": 0.5, "probability": 0.5}  # never the sign 0
 UNEVEN = {"rows": 18, "max_steps": 2, "learning_rate": 0.1}  # two rows left for the second step
 
 
 def make_trainer(family: str, out: str, batch: int, accumulation: int, constraint=(), plain: bool = False, **options):
-    """A Trainer on 16 rows (or `rows`) whose answers differ in length, with SGD at rate 1: the weights move by the gradient."""
+    """A Trainer on 16 rows (or `rows`), answers of several lengths, with SGD at rate 1: it moves by the gradient."""
     model = options.pop("model", None) or make_peft(family, random_b=True)
     half = options.pop("rows", 16) // 2
     rows = features(family, half, "question") + features(family, half, "sentiment")
