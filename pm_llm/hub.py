@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def push_run(
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    from pm_llm.report.card import is_hub_id, write_card
+    from pm_llm.report.card import write_card
 
     run = RunDir.open(run_dir)
     results = run.results()
@@ -66,7 +67,7 @@ def push_run(
     adapter = run.adapter
     config = json.loads((adapter / FILES[0]).read_text())
     base = base_model or config.get("base_model_name_or_path") or results["config"]["model"]
-    if not is_hub_id(base):
+    if not is_hub_id(base) or (base_model is None and Path(base).exists()):
         raise PmLlmError(
             f"the base model is {base!r}, a folder of this machine, which nobody else can load. Name its id on the "
             "Hub with --base-model USER/NAME."
@@ -96,6 +97,11 @@ def push_run(
             replace_bytes(run.path / FILES[2], card.encode())  # the user's to edit from here on
             replace_bytes(run.path / WRITTEN, sha256_of(card).encode())
     return f"uploaded {sizes} to {commit.repo_url}"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name can be an id on the Hub."""
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
     run = [shlex.split(c) for c in commands() if not c.startswith("make")]
     assert len(run) >= 7
     for i, command in enumerate(run):
-        if command[1] == "push":  # the model is a folder here
+        if command[:2] == ["pm-llm", "push"]:  # the model is a folder here
             command += ["--base-model", "HuggingFaceTB/SmolLM2-135M-Instruct"]
         if i and command[0] == "pm-llm":
             ended = forker(*command[1:], cwd=place)

@@ -109,8 +109,7 @@ def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardDa
         for j, (task, scorer) in enumerate(zip(matrix.tasks, results["scorers"], strict=True))
     ]
     return ModelCardData(
-        # a local folder is no id on the Hub, and the Hub refuses it
-        base_model=base_model if is_hub_id(base_model) else None,
+        base_model=base_model,
         library_name="peft",
         tags=["pm_llm", "lora", "continual-learning", "model-merging"],
         model_name=name,
@@ -129,11 +128,10 @@ def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, tas
     scorers = ", ".join(sorted(set(results["scorers"])))
     counts = ", ".join(f"{shown_name(t)} {n}" for t, n in zip(results["tasks"], results["test_rows"], strict=True))
     auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
-    shown = base_model if is_hub_id(base_model) else "BASE_MODEL"
     rows = {True: ", with rows of earlier tasks", False: ", without keeping old data", None: ""}[keeps_rows(method)]
     return f"""# {repo_id.rpartition("/")[2]}
 
-One LoRA adapter (rank {rank}) for `{shown}`, fine-tuned on {len(matrix.stages)} tasks one after the other{rows}:
+One LoRA adapter (rank {rank}) for `{base_model}`, fine-tuned on {len(matrix.stages)} tasks one after the other{rows}:
 {", ".join(map(shown_name, matrix.stages))}.
 
 ## Method
@@ -156,12 +154,12 @@ Scores after each task ({scorers}, rows: the task just trained){how_scored(resul
 from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
 
-base = {auto}.from_pretrained("{shown}")
+base = {auto}.from_pretrained("{base_model}")
 model = PeftModel.from_pretrained(base, "{repo_id}")
-tokenizer = AutoTokenizer.from_pretrained("{shown}")
+tokenizer = AutoTokenizer.from_pretrained("{base_model}")
 ```
 
-{_serving(repo_id, shown, rank, task_type)}"""
+{_serving(repo_id, base_model, rank, task_type)}"""
 
 
 def _table(matrix: Matrix, results: dict[str, Any]) -> str:
@@ -182,8 +180,3 @@ def _serving(repo_id: str, base_model: str, rank: int, task_type: str | None) ->
 ```bash
 vllm serve {base_model} --enable-lora --max-lora-rank {fits[0]} --lora-modules {name}={repo_id}
 ```"""
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a model's name can be an id on the Hub, and is no folder here."""
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
