@@ -24,7 +24,8 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 
 def commands() -> list[str]:
     lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
-    return [line.partition(" #")[0].strip() for line in lines if line.strip()]
+    found = [line.partition(" #")[0].strip() for line in lines]
+    return [command for command in found if command]
 
 
 def test_make_commands_are_what_ci_runs() -> None:
