@@ -1,0 +1,22 @@
+"""`pm-llm` in two processes, the second of which is killed while a checkpoint is written; by accelerate launch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from pm_llm.checkpoints import Checkpoints
+from pm_llm.cli import main
+from pm_llm.processes import process_state
+
+
+def killed(self: Checkpoints, *_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    if process_state().process_index == 1:
+        Checkpoints.writing = killed  # type: ignore[assignment]
+    sys.exit(main(sys.argv[1:]))
