@@ -44,8 +44,8 @@ def run(settings: dict[str, Any], shadowed: bool) -> dict[str, Any]:
     """One run's results; with `shadowed` also the coefficients of a factored Fisher on the same adapters."""
     from pm_llm import ContinualSequence, Merger
     from pm_llm.config import load_config
-    from pm_llm.fisher import Fisher
-    from pm_llm.fisher.factored import Factored
+    from pm_llm.fisher.base import Fisher
+    from pm_llm.fisher.row_column import Factored
 
     class Shadowed(ContinualSequence):
         def _fisher(self, merger: Any, chosen: Any, running: Any, new: Any, *rest: Any) -> Fisher:

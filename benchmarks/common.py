@@ -50,7 +50,7 @@ def peak_memory() -> Iterator[list[int]]:
     """
     import torch
 
-    from pm_llm.processes import Clock
+    from pm_llm.system.processes import Clock
 
     found: list[int] = []
     clock = Clock(torch.device("cpu"))

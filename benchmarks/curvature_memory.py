@@ -27,8 +27,8 @@ def fold(storage: str, modules: int, size: int, folder: Path) -> dict[str, float
     import torch
 
     from pm_llm import Adapter, Merger
-    from pm_llm.accumulators import mapped_files
-    from pm_llm.lowrank import LowRank
+    from pm_llm.algebra.lowrank import LowRank
+    from pm_llm.system.mapped import mapped_files
 
     torch.manual_seed(0)
     zeros = mapped_files(folder) if storage == "disk" else torch.zeros

@@ -26,7 +26,7 @@ def main() -> None:
     given = arguments.parse_args()
     import torch
 
-    from pm_llm.fisher import Room
+    from pm_llm.fisher.base import Room
     from pm_llm.fisher.kronecker import Kronecker
 
     torch.manual_seed(0)

@@ -24,9 +24,10 @@ from peft import PeftModel
 from pm_llm.config import RunConfig
 from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.likelihood import choose_labels
-from pm_llm.models import load_base
-from pm_llm.tasks import Example, Task, load_tasks
-from pm_llm.tasks.encode import Encoder
+from pm_llm.families.models import load_base
+from pm_llm.tasks.base import Example, Task
+from pm_llm.tasks.encoding import Encoder
+from pm_llm.tasks.loading import load_tasks
 
 NEW_TOKENS = 50
 

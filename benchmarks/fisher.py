@@ -26,11 +26,11 @@ def state_rows(width: int) -> list[dict[str, Any]]:
     import torch
 
     from pm_llm import Merger
-    from pm_llm.adapters import Adapter
-    from pm_llm.fisher import Fisher
+    from pm_llm.adapters.adapter import Adapter
+    from pm_llm.algebra.lowrank import LowRank
+    from pm_llm.fisher.base import Fisher
     from pm_llm.fisher.dense import Dense
-    from pm_llm.fisher.factored import Factored
-    from pm_llm.lowrank import LowRank
+    from pm_llm.fisher.row_column import Factored
 
     found = {}
     for form in ("dense", "factored"):
@@ -53,13 +53,14 @@ def model_and_rows(name: str, given: Any) -> tuple[Any, list[dict[str, Any]]]:
     import torch
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration
 
-    from pm_llm.adapters import Adapter, set_active
+    from pm_llm.adapters.adapter import Adapter
+    from pm_llm.adapters.live import set_active
     from pm_llm.config import LoraSection
-    from pm_llm.models import EMBEDDED, load_base
-    from pm_llm.starts import RUNNING, TASK
+    from pm_llm.families.models import EMBEDDED, load_base
+    from pm_llm.starts.base import RUNNING, TASK
     from pm_llm.starts.fresh import Fresh
-    from pm_llm.tasks.embedded import make_task
-    from pm_llm.tasks.encode import Encoder
+    from pm_llm.tasks.benchmarks.embedded import make_task
+    from pm_llm.tasks.encoding import Encoder
 
     if name == "t5:60m":
         base = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0)).to(getattr(torch, given.dtype))
@@ -97,9 +98,9 @@ def main() -> None:
     given = arguments.parse_args()
     import torch
 
-    from pm_llm.adapters import Adapter
+    from pm_llm.adapters.adapter import Adapter
     from pm_llm.fisher.measure import answer_loss, sum_fisher
-    from pm_llm.starts import TASK
+    from pm_llm.starts.base import TASK
 
     rows: list[dict[str, Any]] = []
     for name in given.model:

@@ -29,7 +29,7 @@ def main() -> None:
 
     from pm_llm import ContinualSequence, Merger
     from pm_llm.config import load_config
-    from pm_llm.fisher.task import ChosenRows
+    from pm_llm.fisher.rows import ChosenRows
 
     mergers: dict[tuple[int, int], Merger] = {}
     found: dict[int, list[float]] = {n: [] for n in given.samples}

@@ -30,7 +30,7 @@ MEASURES = ("curvature", "rise", "score")
 
 def main() -> None:
     """Print and write a row for each run and task."""
-    from pm_llm.quiet import quiet_libraries
+    from pm_llm.system.quiet import quiet_libraries
 
     arguments = parser(__doc__)
     arguments.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -78,16 +78,17 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
     """A row for each task of a run, or for its first one."""
     from peft import PeftModel
 
-    from pm_llm import lowrank
-    from pm_llm.adapters import Adapter
+    from pm_llm.adapters.adapter import Adapter
+    from pm_llm.algebra import lowrank
     from pm_llm.config import RunConfig, build
     from pm_llm.errors import PmLlmError
+    from pm_llm.families.models import load_base
     from pm_llm.fisher.probe import Probe
-    from pm_llm.fisher.task import ChosenRows
-    from pm_llm.models import load_base
-    from pm_llm.run_dir import TASK_ADAPTER, RunDir
-    from pm_llm.tasks import distinct, load_tasks
-    from pm_llm.tasks.encode import encoders_for
+    from pm_llm.fisher.rows import ChosenRows
+    from pm_llm.run.folder import TASK_ADAPTER, RunDir
+    from pm_llm.tasks.base import distinct
+    from pm_llm.tasks.encoding import encoders_for
+    from pm_llm.tasks.loading import load_tasks
 
     run = RunDir.open(path)
     results = run.results()

@@ -28,8 +28,8 @@ def write_adapters(shape: str, folder: Path, layers: int) -> None:
     """Two adapter folders with singular values that fall off, as trained ones have."""
     import torch
 
-    from pm_llm.adapters import Adapter
-    from pm_llm.lowrank import LowRank
+    from pm_llm.adapters.adapter import Adapter
+    from pm_llm.algebra.lowrank import LowRank
 
     for name, rank in RANKS.items():
         torch.manual_seed(rank)
@@ -65,8 +65,8 @@ def error(shape: str) -> float:
     """Relative error of one folded module against the truncated SVD of the dense sum, in float64."""
     import torch
 
-    from pm_llm.adapters import Adapter
-    from pm_llm.lowrank import LowRank
+    from pm_llm.adapters.adapter import Adapter
+    from pm_llm.algebra.lowrank import LowRank
     from pm_llm.merges.files import merge_folders
 
     with tempfile.TemporaryDirectory() as name:

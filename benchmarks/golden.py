@@ -3,8 +3,8 @@
     python benchmarks/golden.py --out before.json
     python benchmarks/golden.py --out after.json --compare before.json
 
-Each preset trains two tasks of the embedded LLaMA and T5 for a few steps on one thread. Digests are of the adapters, the
-coefficients, the matrix and what the merge and the constraints remember (by values, whatever their names).
+Each preset trains two tasks of the embedded LLaMA and T5 for a few steps on one thread. Digests are of the adapters,
+the coefficients, the matrix and what the merge and the constraints remember (by values, whatever their names).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from pm_llm.cli import main as pm_llm
-from pm_llm.methods import PRESETS
+from pm_llm.presets import PRESETS
 
 KEYS = {"benchmark": "embedded", "order": "sentiment,topic", "max_train_samples": 16, "max_test_samples": 4}
 KEYS |= {"train.max_steps": 3, "train.learning_rate": 0.01, "train.per_device_train_batch_size": 4, "lora.r": 4}

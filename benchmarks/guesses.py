@@ -10,8 +10,8 @@ from peft import PeftModel
 
 from pm_llm.evaluation.batches import in_batches, pack
 from pm_llm.evaluation.generate import evaluating
-from pm_llm.tasks import Example
-from pm_llm.tasks.encode import Encoder
+from pm_llm.tasks.base import Example
+from pm_llm.tasks.encoding import Encoder
 
 
 @torch.no_grad()

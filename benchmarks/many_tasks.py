@@ -30,11 +30,11 @@ def main() -> None:
     from safetensors.torch import load_file, save_file
 
     from pm_llm import Merger
-    from pm_llm.adapters import Adapter
-    from pm_llm.fisher import Fisher
+    from pm_llm.adapters.adapter import Adapter
+    from pm_llm.algebra.lowrank import LowRank
+    from pm_llm.fisher.base import Fisher
     from pm_llm.fisher.dense import Dense
-    from pm_llm.fisher.factored import Factored
-    from pm_llm.lowrank import LowRank
+    from pm_llm.fisher.row_column import Factored
 
     names, size = [f"layers.{i}.q_proj" for i in range(given.modules)], given.size
     seconds, memory, disk = [], [], []

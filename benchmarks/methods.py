@@ -50,11 +50,11 @@ def main() -> None:
 
     from pm_llm import ContinualSequence
     from pm_llm.config import load_config
-    from pm_llm.evaluation import run as evaluation
+    from pm_llm.evaluation import answering as evaluation
     from pm_llm.evaluation.generate import generate
-    from pm_llm.methods import PRESETS
+    from pm_llm.presets import PRESETS
     from pm_llm.report.data import open_run
-    from pm_llm.resume import changes
+    from pm_llm.run.going_on import changes
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="embedded:llama")

@@ -23,11 +23,11 @@ def main() -> None:
     given = parser(__doc__).parse_args()
     import torch
 
-    from pm_llm import lowrank
-    from pm_llm.fisher import Room, form_of
-    from pm_llm.fisher.factored import Factored
+    from pm_llm.algebra import lowrank
+    from pm_llm.algebra.lowrank import LowRank
+    from pm_llm.fisher.base import Room, form_of
     from pm_llm.fisher.kronecker import Kronecker
-    from pm_llm.lowrank import LowRank
+    from pm_llm.fisher.row_column import Factored
 
     rows = []
     for form in ("kronecker", "factored"):

@@ -45,7 +45,7 @@ RESULTS = (
 
 def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
     """What is kept of a finished run (a :class:`pm_llm.report.data.Run`); `rows` are each test row's numbers."""
-    from pm_llm.methods import knows_task
+    from pm_llm.presets import knows_task
 
     results = run.results
     config = {key: value for key, value in results["config"].items() if key not in PATHS}
@@ -78,7 +78,7 @@ def state_bytes(path: Path) -> int:
     """What a run must keep to go on with another task: the adapter, the merge's memory (with old adapters, where it
     needs them) and the constraints', and the last task adapter where it is needed."""
     from pm_llm.config import Method
-    from pm_llm.run_dir import ADAPTER, CURVATURE, MEMORY, STAGES, TASK_ADAPTER, RunDir
+    from pm_llm.run.folder import ADAPTER, CURVATURE, MEMORY, STAGES, TASK_ADAPTER, RunDir
 
     run = RunDir.open(path)
     state, words = run.state(), run.results()["method"]
@@ -276,7 +276,7 @@ def renewed(text: str, folder: Path) -> str:
     or `, lead of NAME without TASK ...` that of :func:`lead`, with `, runs` that of `pm-llm report`, with `, matrix
     of NAME` that run's, with `, tasks of NAME,NAME ...` that of :func:`by_task`), or of plain rows."""
     from pm_llm.evaluation.matrix import Matrix
-    from pm_llm.report import compare
+    from pm_llm.report.tables import compare
 
     def made(match: re.Match[str]) -> str:
         path, (kind, name, without) = folder / match[1], match.groups()[1:]

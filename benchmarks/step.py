@@ -25,8 +25,8 @@ def past_of_tasks(running: Any) -> Any:
     import torch
 
     from pm_llm import Merger
-    from pm_llm.fisher import Fisher
-    from pm_llm.fisher.factored import Factored
+    from pm_llm.fisher.base import Fisher
+    from pm_llm.fisher.row_column import Factored
 
     merger, merged = Merger("optimal", max_rank=RUNNING_RANK), None
     for _ in range(4):
@@ -50,16 +50,17 @@ def main() -> None:
     from trl import SFTConfig
 
     from pm_llm import ContinualSFTTrainer, Perturb
-    from pm_llm.adapters import Adapter, set_active
+    from pm_llm.adapters.adapter import Adapter
+    from pm_llm.adapters.in_base import folded, why_not
+    from pm_llm.adapters.live import set_active
+    from pm_llm.algebra.lowrank import LowRank
     from pm_llm.config import LoraSection
-    from pm_llm.constraints import Context
+    from pm_llm.constraints.base import Context
     from pm_llm.constraints.curvature import Curvature
-    from pm_llm.folding import folded, why_not
-    from pm_llm.lowrank import LowRank
-    from pm_llm.models import load_base
-    from pm_llm.processes import Clock
-    from pm_llm.starts import RUNNING, TASK
+    from pm_llm.families.models import load_base
+    from pm_llm.starts.base import RUNNING, TASK
     from pm_llm.starts.fresh import Fresh
+    from pm_llm.system.processes import Clock
 
     base = load_base(given.model, given.dtype, given.load_in_4bit)
     model: Any = Fresh().prepare(base.model, None, LoraSection(r=RANK), base.seq2seq)

@@ -9,28 +9,28 @@ __version__ = "0.1.0"
 
 # name -> module that defines it; imported on first use, so that `import pm_llm` does not import torch
 _PUBLIC = {
-    "ContinualSFTTrainer": "pm_llm.trainer",
-    "ContinualSeq2SeqTrainer": "pm_llm.trainer",
-    "Merger": "pm_llm.merges",
+    "ContinualSFTTrainer": "pm_llm.training.trainers",
+    "ContinualSeq2SeqTrainer": "pm_llm.training.trainers",
+    "Merger": "pm_llm.merges.merger",
     "ContinualSequence": "pm_llm.sequence",
     "Method": "pm_llm.methods",
-    "load_tasks": "pm_llm.tasks",
-    "Adapter": "pm_llm.adapters",
+    "load_tasks": "pm_llm.tasks.loading",
+    "Adapter": "pm_llm.adapters.adapter",
     "Perturb": "pm_llm.constraints.perturb",
     "RunConfig": "pm_llm.config",
     "PmLlmError": "pm_llm.errors",
 }
 
 if TYPE_CHECKING:
-    from pm_llm.adapters import Adapter
+    from pm_llm.adapters.adapter import Adapter
     from pm_llm.config import RunConfig
     from pm_llm.constraints.perturb import Perturb
     from pm_llm.errors import PmLlmError
-    from pm_llm.merges import Merger
+    from pm_llm.merges.merger import Merger
     from pm_llm.methods import Method
     from pm_llm.sequence import ContinualSequence
-    from pm_llm.tasks import load_tasks
-    from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer
+    from pm_llm.tasks.loading import load_tasks
+    from pm_llm.training.trainers import ContinualSeq2SeqTrainer, ContinualSFTTrainer
 
 __all__ = [
     "Adapter",

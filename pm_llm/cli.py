@@ -18,7 +18,7 @@ import yaml
 from pm_llm import __version__
 from pm_llm.config import RunConfig, flags, load_config
 from pm_llm.errors import PmLlmError, first_line, nobody_listens
-from pm_llm.quiet import quiet_libraries, quiet_notices
+from pm_llm.system.quiet import quiet_libraries, quiet_notices
 
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explained(error: Exception) -> str:
     """What the libraries' errors mean that can be told from their texts; any other is raised."""
-    from pm_llm.processes import is_lost_connection
+    from pm_llm.system.processes import is_lost_connection
 
     if is_lost_connection(error):
         return (
@@ -255,11 +255,11 @@ def _yaml(text: str) -> Any:
 
 def run(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm run`: train, then print the matrix and what follows from it."""
-    from pm_llm.processes import shut_down
-    from pm_llm.progress import say
-    from pm_llm.report import describe
+    from pm_llm.report.tables import describe
     from pm_llm.sequence import ContinualSequence
-    from pm_llm.stopping import Stopped
+    from pm_llm.system.processes import shut_down
+    from pm_llm.system.progress import say
+    from pm_llm.training.stopping import Stopped
 
     sequence = ContinualSequence(config, restart_from=given.restart_from)
     try:
@@ -284,7 +284,7 @@ def run(given: argparse.Namespace, config: RunConfig) -> int:
 
 def status(given: argparse.Namespace) -> int:
     """`pm-llm status`: where a run stands."""
-    from pm_llm.status import describe_run
+    from pm_llm.run.status import describe_run
 
     print(describe_run(given.run_dir))
     return 0
@@ -292,12 +292,12 @@ def status(given: argparse.Namespace) -> int:
 
 def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm evaluate`: one line a task with its 95 % bootstrap interval, and their mean (probes aside)."""
-    from pm_llm.durable import replace_bytes, writing
-    from pm_llm.evaluation.run import evaluate_adapter
-    from pm_llm.processes import process_state, shut_down
-    from pm_llm.progress import say
-    from pm_llm.run_dir import RunDir, jsonl
-    from pm_llm.tasks import load_tasks, scored
+    from pm_llm.evaluation.answering import evaluate_adapter
+    from pm_llm.run.folder import RunDir, jsonl
+    from pm_llm.system.files import replace_bytes, writing
+    from pm_llm.system.processes import process_state, shut_down
+    from pm_llm.system.progress import say
+    from pm_llm.tasks.loading import load_tasks, scored
 
     keep = Path(given.predictions) if given.predictions else None
     if keep is not None and (keep.is_dir() or not keep.absolute().parent.is_dir()):
@@ -317,7 +317,7 @@ def evaluate(given: argparse.Namespace, config: RunConfig) -> int:
 
 def _score_lines(found: Sequence[Any], scorer: str | None = None, tasks: Sequence[str] | None = None) -> list[str]:
     """A line each, and their mean; of a run's `tasks`, where its probes are among them."""
-    from pm_llm.evaluation.bootstrap import interval, mean_interval
+    from pm_llm.evaluation.intervals import interval, mean_interval
     from pm_llm.evaluation.scorers import scorer_named
 
     if scorer is not None:
@@ -331,7 +331,7 @@ def _score_lines(found: Sequence[Any], scorer: str | None = None, tasks: Sequenc
 
 def doctor(given: argparse.Namespace, config: RunConfig) -> int:
     """`pm-llm doctor`: a line for each thing that was looked at."""
-    from pm_llm.doctor import main_text
+    from pm_llm.commands.doctor import main_text
 
     text, status = main_text(config)
     print(text)
@@ -349,8 +349,8 @@ def check_tasks(given: argparse.Namespace, config: RunConfig) -> int:
 def score(given: argparse.Namespace) -> int:
     """`pm-llm score`: scores of saved predictions."""
     from pm_llm.evaluation.predictions import read_all
-    from pm_llm.methods import knows_task
-    from pm_llm.run_dir import RunDir
+    from pm_llm.presets import knows_task
+    from pm_llm.run.folder import RunDir
 
     paths, tasks = [Path(given.predictions)], None
     if paths[0].is_dir():
@@ -370,7 +370,7 @@ def score(given: argparse.Namespace) -> int:
 def merge(given: argparse.Namespace) -> int:
     """`pm-llm merge`: fold, write, and say how exact it is."""
     from pm_llm.merges.files import merge_folders
-    from pm_llm.run_dir import RunDir
+    from pm_llm.run.folder import RunDir
 
     for folder in (given.running, *given.new):
         RunDir.check_within(folder)
@@ -382,7 +382,7 @@ def merge(given: argparse.Namespace) -> int:
 def vector(given: argparse.Namespace) -> int:
     """`pm-llm vector`: the difference, and how much of it the rank leaves out."""
     from pm_llm.merges.files import write_task_vector
-    from pm_llm.run_dir import RunDir
+    from pm_llm.run.folder import RunDir
 
     RunDir.check_within(given.out)
     error, names, share = write_task_vector(given.base, given.tuned, given.rank, given.target_modules, given.out)
@@ -395,9 +395,9 @@ def vector(given: argparse.Namespace) -> int:
 
 def compress(given: argparse.Namespace) -> int:
     """`pm-llm compress`: what each module was cut to, and what was lost."""
-    from pm_llm.compress import compress, expand
-    from pm_llm.durable import size_of
-    from pm_llm.run_dir import RunDir
+    from pm_llm.adapters.compression import compress, expand
+    from pm_llm.run.folder import RunDir
+    from pm_llm.system.files import size_of
 
     RunDir.check_within(given.adapter)
     if given.expand:
@@ -414,8 +414,8 @@ def compress(given: argparse.Namespace) -> int:
 def route(given: argparse.Namespace) -> int:
     """`pm-llm route`: one line a task with the share that went to its own adapter, the mean, and the memory."""
     quiet_libraries()
-    from pm_llm.durable import size_of
     from pm_llm.evaluation.routing import route
+    from pm_llm.system.files import size_of
 
     found = route(given.run_dir, given.router)
     lines = _score_lines(found.predictions)
@@ -427,7 +427,7 @@ def route(given: argparse.Namespace) -> int:
 
 def methods(given: argparse.Namespace) -> int:
     """`pm-llm methods`: the table of presets, then what they are made of."""
-    from pm_llm.catalogue import choices, table
+    from pm_llm.report.catalogue import choices, table
 
     print(f"{table()}\n{choices()}")
     return 0
@@ -435,9 +435,9 @@ def methods(given: argparse.Namespace) -> int:
 
 def report(given: argparse.Namespace) -> int:
     """`pm-llm report`: tables here, and the page with its figures in a folder."""
-    from pm_llm.report import compare, describe
     from pm_llm.report.data import open_run
-    from pm_llm.run_dir import RunDir
+    from pm_llm.report.tables import compare, describe
+    from pm_llm.run.folder import RunDir
 
     runs = [open_run(path) for path in given.run_dir]
     out = Path(given.out or runs[0].path)
@@ -470,7 +470,7 @@ def report(given: argparse.Namespace) -> int:
 
 def push(given: argparse.Namespace) -> int:
     """`pm-llm push`: the adapter and its card."""
-    from pm_llm.hub import push_run
+    from pm_llm.report.hub import push_run
 
     print(push_run(given.run_dir, given.repo_id, given.private, given.dry_run, given.base_model))
     return 0

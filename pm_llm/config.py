@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from pm_llm.errors import PmLlmError, check_number, check_pattern, unknown_name
-from pm_llm.methods import PRESETS, Choice, Method
-from pm_llm.values import check_no_secrets, cleaned, convert
+from pm_llm.methods import Choice, Method
+from pm_llm.presets import PRESETS
+from pm_llm.system.coerce import check_no_secrets, cleaned, convert
 
 
 def option(default: Any, help: str) -> Any:

@@ -17,32 +17,35 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import set_seed
 
-from pm_llm.accumulators import Zeros, mapped_files
-from pm_llm.adapters import Adapter, lora_layers, remove, set_active
-from pm_llm.checkpoints import Checkpoints
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.in_base import folded
+from pm_llm.adapters.live import lora_layers, remove, set_active
 from pm_llm.config import FisherSection, RunConfig
-from pm_llm.constraints import Constraint, Context, Live
+from pm_llm.constraints.base import Constraint, Context, Live
 from pm_llm.errors import PmLlmError, first_line
+from pm_llm.evaluation.answering import answer_task
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix, asked_for
-from pm_llm.evaluation.run import answer_task
-from pm_llm.fisher import Fisher
+from pm_llm.families.models import load_base
+from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.probe import Probe
-from pm_llm.fisher.task import ChosenRows
-from pm_llm.folding import folded
-from pm_llm.merges import Fold, Merger
-from pm_llm.models import load_base
-from pm_llm.processes import Clock, process_state, total
-from pm_llm.progress import bar, say
-from pm_llm.results import gather_results
-from pm_llm.resume import stage_key, take_up
-from pm_llm.run_dir import ADAPTER, LOG, MEMORY, TASK_ADAPTER, RunDir, jsonl
-from pm_llm.sharding import is_sharded, launched
-from pm_llm.starts import RUNNING, TASK
-from pm_llm.stopping import Stopping
-from pm_llm.tasks import Task, checked, distinct, load_tasks, scored
-from pm_llm.tasks.encode import Encoder, encoders_for
-from pm_llm.trainer import refuse_sharding
-from pm_llm.training import train
+from pm_llm.fisher.rows import ChosenRows
+from pm_llm.merges.base import Fold
+from pm_llm.merges.merger import Merger
+from pm_llm.run.folder import ADAPTER, LOG, MEMORY, TASK_ADAPTER, RunDir, jsonl
+from pm_llm.run.going_on import stage_key, take_up
+from pm_llm.run.record import gather_results
+from pm_llm.starts.base import RUNNING, TASK
+from pm_llm.system.mapped import Zeros, mapped_files
+from pm_llm.system.processes import Clock, process_state, total
+from pm_llm.system.progress import bar, say
+from pm_llm.system.sharding import is_sharded, launched
+from pm_llm.tasks.base import Task, checked, distinct
+from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.loading import load_tasks, scored
+from pm_llm.training.checkpoints import Checkpoints
+from pm_llm.training.one_task import train
+from pm_llm.training.stopping import Stopping
+from pm_llm.training.trainers import refuse_sharding
 
 VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 

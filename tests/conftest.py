@@ -20,10 +20,10 @@ from transformers import (
     set_seed,
 )
 
-from pm_llm.models import EMBEDDED
-from pm_llm.tasks import Task
-from pm_llm.tasks.embedded import make_task
-from pm_llm.tasks.encode import Encoder
+from pm_llm.families.models import EMBEDDED
+from pm_llm.tasks.base import Task
+from pm_llm.tasks.benchmarks.embedded import make_task
+from pm_llm.tasks.encoding import Encoder
 from tests.forks import ROOT, Forker
 
 SHARED = ROOT.parent / "shared"

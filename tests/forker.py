@@ -17,10 +17,6 @@ import time
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-import pm_llm.report.figures
-import pm_llm.report.page
-import pm_llm.sequence
-import pm_llm.status  # noqa: F401
 from pm_llm.cli import main
 
 

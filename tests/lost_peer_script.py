@@ -7,9 +7,9 @@ import signal
 import sys
 from typing import Any
 
-from pm_llm.checkpoints import Checkpoints
 from pm_llm.cli import main
-from pm_llm.processes import process_state
+from pm_llm.system.processes import process_state
+from pm_llm.training.checkpoints import Checkpoints
 
 
 def killed(self: Checkpoints, *_: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pm_llm.processes import process_state, shut_down
+from pm_llm.system.processes import process_state, shut_down
 from tests.test_presets import sequence
 
 if __name__ == "__main__":

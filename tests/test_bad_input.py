@@ -17,15 +17,16 @@ import torch
 import yaml
 from transformers import BertConfig, BertLMHeadModel, MambaConfig
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
 from pm_llm.cli import main, parse_overrides
 from pm_llm.config import RunConfig, load_config
 from pm_llm.errors import NonFiniteLossError, PmLlmError
-from pm_llm.merges import Merger
-from pm_llm.methods import PRESETS, Choice
+from pm_llm.merges.merger import Merger
+from pm_llm.methods import Choice
+from pm_llm.presets import PRESETS
 from pm_llm.sequence import ContinualSequence
-from pm_llm.tasks import Example, Task, checked
-from pm_llm.training import training_arguments
+from pm_llm.tasks.base import Example, Task, checked
+from pm_llm.training.arguments import training_arguments
 from tests.conftest import ROOT, make_peft, pm_llm, small_tasks
 
 

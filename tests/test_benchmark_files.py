@@ -21,14 +21,14 @@ from transformers import set_seed
 from pm_llm import ContinualSequence
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.bootstrap import mean_interval
 from pm_llm.evaluation.generate import generate
-from pm_llm.methods import PRESETS
-from pm_llm.models import load_base, load_tokenizer
-from pm_llm.report import compare
+from pm_llm.evaluation.intervals import mean_interval
+from pm_llm.families.models import load_base, load_tokenizer
+from pm_llm.presets import PRESETS
 from pm_llm.report.data import difference, open_run
-from pm_llm.tasks import Example
-from pm_llm.tasks.encode import Encoder
+from pm_llm.report.tables import compare
+from pm_llm.tasks.base import Example
+from pm_llm.tasks.encoding import Encoder
 from tests.conftest import FAMILIES, ROOT, batch_of, features, make_model, make_peft, targets
 
 

@@ -10,10 +10,10 @@ import pytest
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.sequence import ContinualSequence
-from pm_llm.tasks import BENCHMARKS, load_benchmark, load_tasks
-from pm_llm.tasks.standard_cl import CATEGORY
-from pm_llm.tasks.superni import TASKS as SUPERNI
-from pm_llm.tasks.trace import SCORER
+from pm_llm.tasks.benchmarks.standard_cl import CATEGORY
+from pm_llm.tasks.benchmarks.superni import TASKS as SUPERNI
+from pm_llm.tasks.benchmarks.trace import SCORER
+from pm_llm.tasks.loading import BENCHMARKS, load_benchmark, load_tasks
 from tests.conftest import SHARED
 from tests.test_sequence import config_for
 

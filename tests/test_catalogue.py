@@ -10,10 +10,11 @@ import sys
 import pytest
 
 from pm_llm import ContinualSequence, methods
-from pm_llm.catalogue import choices, table
 from pm_llm.cli import main
 from pm_llm.config import load_config
-from pm_llm.methods import PRESETS, REGISTRIES, TESTED, Choice
+from pm_llm.methods import REGISTRIES, Choice
+from pm_llm.presets import PRESETS, TESTED
+from pm_llm.report.catalogue import choices, table
 from tests.conftest import ROOT, small_tasks
 from tests.test_presets import KEYS
 
@@ -70,7 +71,7 @@ def test_the_worked_example_runs(tmp_path, monkeypatch, pico_folders) -> None:
 
 
 def test_the_page_names_the_hooks_there_are() -> None:
-    from pm_llm.constraints import Constraint
+    from pm_llm.constraints.base import Constraint
 
     page = (ROOT / "docs/extend.md").read_text()
     block = page[page.index("| when | hooks |") : page.index("What a step does")]

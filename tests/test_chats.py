@@ -9,9 +9,10 @@ import pytest
 
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.tasks import Example, load_tasks
+from pm_llm.tasks.base import Example
 from pm_llm.tasks.chat_template import problem_of
-from pm_llm.tasks.encode import Encoder, encoders_for
+from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.loading import load_tasks
 from tests.conftest import tokenizer
 
 PLAIN = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.compression import BITS, FILE, compress, dequantised, expand, packed, quantised, unpacked
 from pm_llm.cli import main
-from pm_llm.compress import BITS, FILE, compress, dequantised, expand, packed, quantised, unpacked
 from pm_llm.errors import PmLlmError
 from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
 

@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from pm_llm import Perturb
-from pm_llm.adapters import lora_layers
-from pm_llm.constraints import Context, Live, Step
+from pm_llm.adapters.live import lora_layers
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.align import Align
+from pm_llm.constraints.base import Context, Live, Step
 from pm_llm.constraints.ewc import Ewc
 from pm_llm.constraints.gaussian import Gaussian
 from pm_llm.constraints.l2 import L2
@@ -23,9 +24,8 @@ from pm_llm.constraints.replay import Replay
 from pm_llm.constraints.slow import Slow
 from pm_llm.constraints.sparse import Sparse
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher
-from pm_llm.fisher.factors import Factors
-from pm_llm.lowrank import LowRank
+from pm_llm.fisher.base import Fisher
+from pm_llm.fisher.of_factors import Factors
 from pm_llm.methods import CONSTRAINTS, Choice
 from tests.conftest import FAMILIES, make_model, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pm_llm.config import load_config
-from pm_llm.constraints import Context
+from pm_llm.constraints.base import Context
 from pm_llm.constraints.ewc import Ewc
 from pm_llm.constraints.gaussian import Gaussian
 from pm_llm.constraints.gradient_subspace import GradientSubspace
@@ -18,8 +18,8 @@ from pm_llm.constraints.replay import Replay
 from pm_llm.constraints.slow import Slow
 from pm_llm.constraints.sparse import Sparse
 from pm_llm.errors import PmLlmError
-from pm_llm.sharding import launched
-from pm_llm.trainer import refuse_sharding
+from pm_llm.system.sharding import launched
+from pm_llm.training.trainers import refuse_sharding
 from tests.conftest import FAMILIES, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
 from tests.test_subspaces import context_for

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from pm_llm import Merger, Perturb
-from pm_llm.adapters import Adapter
-from pm_llm.constraints import Constraint, Context
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.constraints.base import Constraint, Context
 from pm_llm.constraints.curvature import Curvature
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.measure import sum_fisher
-from pm_llm.lowrank import LowRank
 from pm_llm.sequence import ContinualSequence
-from pm_llm.trainer import ConstraintMixin
+from pm_llm.training.trainers import ConstraintMixin
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.step_script import make_trainer, one_step
 from tests.invariants.test_step import assert_same

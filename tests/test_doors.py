@@ -13,7 +13,7 @@ from pm_llm.cli import main
 from pm_llm.config import RunConfig, load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.predictions import gather
-from pm_llm.tasks import load_tasks
+from pm_llm.tasks.loading import load_tasks
 
 TOKEN = "hf_" + "aB3" * 12
 

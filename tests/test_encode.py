@@ -12,9 +12,10 @@ from datasets import Dataset
 from pm_llm.cli import main
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.tasks import Example, Task, load_tasks
-from pm_llm.tasks.embedded import make_task
-from pm_llm.tasks.encode import Encoder, encoder_for, encoders_for, longest_answer
+from pm_llm.tasks.base import Example, Task
+from pm_llm.tasks.benchmarks.embedded import make_task
+from pm_llm.tasks.encoding import Encoder, encoder_for, encoders_for, longest_answer
+from pm_llm.tasks.loading import load_tasks
 from pm_llm.tasks.order import blurred
 from tests.conftest import FAMILIES, tokenizer
 from tests.test_tasks import user_tasks, write
@@ -268,7 +269,7 @@ def test_characters_that_the_vocabulary_lacks_are_told(pico_folders, tmp_path, c
     tok = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     t = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
-    monkeypatch.setattr("pm_llm.models.load_tokenizer", lambda name: (t, False))
+    monkeypatch.setattr("pm_llm.families.models.load_tokenizer", lambda name: (t, False))
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"prompt": "is it ?", "completion": "{yes}" if i == 2 else "no"}) + "\n" for i in range(20))
     )
@@ -280,7 +281,7 @@ def test_characters_that_the_vocabulary_lacks_are_told(pico_folders, tmp_path, c
 
 
 def test_a_reference_counts_as_the_tokenizer_writes_it() -> None:
-    from pm_llm.evaluation.run import _references
+    from pm_llm.evaluation.answering import _references
 
     t = tokenizer("llama")
     encoder, row = Encoder(t, False, 96, 40), Example("x", "ＡＢＣ")

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from pm_llm import Merger, Perturb
-from pm_llm.adapters import Adapter, factors_of, lora_layers, stretched
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import factors_of, lora_layers, stretched
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import load_config
-from pm_llm.constraints import Step
+from pm_llm.constraints.base import Step
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher
-from pm_llm.fisher.factors import Factors
+from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.measure import answer_loss, sum_fisher
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Fold
+from pm_llm.fisher.of_factors import Factors
+from pm_llm.merges.base import Fold
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pm_llm.adapters import lora_layers
+from pm_llm.adapters.live import lora_layers
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.measure import sum_fisher
 from tests.conftest import FAMILIES, batch_of, features, make_peft

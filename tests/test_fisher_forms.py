@@ -7,16 +7,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import OPTConfig, OPTForCausalLM, set_seed
 
-from pm_llm import lowrank
-from pm_llm.adapters import Adapter, lora_layers, scaled, set_active
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import lora_layers, scaled, set_active
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher, Layer, Room, form_of, past_of, scale_of
-from pm_llm.fisher.factored import Factored, FactoredPast
-from pm_llm.fisher.factors import Factors
+from pm_llm.fisher.base import Fisher, Layer, Room, form_of, past_of
 from pm_llm.fisher.kronecker import Kronecker
 from pm_llm.fisher.measure import answer_loss, sum_fisher, sum_loss
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Merger
+from pm_llm.fisher.of_factors import Factors
+from pm_llm.fisher.row_column import Factored, FactoredPast
+from pm_llm.fisher.scale import scale_of
+from pm_llm.merges.merger import Merger
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.test_closed_form import argmin, random_adapter
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from pm_llm.adapters import Adapter, lora_layers, set_active
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.in_base import folded, why_not
+from pm_llm.adapters.live import lora_layers, set_active
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
-from pm_llm.folding import folded, why_not
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
 

@@ -13,11 +13,11 @@ import torch
 from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.untrusted import check_files
 from pm_llm.cli import main
 from pm_llm.errors import PmLlmError
-from pm_llm.foreign import check_files
-from pm_llm.sharding import weights_only
+from pm_llm.system.sharding import weights_only
 from tests.conftest import make_model, make_peft
 from tests.forks import Forker
 from tests.hub_server import HubServer
@@ -189,7 +189,7 @@ def test_an_adapter_of_the_output_layer_as_peft_saves_it(tmp_path) -> None:
 
 @pytest.mark.parametrize(("spoil", "expected"), CASES, ids=[f"{i}" for i in range(len(CASES))])
 def test_refused_by_every_command(spoil, expected: str, adapter, pico_folders, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("pm_llm.foreign.PATIENCE", 1.0)
+    monkeypatch.setattr("pm_llm.adapters.untrusted.PATIENCE", 1.0)
     shutil.copytree(adapter, tmp_path / "good")
     spoil(adapter)
     commands = {
@@ -276,7 +276,7 @@ def test_a_model_that_wants_to_run_its_own_code(pico_folders, tmp_path, capsys) 
 
 
 def test_a_run_folder_that_names_files_elsewhere(tmp_path, pico_folders, capsys) -> None:
-    from pm_llm.durable import sha256_of
+    from pm_llm.system.files import sha256_of
 
     (tmp_path / "run/stages").mkdir(parents=True)
     state = {"tasks": [], "config": {}, "rows": {"train": [], "test": {}}, "stages": [], "untrained": None}

@@ -19,16 +19,16 @@ from transformers import MistralConfig, MistralForCausalLM, set_seed
 from pm_llm.cli import main
 from pm_llm.config import EvaluationSection
 from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.answering import answer_task
 from pm_llm.evaluation.batches import OVERHEAD, in_batches, pack
 from pm_llm.evaluation.generate import common_prefix, generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels, label_ids, log_likelihoods
 from pm_llm.evaluation.predictions import MissingPredictionError, gather, read_predictions
-from pm_llm.evaluation.run import answer_task
-from pm_llm.models import load_base
-from pm_llm.run_dir import jsonl
-from pm_llm.tasks import Example, Task
-from pm_llm.tasks.embedded import make_task
-from pm_llm.tasks.encode import Encoder, longest_answer
+from pm_llm.families.models import load_base
+from pm_llm.run.folder import jsonl
+from pm_llm.tasks.base import Example, Task
+from pm_llm.tasks.benchmarks.embedded import make_task
+from pm_llm.tasks.encoding import Encoder, longest_answer
 from tests.conftest import FAMILIES, ROOT, make_model, tokenizer
 from tests.test_launchers import launch, launcher
 
@@ -317,9 +317,9 @@ SCRIPT = """
 import json, sys
 from pm_llm.evaluation.generate import common_prefix, generate
 from pm_llm.evaluation.likelihood import choose_labels
-from pm_llm.models import load_base
-from pm_llm.processes import process_state, shut_down
-from pm_llm.tasks.encode import Encoder, longest_answer
+from pm_llm.families.models import load_base
+from pm_llm.system.processes import process_state, shut_down
+from pm_llm.tasks.encoding import Encoder, longest_answer
 from tests.conftest import FAMILIES
 from tests.test_generation import mixed_rows
 

@@ -16,9 +16,9 @@ import yaml
 
 from pm_llm.cli import main
 from pm_llm.config import load_config
-from pm_llm.hub import is_hub_id, push_run
-from pm_llm.methods import PRESETS
+from pm_llm.presets import PRESETS
 from pm_llm.report.card import _serving, write_card
+from pm_llm.report.hub import is_hub_id, push_run
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, pm_llm, small_tasks
 from tests.forks import Forker

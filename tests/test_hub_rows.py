@@ -12,8 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.tasks import load_tasks
-from pm_llm.tasks.hub_rows import CLASSIFICATION, TRACE
+from pm_llm.tasks.hub import CLASSIFICATION, TRACE
+from pm_llm.tasks.loading import load_tasks
 from tests.conftest import SHARED
 
 

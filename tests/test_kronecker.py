@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from pm_llm import ContinualSequence, Merger
-from pm_llm.adapters import Adapter, lora_layers
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import lora_layers
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher, Room, past_of
+from pm_llm.fisher.base import Fisher, Room, past_of
 from pm_llm.fisher.kronecker import Kronecker, KroneckerPast
 from pm_llm.fisher.measure import answer_loss, sum_fisher
 from pm_llm.fisher.sides import Sides
-from pm_llm.lowrank import LowRank
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.test_closed_form import random_adapter
 from tests.test_sequence import config_for

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
 from pm_llm.cli import main
 from tests.conftest import FAMILIES, ROOT
 from tests.faults.conftest import every_adapter_loads

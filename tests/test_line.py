@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pm_llm import Merger
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher
+from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.dense import Dense
-from pm_llm.fisher.factors import Factors
+from pm_llm.fisher.of_factors import Factors
 from pm_llm.fisher.probe import Probe
 from pm_llm.merges.optimal import POINTS, Optimal, lowest
 from tests.conftest import FAMILIES, batch_of, features, make_peft

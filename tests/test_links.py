@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pm_llm.cli import main
-from pm_llm.durable import new_folder, replace_bytes
 from pm_llm.errors import PmLlmError
-from pm_llm.run_dir import RunDir
+from pm_llm.run.folder import RunDir
+from pm_llm.system.files import new_folder, replace_bytes
 from tests.test_doors import rows, run_of
 
 
@@ -103,7 +103,7 @@ def test_a_lock_file_that_is_removed_lets_nobody_in(run) -> None:
 
     with RunDir(run).locked():
         (run / ".lock").unlink()
-        script = f"from pm_llm.run_dir import RunDir\nwith RunDir({str(run)!r}).locked(): print('in')"
+        script = f"from pm_llm.run.folder import RunDir\nwith RunDir({str(run)!r}).locked(): print('in')"
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
         )
@@ -112,7 +112,7 @@ def test_a_lock_file_that_is_removed_lets_nobody_in(run) -> None:
 
 
 def test_states_of_other_formats_and_with_missing_keys(run, capsys) -> None:
-    from pm_llm.durable import sha256_of
+    from pm_llm.system.files import sha256_of
 
     def write(change) -> None:
         state = json.loads((run / "state.json").read_text())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pm_llm import lowrank
-from pm_llm.lowrank import LowRank
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.lowrank import LowRank
 
 
 def random(rank: int, out: int = 9, width: int = 7, seed: int = 0) -> LowRank:

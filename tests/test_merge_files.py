@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.cli import main
-from pm_llm.lowrank import LowRank
 from tests.invariants.test_closed_form import random_adapter
 
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from pm_llm import Merger, lowrank
-from pm_llm.adapters import Adapter, set_active
+from pm_llm import Merger
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import set_active
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.lowrank import LowRank, from_dense
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher
-from pm_llm.fisher.factors import Factors
+from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.measure import sum_loss
+from pm_llm.fisher.of_factors import Factors
 from pm_llm.fisher.slopes import sum_slopes
-from pm_llm.lowrank import LowRank, from_dense
 from pm_llm.merges.opcm import project
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.test_closed_form import random_adapter

@@ -15,8 +15,8 @@ from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate, takes_padding
 from pm_llm.evaluation.likelihood import choose_labels
-from pm_llm.tasks import Example
-from pm_llm.tasks.encode import Encoder
+from pm_llm.tasks.base import Example
+from pm_llm.tasks.encoding import Encoder
 from tests.conftest import small_tasks, tokenizer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
@@ -119,7 +119,7 @@ def test_what_cannot_work_is_known_before_training(kind: str, options, keys, sai
 
 
 def test_a_token_that_the_model_does_not_have(pico_folders, tmp_path) -> None:
-    from pm_llm.models import load_base
+    from pm_llm.families.models import load_base
 
     t = tokenizer("llama")
     t.add_tokens([f"<word{i}>" for i in range(2000)])

@@ -13,8 +13,8 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.sequence import ContinualSequence
-from pm_llm.tasks import load_tasks
-from pm_llm.tasks.embedded import make_task
+from pm_llm.tasks.benchmarks.embedded import make_task
+from pm_llm.tasks.loading import load_tasks
 from pm_llm.tasks.order import blurred, pick_order
 from tests.conftest import small_tasks
 from tests.test_sequence import config_for

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pm_llm import Perturb
-from pm_llm.constraints import Step
+from pm_llm.constraints.base import Step
 from pm_llm.errors import PmLlmError
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pm_llm import ContinualSequence
 from pm_llm.config import load_config
-from pm_llm.methods import TESTED
-from pm_llm.trainer import ContinualSeq2SeqTrainer, ContinualSFTTrainer
+from pm_llm.presets import TESTED
+from pm_llm.training.trainers import ContinualSeq2SeqTrainer, ContinualSFTTrainer
 from tests.conftest import batch_of, features, small_tasks
 from tests.test_launchers import launch, launcher, same_as_one_process
 

@@ -10,18 +10,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from pm_llm import ContinualSequence
-from pm_llm.adapters import Adapter, lora_layers, set_active
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.in_base import why_not
+from pm_llm.adapters.live import lora_layers, set_active
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.cli import main
 from pm_llm.config import LoraSection
 from pm_llm.evaluation.generate import generate
+from pm_llm.families.models import load_base
 from pm_llm.fisher.measure import sum_fisher
-from pm_llm.folding import why_not
-from pm_llm.lowrank import LowRank
-from pm_llm.models import load_base
-from pm_llm.starts import TASK
+from pm_llm.starts.base import TASK
 from pm_llm.starts.fresh import Fresh
-from pm_llm.tasks.embedded import make_task
-from pm_llm.tasks.encode import Encoder
+from pm_llm.tasks.benchmarks.embedded import make_task
+from pm_llm.tasks.encoding import Encoder
 from tests.conftest import FAMILIES, batch_of, features, tokenizer
 from tests.test_sequence import config_for
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from pm_llm import ContinualSequence
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
 from pm_llm.config import load_config
 from tests.conftest import ROOT, SHARED
 

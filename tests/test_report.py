@@ -14,15 +14,15 @@ import pytest
 
 from pm_llm.cli import _score_lines, main
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.bootstrap import interval, mean_interval, paired_difference
+from pm_llm.evaluation.intervals import interval, mean_interval, paired_difference
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.evaluation.predictions import Predictions, read_predictions
-from pm_llm.methods import PRESETS
-from pm_llm.report import comparison, describe
+from pm_llm.presets import PRESETS
 from pm_llm.report.card import write_card
 from pm_llm.report.data import difference, open_run
 from pm_llm.report.page import write_report
-from pm_llm.run_dir import RunDir, jsonl
+from pm_llm.report.tables import comparison, describe
+from pm_llm.run.folder import RunDir, jsonl
 from pm_llm.sequence import ContinualSequence
 from tests.test_sequence import TASKS, config_for
 

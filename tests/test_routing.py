@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from pm_llm import ContinualSequence
-from pm_llm.adapters import Adapter, lora_layers
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import lora_layers
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.answering import evaluate_adapter
 from pm_llm.evaluation.routing import arrow, route
-from pm_llm.evaluation.run import evaluate_adapter
-from pm_llm.lowrank import LowRank
 from tests.conftest import FAMILIES, ROOT, make_model, make_peft
 
 

@@ -13,9 +13,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pm_llm.cli import main
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.tasks import load_probes, load_tasks
+from pm_llm.tasks.files import read_rows
+from pm_llm.tasks.loading import load_probes, load_tasks
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.rows import read_rows
 
 GOOD = {"id": 1, "prompt": "is it good ?", "completion": "yes"}
 BAD = {  # line -> (row as bytes, what is said of it)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pm_llm import ContinualSequence, Merger, load_tasks
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
 from pm_llm.cli import main
 from pm_llm.config import load_config
 from tests.conftest import FAMILIES, ROOT, batch_of, features, make_peft, pm_llm, small_tasks

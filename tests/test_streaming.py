@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pm_llm import Merger, lowrank
-from pm_llm.accumulators import mapped_files
-from pm_llm.adapters import Adapter
+from pm_llm import Merger
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher
-from pm_llm.fisher.factored import Factored
-from pm_llm.lowrank import LowRank
-from pm_llm.parallel import each
+from pm_llm.fisher.base import Fisher
+from pm_llm.fisher.row_column import Factored
+from pm_llm.system.mapped import mapped_files
+from pm_llm.system.parallel import each
 from tests.conftest import ROOT
 from tests.invariants.test_closed_form import random_adapter
 
@@ -86,8 +87,8 @@ def test_an_adapter_from_disk_takes_no_memory_until_it_is_used(tmp_path) -> None
     script = """
 import re, sys, threading, time, torch
 from pathlib import Path
-from pm_llm.adapters import Adapter
-from pm_llm.lowrank import LowRank
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.merges.files import merge_folders
 folder, size = Path(sys.argv[1]), 2048
 torch.set_num_threads(2)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from pm_llm.adapters import lora_layers
+from pm_llm.adapters.live import lora_layers
+from pm_llm.algebra.bases import Sketch, extended, extended_by_moments, without
 from pm_llm.config import load_config
-from pm_llm.constraints import Context, Live
+from pm_llm.constraints.base import Context, Live
 from pm_llm.constraints.gradient_subspace import GradientSubspace
 from pm_llm.constraints.null_space import NullSpace
 from pm_llm.constraints.osft import Osft, block_importance
 from pm_llm.errors import PmLlmError
-from pm_llm.inputs import second_moments
-from pm_llm.subspace import Sketch, extended, extended_by_moments, without
+from pm_llm.fisher.inputs import second_moments
 from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
 from tests.invariants.step_script import make_trainer, weights
 

@@ -11,9 +11,10 @@ from datasets import Dataset, DatasetDict
 from pm_llm import ContinualSequence
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.tasks import Example, Task, checked, load_probes, load_tasks
-from pm_llm.tasks.embedded import MAKERS, make_task
-from pm_llm.tasks.hub_rows import load_hub_dataset
+from pm_llm.tasks.base import Example, Task, checked
+from pm_llm.tasks.benchmarks.embedded import MAKERS, make_task
+from pm_llm.tasks.hub import load_hub_dataset
+from pm_llm.tasks.loading import load_probes, load_tasks
 from tests.conftest import SHARED
 
 

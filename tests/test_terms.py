@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pm_llm import Merger, lowrank
-from pm_llm.adapters import Adapter
-from pm_llm.fisher import Fisher, Room, form_of, past_of, scale_of
-from pm_llm.fisher.factored import Factored
+from pm_llm import Merger
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.fisher.base import Fisher, Room, form_of, past_of
 from pm_llm.fisher.kronecker import Kronecker
-from pm_llm.lowrank import LowRank
+from pm_llm.fisher.row_column import Factored
+from pm_llm.fisher.scale import scale_of
 
 D = 40
 SIZES = [2, 20, 20, 20, 20, 1, 20, 20, 20, 20, 20, 20, 20]

@@ -10,11 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pm_llm import Merger
-from pm_llm.adapters import Adapter, lora_layers
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import lora_layers
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
-from pm_llm.lowrank import LowRank
 from pm_llm.merges.transfer import task_vector
 from tests.conftest import FAMILIES, make_model, targets, tokenizer
 from tests.invariants.test_closed_form import random_adapter

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Context, Live, Step
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.constraints.base import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
-from pm_llm.lowrank import LowRank
 
 
 @dataclass

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pm_llm.constraints import Context
-from pm_llm.constraints.weighted import Weighted
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.constraints._weighted import Weighted
+from pm_llm.constraints.base import Context
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Penalty
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Merge
+from pm_llm.fisher.base import Penalty
+from pm_llm.merges.base import Merge
 from pm_llm.merges.optimal import Optimal
-from pm_llm.starts import Start, check_fresh
+from pm_llm.starts.base import Start, check_fresh
 
 
 @dataclass

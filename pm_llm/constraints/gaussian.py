@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pm_llm.constraints import Constraint, Live, Step
+from pm_llm.constraints.base import Constraint, Live, Step
 from pm_llm.errors import check_number
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.constraints import Context, Live, Step
-from pm_llm.constraints.spans import Spans
+from pm_llm.algebra.bases import Sketch, extended, without
+from pm_llm.constraints._spans import Spans
+from pm_llm.constraints.base import Context, Live, Step
 from pm_llm.errors import check_number
-from pm_llm.subspace import Sketch, extended, without
 
 
 @dataclass

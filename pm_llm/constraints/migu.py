@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pm_llm.constraints import Constraint, Context, Live, Step
+from pm_llm.constraints.base import Constraint, Context, Live, Step
 from pm_llm.errors import check_number
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.adapters import check_rank
-from pm_llm.constraints import Context, Live, Step
-from pm_llm.constraints.spans import Spans
-from pm_llm.inputs import second_moments
-from pm_llm.subspace import extended_by_moments, leading, without
+from pm_llm.adapters.adapter import check_rank
+from pm_llm.algebra.bases import extended_by_moments, leading, without
+from pm_llm.constraints._spans import Spans
+from pm_llm.constraints.base import Context, Live, Step
+from pm_llm.fisher.inputs import second_moments
 
 
 @dataclass
@@ -20,8 +20,8 @@ class NullSpace(Spans):
     is trained. So `B A x = 0` for every x in that span, which is kept as an orthonormal basis for each module.
 
     Inputs are those of each adapted module on the rows that a Fisher would be measured on, by their second moments
-    (:mod:`pm_llm.inputs` says what these cost); each, (d_in, d_in), is decomposed before and after a task. The authors
-    keep a second basis once the span is large (DualGPM); here it stops growing at `most` instead (a choice).
+    (:mod:`pm_llm.fisher.inputs` says what these cost); each, (d_in, d_in), is decomposed before and after a task. The
+    authors keep a second basis once the span is large (DualGPM); here it stops growing at `most` instead (a choice).
 
     Args:
         share: Of the inputs' squared norm that the basis is to hold after a task.

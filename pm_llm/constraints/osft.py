@@ -13,14 +13,15 @@ from peft.tuners.osf.layer import Linear as OsfLinear
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
 
-from pm_llm.adapters import Adapter, block_of, set_active
-from pm_llm.constraints import Constraint, Context, Live, Step
+from pm_llm.adapters.adapter import Adapter, block_of
+from pm_llm.adapters.live import set_active
+from pm_llm.algebra.lowrank import LowRank, truncate
+from pm_llm.constraints.base import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
-from pm_llm.inputs import pass_rows
-from pm_llm.lowrank import LowRank, truncate
-from pm_llm.merges import Merge
-from pm_llm.processes import total
-from pm_llm.starts import RUNNING, Start, check_fresh
+from pm_llm.fisher.inputs import pass_rows
+from pm_llm.merges.base import Merge
+from pm_llm.starts.base import RUNNING, Start, check_fresh
+from pm_llm.system.processes import total
 
 SIDES = ("U_low", "S_low", "V_low")
 

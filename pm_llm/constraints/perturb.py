@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Context, Step
+from pm_llm.constraints.base import Constraint, Context, Step
 from pm_llm.errors import PmLlmError, check_number
-from pm_llm.merges import Merge
-from pm_llm.starts import Start, check_fresh
+from pm_llm.merges.base import Merge
+from pm_llm.starts.base import Start, check_fresh
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Live, Step
+from pm_llm.constraints.base import Constraint, Live, Step
 from pm_llm.errors import check_number
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.constraints import Constraint, Context, Row
+from pm_llm.constraints.base import Constraint, Context, Row
 from pm_llm.errors import PmLlmError, check_number
 
 

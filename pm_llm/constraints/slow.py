@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pm_llm.constraints import Constraint, Context, Live, Step
+from pm_llm.constraints.base import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from pm_llm.processes import process_state
+from pm_llm.system.processes import process_state
 
 OVERHEAD = 100  # what a batch costs besides its tokens, in tokens: the weights are read once for all its rows
 

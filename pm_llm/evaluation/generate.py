@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pm_llm.evaluation.batches import in_batches, pack
-from pm_llm.tasks import Example
-from pm_llm.tasks.encode import Encoder
+from pm_llm.tasks.base import Example
+from pm_llm.tasks.encoding import Encoder
 
 
 @torch.inference_mode()

@@ -16,8 +16,8 @@ from torch import Tensor
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.batches import in_batches, pack
 from pm_llm.evaluation.generate import Prompts, evaluating, is_plain, is_prompt_learning
-from pm_llm.tasks import Example
-from pm_llm.tasks.encode import Encoder
+from pm_llm.tasks.base import Example
+from pm_llm.tasks.encoding import Encoder
 
 Ids = Sequence[int]
 

@@ -11,16 +11,18 @@ import torch
 from peft import ArrowConfig, LoraConfig, PeftModel
 from torch import Tensor
 
-from pm_llm.adapters import Adapter, lora_layers
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import lora_layers
 from pm_llm.config import RunConfig, build
 from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.answering import answer_task
 from pm_llm.evaluation.predictions import Predictions
-from pm_llm.evaluation.run import answer_task
-from pm_llm.models import Base, load_base
-from pm_llm.progress import bar
-from pm_llm.run_dir import TASK_ADAPTER, RunDir
-from pm_llm.tasks import Example, Task, distinct, load_tasks
-from pm_llm.tasks.encode import Encoder, encoders_for
+from pm_llm.families.models import Base, load_base
+from pm_llm.run.folder import TASK_ADAPTER, RunDir
+from pm_llm.system.progress import bar
+from pm_llm.tasks.base import Example, Task, distinct
+from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.loading import load_tasks
 
 ROUTERS = ("nearest", "arrow")
 ROUTER = "arrow_router"  # by this name PEFT knows which adapter is none of those that are mixed

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pm_llm.accumulators import Zeros
-from pm_llm.fisher import Diagonal, Layer, Past, Penalty, Room
-from pm_llm.lowrank import LowRank
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.fisher.base import Diagonal, Layer, Past, Penalty, Room
+from pm_llm.system.mapped import Zeros
 
 BLOCK = 512  # rows at a time, where a sum is in float64
 

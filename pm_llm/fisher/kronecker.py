@@ -21,12 +21,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pm_llm import lowrank
-from pm_llm.accumulators import Zeros
-from pm_llm.fisher import Diagonal, Layer, Room
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.fisher.base import Diagonal, Layer, Room
 from pm_llm.fisher.sides import Sides
 from pm_llm.fisher.terms import TINY, Terms, TermsPast, Watched
-from pm_llm.lowrank import LowRank
+from pm_llm.system.mapped import Zeros
 
 
 class Products(Terms):

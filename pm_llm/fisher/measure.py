@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pm_llm.accumulators import Zeros
-from pm_llm.adapters import lora_layers, trainable_adapter
+from pm_llm.adapters.live import lora_layers, trainable_adapter
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher, Layer, form_of
-from pm_llm.lowrank import LowRank
+from pm_llm.fisher.base import Fisher, Layer, form_of
+from pm_llm.system.mapped import Zeros
 
 Batch = dict[str, Tensor]
 Take = Callable[[str, Tensor, Tensor], None]  # module name, inputs (batch, tokens, d_in), output gradients -> None
@@ -86,7 +86,7 @@ def sum_fisher(
         form: `dense`, `factored`, `kronecker` or `factors`.
         direction: The task vector of each module, for the exact curvature along it.
         progress: Called with the number of examples after each batch.
-        zeros: How the sums are made, see :mod:`pm_llm.accumulators`.
+        zeros: How the sums are made, see :mod:`pm_llm.system.mapped`.
 
     Raises:
         PmLlmError: If an example has no answer token, or a layer's outputs are not (batch, tokens, d_out).

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pm_llm.adapters import Adapter, set_active
-from pm_llm.fisher.task import ChosenRows
-from pm_llm.lowrank import LowRank
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import set_active
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.fisher.rows import ChosenRows
 
 Factors = Mapping[str, LowRank]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.fisher.measure import Batch, answer_loss, quiet, tapped
-from pm_llm.lowrank import LowRank
 
 
 def sum_slopes(model: Any, batches: Iterable[Batch], towards: Sequence[Mapping[str, LowRank]]) -> Tensor:

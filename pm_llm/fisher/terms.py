@@ -26,9 +26,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pm_llm import lowrank
-from pm_llm.fisher import Past, Penalty, Room
-from pm_llm.lowrank import LowRank
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.fisher.base import Past, Penalty, Room
 
 TINY = torch.finfo(torch.float32).tiny
 ROUNDING = 1e-6  # a difference's singular values below this share of the matrices' norm are rounding

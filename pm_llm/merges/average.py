@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pm_llm.merges import Coefficients, Fold, Merge
+from pm_llm.merges.base import Coefficients, Fold, Merge
 
 
 @dataclass

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError, check_number
-from pm_llm.fisher import Fisher
-from pm_llm.fisher.factors import Factors
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates
+from pm_llm.fisher.base import Fisher
+from pm_llm.fisher.of_factors import Factors
+from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates
 
 
 @dataclass

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pm_llm.accumulators import mapped_files
-from pm_llm.adapters import Adapter, lora_layers
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import lora_layers
 from pm_llm.config import LoraSection
-from pm_llm.durable import new_folder
 from pm_llm.errors import PmLlmError
-from pm_llm.merges import FoldReport, Merger
+from pm_llm.families.models import add_task_adapter, load_base
+from pm_llm.merges.merger import FoldReport, Merger
 from pm_llm.merges.transfer import left_out, task_vector
-from pm_llm.models import add_task_adapter, load_base
-from pm_llm.starts import TASK
+from pm_llm.starts.base import TASK
+from pm_llm.system.files import new_folder
+from pm_llm.system.mapped import mapped_files
 
 
 def merge_folders(

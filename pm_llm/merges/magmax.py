@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pm_llm.lowrank import LowRank, from_dense
-from pm_llm.merges import Coefficients, Fold, Merge
+from pm_llm.algebra.lowrank import LowRank, from_dense
+from pm_llm.merges.base import Coefficients, Fold, Merge
 
 
 @dataclass

@@ -8,10 +8,10 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from pm_llm import lowrank
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Coefficients, Fold, Merge
+from pm_llm.merges.base import Coefficients, Fold, Merge
 
 
 @dataclass

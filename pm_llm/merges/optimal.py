@@ -10,13 +10,14 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor
 
-from pm_llm.adapters import block_of
+from pm_llm.adapters.adapter import block_of
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher, Past, Room, past_of, scale_of
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates, entrywise
-from pm_llm.parallel import each
-from pm_llm.starts import Start
+from pm_llm.fisher.base import Fisher, Past, Room, past_of
+from pm_llm.fisher.scale import scale_of
+from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates, entrywise
+from pm_llm.starts.base import Start
+from pm_llm.system.parallel import each
 
 OPTIONS = {
     "granularity": ("model", "layer", "module"),
@@ -50,7 +51,7 @@ class Optimal(Merge):
         granularity: `model` (one alpha), `layer` or `module` (one each: a diagonal Fisher separates; of `exact` and of
             `fisher_scale` what lies between the groups is left out of their q, not of the scale).
         clip: Clip alpha to [0, 1] (a choice; the raw value is always recorded).
-        fisher_scale: `raw` (the paper), `trace`, `own` or `measured`, see :func:`pm_llm.fisher.scale_of`.
+        fisher_scale: `raw` (the paper), `trace`, `own` or `measured`, see :func:`pm_llm.fisher.scale.scale_of`.
         current: How the task's own quadratic q is taken: with the `diagonal` of its Fisher (the paper), or `exact`, as
             `E[(g . Delta)^2]`, with nothing left out between weights. `line`: not at all; alpha in [0, 1] minimises
             `L_t(M_{t-1} + alpha Delta) + 1/2 alpha^2 <S_{t-1} o Delta, Delta> - alpha <m_{t-1} - S_{t-1} o M_{t-1},
@@ -216,7 +217,7 @@ class Optimal(Merge):
         return LowRank(new.B - began[name].B, new.A - began[name].A) if began else new
 
     def _groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """What has one alpha, and its modules; a layer is a block (:func:`pm_llm.adapters.block_of`)."""
+        """What has one alpha, and its modules; a layer is a block (:func:`pm_llm.adapters.adapter.block_of`)."""
         if self.granularity == "model":
             return {"the model": list(names)}
         groups: dict[str, list[str]] = defaultdict(list)

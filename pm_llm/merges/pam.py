@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates, entrywise
+from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates, entrywise
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Coefficients, Fold, Merge
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.merges.base import Coefficients, Fold, Merge
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Coefficients, Fold, Merge, check_coordinates
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates
 
 
 @dataclass

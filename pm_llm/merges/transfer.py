@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pm_llm import lowrank
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.lowrank import LowRank, from_dense
 from pm_llm.errors import PmLlmError, check_number
-from pm_llm.lowrank import LowRank, from_dense
-from pm_llm.merges import Coefficients, Fold, Merge
-from pm_llm.starts import Start
+from pm_llm.merges.base import Coefficients, Fold, Merge
+from pm_llm.starts.base import Start
 
 
 @dataclass

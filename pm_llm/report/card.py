@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pm_llm import __version__
 from pm_llm.evaluation.matrix import Matrix
-from pm_llm.methods import keeps_rows
-from pm_llm.report import how_scored, numbers, split_of, words
+from pm_llm.presets import keeps_rows
+from pm_llm.report.tables import how_scored, numbers, split_of, words
 
 # the ranks vLLM's --max-lora-rank accepts
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.bootstrap import Interval, interval, mean_interval, paired_difference
+from pm_llm.evaluation.intervals import Interval, interval, mean_interval, paired_difference
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.predictions import Predictions, read_all
-from pm_llm.methods import knows_task
-from pm_llm.report import LABELS, mode_of
-from pm_llm.run_dir import RunDir
+from pm_llm.presets import knows_task
+from pm_llm.report.tables import LABELS, mode_of
+from pm_llm.run.folder import RunDir
 
 
 @dataclass(frozen=True)

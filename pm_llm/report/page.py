@@ -15,11 +15,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pm_llm import __version__
-from pm_llm.durable import replace_bytes, writing
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.bootstrap import Interval
-from pm_llm.report import comparison, figures, how_scored, split_of, words
+from pm_llm.evaluation.intervals import Interval
+from pm_llm.report import figures
 from pm_llm.report.data import Run, difference
+from pm_llm.report.tables import comparison, how_scored, split_of, words
+from pm_llm.system.files import replace_bytes, writing
 
 PAGE, FIGURES = "report.html", "figures"
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
 from pm_llm.config import LoraSection
-from pm_llm.starts import Start, train_further
+from pm_llm.starts.base import Start, train_further
 
 
 @dataclass

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from pm_llm.adapters import Adapter, check_rank, lora_layers
+from pm_llm.adapters.adapter import Adapter, check_rank
+from pm_llm.adapters.live import lora_layers
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import LoraSection
-from pm_llm.lowrank import LowRank
-from pm_llm.starts import TASK, Start, train_further
+from pm_llm.starts.base import TASK, Start, train_further
 
 
 @dataclass

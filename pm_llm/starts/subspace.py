@@ -13,17 +13,18 @@ from peft.tuners.lora import corda
 from peft.tuners.lora.config import CordaConfig
 from transformers.pytorch_utils import Conv1D
 
-from pm_llm import lowrank
-from pm_llm.adapters import Adapter, check_rank, lora_layers, set_active
+from pm_llm.adapters.adapter import Adapter, check_rank
+from pm_llm.adapters.live import lora_layers, set_active
+from pm_llm.algebra import lowrank
+from pm_llm.algebra.bases import leading
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher.task import ChosenRows
-from pm_llm.inputs import pass_rows, second_moments
-from pm_llm.lowrank import LowRank
-from pm_llm.models import add_task_adapter
-from pm_llm.processes import total
-from pm_llm.starts import RUNNING, TASK, Start
-from pm_llm.subspace import leading
+from pm_llm.families.models import add_task_adapter
+from pm_llm.fisher.inputs import pass_rows, second_moments
+from pm_llm.fisher.rows import ChosenRows
+from pm_llm.starts.base import RUNNING, TASK, Start
+from pm_llm.system.processes import total
 
 INITS = ("pissa", "olora", "corda", "eva")  # PEFT's names; all but the last begin with an update that is not zero
 

@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from pm_llm.errors import PmLlmError, first_line
-from pm_llm.tasks import Example
+from pm_llm.tasks.base import Example
 
 MARK = "7answer7"
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pm_llm.tasks.files import Row, short
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.rows import Row, short
 
 Turn = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")

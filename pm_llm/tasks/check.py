@@ -10,8 +10,9 @@ from itertools import combinations
 import numpy as np
 
 from pm_llm.config import RunConfig
-from pm_llm.tasks import SPLITS, Example, Task, distinct, load_tasks, scored
-from pm_llm.tasks.encode import Encoder, encoders_for
+from pm_llm.tasks.base import SPLITS, Example, Task, distinct
+from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.loading import load_tasks, scored
 
 QUANTILES = (0, 50, 90, 99, 100)
 SHOWN = 12

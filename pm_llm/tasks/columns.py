@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from pm_llm.tasks import Example
+from pm_llm.tasks.base import Example
 from pm_llm.tasks.chats import chat_of, tools_of, up_to_answer
+from pm_llm.tasks.files import Row, short
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.rows import Row, short
 
 if TYPE_CHECKING:
     from pm_llm.tasks.user import UserTask

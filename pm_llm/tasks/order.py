@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pm_llm.errors import PmLlmError, unknown_name
-from pm_llm.tasks import Example, Task
+from pm_llm.tasks.base import Example, Task
 
 
 def pick_order(order: str | Sequence[str] | None, orders: dict[str, list[str]], known: Sequence[str]) -> list[str]:

@@ -66,7 +66,7 @@ class Problems:
 
     def tell(self) -> None:
         """Raises PmLlmError as :meth:`check`; else says, a line a file, how many rows were left out."""
-        from pm_llm.progress import say
+        from pm_llm.system.progress import say
 
         self.check()
         for line in self.summary():

@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from pm_llm.tasks import embedded as world
+from pm_llm.tasks.benchmarks import embedded as world
 
 SEED, BATCH, LEARNING_RATE = 0, 64, 2e-3
 INSTRUCTIONS = [make(random.Random(0))[0] for make in world.MAKERS.values()]

@@ -29,15 +29,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for the runs; emptied first")
     given = parser.parse_args()
 
-    from pm_llm.quiet import quiet_libraries
+    from pm_llm.system.quiet import quiet_libraries
 
     quiet_libraries()
     from pm_llm.config import load_config
-    from pm_llm.models import resolve
-    from pm_llm.report import compare, describe
+    from pm_llm.families.models import resolve
     from pm_llm.report.data import open_run
     from pm_llm.report.figures import matrix_png
     from pm_llm.report.page import write_report
+    from pm_llm.report.tables import compare, describe
     from pm_llm.sequence import ContinualSequence
 
     started = time.monotonic()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
 from tests.conftest import FAMILIES
 
 # how many kills a family; `make faults` draws many

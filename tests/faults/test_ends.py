@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from pm_llm.cli import main
-from pm_llm.durable import Lock, writing
 from pm_llm.errors import PmLlmError
-from pm_llm.run_dir import RunDir
+from pm_llm.run.folder import RunDir
+from pm_llm.system.files import writing
+from pm_llm.system.lock import Lock
 from tests.conftest import ROOT
 from tests.faults.conftest import arguments, every_adapter_loads, same_outcome
 
@@ -125,7 +126,7 @@ def test_a_second_process(forker, whole, pico_folders, tmp_path, capsys) -> None
     argv = [*arguments(pico_folders["llama"]), "--output_dir", str(run)]
     shutil.copytree(whole["llama"], run, symlinks=True)
     code = (
-        "import sys; from pathlib import Path; from pm_llm.durable import Lock\n"
+        "import sys; from pathlib import Path; from pm_llm.system.files import Lock\n"
         f"lock = Lock(Path({str(run)!r})); lock.acquire(); print('locked', flush=True); sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
@@ -288,7 +289,7 @@ def test_a_lock_in_its_own_process(tmp_path) -> None:
     assert one.holder().startswith(f"process {os.getpid()} on ")
     with pytest.raises(PmLlmError, match="in use by this process"):
         other.acquire()
-    code = f"from pathlib import Path; from pm_llm.durable import Lock; Lock(Path({str(tmp_path)!r})).acquire()"
+    code = f"from pathlib import Path; from pm_llm.system.files import Lock; Lock(Path({str(tmp_path)!r})).acquire()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "is in use by process" in done.stderr
     one.release()

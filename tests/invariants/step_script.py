@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 from trl import SFTConfig, SFTTrainer
 
 from pm_llm import ContinualSeq2SeqTrainer, ContinualSFTTrainer, Perturb
-from pm_llm.processes import shut_down
+from pm_llm.system.processes import shut_down
 from tests.conftest import FAMILIES, features, make_peft, tokenizer
 
 ALWAYS = {"epsilon": 0.5, "probability": 0.5}  # never the sign 0

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pm_llm.adapters import Adapter, set_active
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import set_active
+from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher import Fisher
+from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.measure import sum_fisher
-from pm_llm.lowrank import LowRank
-from pm_llm.merges import Fold, Merger
+from pm_llm.merges.base import Fold
+from pm_llm.merges.merger import Merger
 from pm_llm.merges.optimal import Optimal
 from tests.conftest import FAMILIES, batch_of, features, make_peft, targets
 

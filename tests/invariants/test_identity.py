@@ -11,8 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from pm_llm.adapters import Adapter, lora_layers, scaled, set_active
-from pm_llm.merges import Merger
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import lora_layers, scaled, set_active
+from pm_llm.merges.merger import Merger
 from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft, targets
 
 KINDS = {

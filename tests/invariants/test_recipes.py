@@ -11,11 +11,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from pm_llm.cli import main
 from pm_llm.config import flags, load_config
 from pm_llm.errors import PmLlmError
-from pm_llm.methods import PRESETS
-from pm_llm.models import lora_config, resolve
-from pm_llm.tasks import BENCHMARKS, load_benchmark
+from pm_llm.families.models import lora_config, resolve
+from pm_llm.presets import PRESETS
+from pm_llm.tasks.loading import BENCHMARKS, load_benchmark
 from pm_llm.tasks.order import pick_order
-from pm_llm.training import training_arguments
+from pm_llm.training.arguments import training_arguments
 from tests.conftest import ROOT, pm_llm
 
 RECIPES = sorted(p for kind in ("*.yaml", "*.yml") for p in (ROOT / "recipes").rglob(kind))

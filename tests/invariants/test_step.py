@@ -7,8 +7,8 @@ import torch
 from trl.trainer import utils as trl_utils
 
 from pm_llm import Perturb
-from pm_llm.adapters import lora_layers, set_active
-from pm_llm.constraints import Constraint
+from pm_llm.adapters.live import lora_layers, set_active
+from pm_llm.constraints.base import Constraint
 from tests.conftest import FAMILIES
 from tests.invariants.step_script import ALWAYS, UNEVEN, make_trainer, one_step, weights
 from tests.test_launchers import launch, launcher
@@ -155,7 +155,7 @@ def test_scaling_is_put_back_when_the_step_raises(family: str, tmp_path) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_trainable_adapter_is_scaled(family: str, tmp_path) -> None:
-    from pm_llm.adapters import set_active
+    from pm_llm.adapters.live import set_active
     from tests.invariants.test_identity import two_adapters
 
     model, _ = two_adapters(family, "plain")

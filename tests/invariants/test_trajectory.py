@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pm_llm.adapters import Adapter
+from pm_llm.adapters.adapter import Adapter
 from pm_llm.cli import main
 from tests.conftest import FAMILIES
 

@@ -1,0 +1,1 @@
+"""LoRA adapters: on disk, in memory, in a model, in the base weights, from strangers, compressed."""

@@ -1,0 +1,1 @@
+"""Exact algebra on W = B A, without ever forming W."""

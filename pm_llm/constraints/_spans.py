@@ -1,0 +1,39 @@
+"""What constraints share that keep A off the span of what past tasks used, by a basis for each module."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from pm_llm.constraints.base import Constraint
+from pm_llm.errors import check_number
+from pm_llm.merges.base import Merge
+from pm_llm.starts.base import Start, check_fresh
+
+
+class Spans(Constraint):
+    """`bases` holds orthonormal rows (k, d_in) a module; after a task they hold `share` of the squared norm of what it
+    used, in at most `most` of the d_in dimensions. `called` is the constraint's name."""
+
+    share: float
+    most: float
+    bases: dict[str, Tensor]
+    called: ClassVar[str]
+    from_zero = True
+
+    def __post_init__(self) -> None:
+        check_number(f"{self.called}: share", self.share, 0, 1)
+        check_number(f"{self.called}: most", self.most, 0, 1)
+
+    def check(self, start: Start, merge: Merge) -> None:
+        check_fresh(f"constrain {self.called}", start)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {name: basis.cpu() for name, basis in self.bases.items()}
+
+    def remembers(self, n: int, m: int, r: int) -> int:
+        return int(self.most * m) * m
+
+    def load_memory(self, memory: dict[str, Tensor]) -> None:
+        self.bases = dict(memory)

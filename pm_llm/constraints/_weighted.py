@@ -1,0 +1,28 @@
+"""What constraints share that add a weighted penalty to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.constraints.base import Constraint
+from pm_llm.errors import check_number
+
+
+class Weighted(Constraint):
+    """A penalty `weight * sum terms`; none where there are no terms, or the weight is 0."""
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        check_number(f"{type(self).__name__.lower()}: weight", self.weight, 0)
+
+    def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
+        """The terms (0-dim), from each module's live (s B, A)."""
+        raise NotImplementedError
+
+    def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
+        found = self.terms(live) if self.weight else []
+        return self.weight * sum(found[1:], start=found[0]) if found else None

@@ -1,0 +1,75 @@
+"""The rows of a task that its curvature is measured on, shared out over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq
+
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.config import FisherSection
+from pm_llm.fisher.base import Fisher
+from pm_llm.fisher.measure import Batch, sum_fisher, sum_loss
+from pm_llm.fisher.slopes import sum_slopes
+from pm_llm.system.mapped import Zeros
+from pm_llm.system.processes import process_state, total
+from pm_llm.system.progress import bar
+
+
+class ChosenRows:
+    """Some of a task's training rows, the same whenever they are chosen; every example counts once.
+
+    Args:
+        task: The task's name, for the progress bar.
+        rows: The task's encoded rows.
+        config: How many, and how many at once.
+        seed: Of the choice.
+        tokenizer: For padding.
+    """
+
+    def __init__(
+        self, task: str, rows: Sequence[dict[str, Any]], config: FisherSection, seed: int, tokenizer: Any
+    ) -> None:
+        self.task, self.size, self.tokenizer, self.state = task, config.batch_size, tokenizer, process_state()
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: config.samples].tolist()
+        mine = [rows[i] for i in chosen[self.state.process_index :: self.state.num_processes]]
+        # of like lengths together: less padding
+        self.count, self.mine = len(chosen), sorted(mine, key=lambda row: len(row["input_ids"]))
+
+    def fisher(
+        self,
+        model: Any,
+        form: str,
+        direction: dict[str, LowRank] | None = None,
+        loss_before: float | None = None,
+        zeros: Zeros = torch.zeros,
+    ) -> Fisher:
+        """The Fisher, see :func:`pm_llm.fisher.measure.sum_fisher`; `loss_before` is what :meth:`loss` was."""
+        with bar(len(self.mine), f"Fisher {self.task}", "row") as progress:
+            sums = sum_fisher(model, self.batches(model), form, direction, progress.update, zeros)
+        for tensor in sums.tensors() if self.state.num_processes > 1 else ():
+            tensor.copy_(total(tensor).cpu())
+        return sums.mean(self.count, loss_before)
+
+    def loss(self, model: Any) -> float:
+        """The mean loss over the rows, in nats an example."""
+        found, _ = sum_loss(model, self.batches(model))
+        return float(total(torch.tensor(found, dtype=torch.float64))) / self.count
+
+    def slopes(self, model: Any, towards: Sequence[Mapping[str, LowRank]]) -> list[float]:
+        """The derivatives of the mean loss towards given adapters, see :mod:`pm_llm.fisher.slopes`."""
+        return (total(sum_slopes(model, self.batches(model), towards)) / self.count).tolist()
+
+    def one_by_one(self, model: Any) -> Iterator[Batch]:
+        """This process's rows, each a batch of its own, without padding."""
+        collate = DataCollatorForSeq2Seq(self.tokenizer, model)
+        for row in self.mine:
+            yield collate([row]).to(self.state.device)
+
+    def batches(self, model: Any) -> Iterator[Batch]:
+        """This process's rows, `fisher.batch_size` at a time."""
+        collate = DataCollatorForSeq2Seq(self.tokenizer, model)
+        for at in range(0, len(self.mine), self.size):
+            yield collate(self.mine[at : at + self.size]).to(self.state.device)

@@ -1,0 +1,61 @@
+"""The table of methods, made from the registry, the classes behind it and what the tests run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+from pm_llm.methods import REGISTRIES, Choice, Method
+from pm_llm.presets import PRESETS, TESTED
+from pm_llm.report.tables import words
+
+HEADER = ("preset", "start", "constrain", "merge", "source", "needs", "keeps from task to task", "tested on")
+
+
+def table() -> str:
+    """A Markdown table, a row a preset."""
+    rows = [HEADER, ["---"] * len(HEADER), *(_row(name, method) for name, method in PRESETS.items())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _row(name: str, method: Method) -> list[str]:
+    start, merge = method.start.build("start"), method.merge.build("merge")
+    constraints = [choice.build("constrain") for choice in method.constrain]
+    keeps = ["the last adapter"] if start.needs_last else []
+    keeps += [part.stores for part in (*constraints, merge) if part.stores]
+    needs = ["old data"] if method.keeps_rows() else []
+    needs += ["old adapters"] if merge.old_adapters else []
+    needs += ["a task id"] if method.task_id else []
+    return [
+        f"`{name}`",
+        words(method.start.plain()),
+        words([choice.plain() for choice in method.constrain]),
+        words(method.merge.plain()),
+        method.source,
+        ", ".join(needs) or "-",
+        ", ".join(keeps) or "-",
+        ", ".join(kind for kind, presets in TESTED.items() if name in presets),
+    ]
+
+
+def choices() -> str:
+    """Every start, constraint and merge with the first line of its docstring, and its options with their defaults."""
+    lines = []
+    for kind, registry in REGISTRIES.items():
+        lines += [f"\n{kind}:"]
+        for name, place in registry.items():
+            text = (importlib.import_module(place.partition(":")[0]).__doc__ or "").partition("\n")[0]
+            options = [_option(f) for f in dataclasses.fields(Choice(name).factory(kind)) if f.init]
+            given = f" Options: {', '.join(options)}." if options else ""
+            lines.append(f"- `{name}`: {text.partition(': ')[2]}{given}")
+    return "\n".join(lines)
+
+
+def _option(field: dataclasses.Field) -> str:
+    """Its name and its default, as it is shown."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value is None or isinstance(value, bool):
+        shown = str(value).lower()
+    else:
+        shown = f"{value:g}" if isinstance(value, float) else str(value) or "(required)"
+    return f"{field.name} {shown}"

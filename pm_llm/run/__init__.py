@@ -1,0 +1,1 @@
+"""A run's folder, going on from it, and its record."""

@@ -1,0 +1,178 @@
+"""What a run that goes on may differ in from what it was: only in what has not run yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
+from pm_llm.run.folder import RunDir
+from pm_llm.system.files import sha256_of
+from pm_llm.tasks.base import Example, Task
+
+# keys without influence on any result, beyond the rounding of sums
+FREE = (
+    *("output_dir", "train.save_steps", "fisher.storage", "fold_running"),
+    *("fisher.batch_size", "evaluation.batch_size", "evaluation.batch_tokens"),
+)
+# keys that say which rows are trained and scored on: judged by the rows themselves
+ROWS = (
+    *("benchmark", "order", "repeat", "blur", "bad_rows", "data_dir", "tasks", "probes"),
+    *("max_train_samples", "max_test_samples"),
+)
+# what accelerate launch says of sharding: each way writes checkpoints that another cannot read
+LAUNCHER = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
+
+
+def take_up(
+    run_dir: RunDir,
+    config: RunConfig,
+    tasks: Sequence[Task],
+    columns: Mapping[str, Task],
+    lengths: Mapping[str, int],
+    restart_from: str | None = None,
+) -> None:
+    """Make the run's folder, or open it to go on; the caller has the lock.
+
+    Args:
+        run_dir: The folder.
+        config: The configuration asked for.
+        tasks: The tasks, a stage each.
+        columns: All that is scored, by name.
+        lengths: The longest answer to each of them, in tokens.
+        restart_from: Redo from this task on: its name, or its number in the sequence.
+
+    Raises:
+        PmLlmError: If the folder holds a run that differs in what has already run (the differences are shown), files
+            of it are damaged, or there is nothing to restart.
+    """
+    plain, names = config.plain(), [task.name for task in tasks]
+    del plain["output_dir"]
+    rows = {
+        "train": [
+            _fingerprint(task.train, *(_fingerprint(found, name) for name, found in task.foreign)) for task in tasks
+        ],
+        "test": {
+            name: _fingerprint(task.test, task.scorer, task.labels, lengths[name]) for name, task in columns.items()
+        },
+    }
+    new = {"tasks": names, "config": plain, "rows": rows}
+    if not run_dir.has_state():
+        if restart_from is not None:
+            raise PmLlmError(f"{run_dir.path} holds no run that could be restarted. Leave --restart-from out.")
+        run_dir.begin({**new, "restarted": None})
+        return
+    state = run_dir.state()
+    stages = state["stages"]
+    stage = len(stages) if restart_from is None else stage_named(restart_from, names, len(stages))
+    token = None if restart_from is None else sha256_of([stage, _settings(plain), rows])
+    if token is not None and token == state["restarted"]:  # the same command again, after that restart was stopped
+        stage, token = len(stages), None
+    kept = stages[:stage]
+    if not kept:
+        same = token is None and (_settings(state["config"]), state["rows"]) == (_settings(plain), rows)
+        if not same:
+            run_dir.begin({**new, "restarted": token})
+            return
+    else:
+        differences = _differences(state, kept, new, restarted=token is not None)
+        if not differences and "words" in kept[-1]:  # a method of the same name, of another version of pm_llm
+            differences = changes(kept[-1]["words"], config.parsed_method().plain())
+        if differences:
+            raise PmLlmError(
+                f"{run_dir.path} holds a run with another configuration ({'; '.join(differences)}). Run as before, "
+                "choose another output_dir, or delete the folder. What has not run yet may change: tasks that follow, "
+                "and with --restart-from TASK the `train` section."
+            )
+    run_dir.check([f"stages/{entry['folder']}/" for entry in kept] + ["untrained/"])
+    if token is not None:
+        run_dir.restart(stage, token, plain)
+    run_dir.go_on(plain, rows, names)
+
+
+def stage_named(given: str, names: Sequence[str], done: int) -> int:
+    """The stage (from 0) of a task's name or number (from 1). Raises PmLlmError if it is none, or not reached yet."""
+    numbers = [i for i, name in enumerate(names) if name == given]
+    if not numbers and given.isdigit() and 1 <= int(given) <= len(names):
+        numbers = [int(given) - 1]
+    if len(numbers) != 1:
+        found = f"comes {len(numbers)} times" if numbers else "is no task of this run"
+        shown = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))
+        raise PmLlmError(f"--restart-from {given!r} {found}. Give a task by name or number: {shown}.")
+    if numbers[0] > done:
+        raise PmLlmError(
+            f"--restart-from {given!r}: only {done} of {len(names)} tasks are trained. Leave --restart-from out."
+        )
+    return numbers[0]
+
+
+def stage_key(config: RunConfig, number: int, rows: str, processes: int) -> str:
+    """What a checkpoint in stage `number` belongs to: these settings, rows, processes and this way of sharding."""
+    launcher = [os.environ.get(name) for name in LAUNCHER]
+    return sha256_of([_settings(config.plain()), number, rows, processes, launcher])
+
+
+def _differences(
+    state: dict[str, Any], kept: Sequence[dict[str, Any]], new: dict[str, Any], restarted: bool
+) -> list[str]:
+    """What differs in what has run: settings, rows trained on, rows scored on."""
+    found = changes(state["config"], new["config"], stages_only=restarted)
+    count, rows = len(kept), new["rows"]
+    columns_fixed = new["config"]["evaluate"] == "all" and state["rows"]["test"].keys() != rows["test"].keys()
+    if state["tasks"][:count] != new["tasks"][:count] or columns_fixed:
+        return [*found, f"its tasks: {state['tasks']!r} -> {new['tasks']!r}"]
+    for i, (old, now) in enumerate(zip(state["rows"]["train"][:count], rows["train"], strict=False)):
+        if old != now:
+            found.append(f"training rows of task {new['tasks'][i]!r}")
+    scored = {name for entry in kept for name in entry["scores"]} | set(state["untrained"] or {})
+    found += [
+        f"test rows of task {name!r}"
+        for name in sorted(scored)
+        if state["rows"]["test"].get(name) != rows["test"].get(name)
+    ]
+    return found
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], stages_only: bool = False, rows: bool = False) -> list[str]:
+    """`key: old -> new` of two configurations.
+
+    Args:
+        old: One.
+        new: The other.
+        stages_only: Without what a stage may have of its own.
+        rows: With the keys that choose rows, which runs judge by the rows themselves.
+    """
+    a, b = _settings(old, rows), _settings(new, rows)
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+        for key in a | b
+        if a.get(key) != b.get(key) and not (stages_only and key.startswith("train."))
+    ]
+
+
+def _settings(config: dict[str, Any], rows: bool = False) -> dict[str, Any]:
+    """By dotted key, without those that say nothing or, unless `rows`, are judged by rows."""
+    aside = ("fuar", *(("data_dir",) if rows else ROWS))  # FUAR is computed from scores when a run is finished
+    return {key: value for key, value in _flat(config).items() if key not in FREE and key.split(".")[0] not in aside}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _fingerprint(rows: Iterable[Example], *more: Any) -> str:
+    """What rows hold, wherever they lie."""
+    found = []
+    for row in rows:
+        *plain, tools = dataclasses.astuple(dataclasses.replace(row, id=None, place=""))
+        found.append([*plain, tools] if tools else plain)  # as before there were tools
+    return sha256_of([found, *more])

@@ -1,0 +1,67 @@
+"""`results.json`: what came out of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix
+from pm_llm.evaluation.scorers import SCORERS
+from pm_llm.methods import Method
+from pm_llm.run.going_on import changes
+from pm_llm.tasks.base import Task
+
+
+def gather_results(run: dict[str, Any], method: Method, columns: Mapping[str, Task]) -> dict[str, Any]:
+    """The matrix, what follows from it, and what each stage did.
+
+    Args:
+        run: The run folder's state.
+        method: The method. One whose result is used with the task known has the average over each task's own stage.
+        columns: All that was scored, by name.
+
+    Raises:
+        MissingScoreError: If a score is missing that the configuration's numbers need.
+    """
+    config, stages, scorers = run["config"], run["stages"], [task.scorer for task in columns.values()]
+    matrix = Matrix(
+        list(columns), stages=[stage["task"] for stage in stages], lower_is_better=SCORERS[scorers[0]].lower_is_better
+    )
+    for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage["scores"] for stage in stages)]:
+        for name, found in scores.items():
+            matrix.set(number, name, found["score"])
+    untrained = {name: found["score"] for name, found in run["untrained"].items()} if run["untrained"] else None
+    return {
+        "config": config,
+        "method": method.plain(),
+        "versions": stages[-1]["versions"],
+        "tasks": matrix.tasks,
+        "stages": matrix.stages,
+        "stage_settings": [_own(stage, run) for stage in stages],
+        "scorers": scorers,
+        "lower_is_better": matrix.lower_is_better,
+        "test_rows": [len(task.test) for task in columns.values()],
+        "matrix": matrix.rows(),
+        "untrained": untrained,
+        "coefficients": [stage["coefficient"] for stage in stages],
+        "raw_coefficients": [stage["raw_coefficient"] for stage in stages],
+        "module_coefficients": [stage["coefficients"] for stage in stages],
+        "truncation_errors": [stage["truncation_error"] for stage in stages],
+        "ranks": [stage["rank"] for stage in stages],
+        "curvatures": [stage["curvature"] for stage in stages],
+        "curvature_errors": [stage["curvature_errors"] for stage in stages],
+        "exact_curvatures": [stage["exact_curvature"] for stage in stages],
+        "constraint_reports": [stage.get("constraint_reports", {}) for stage in stages],
+        "losses": [stage["losses"] for stage in stages],
+        "seconds": [stage["seconds"] for stage in stages],
+        "peak_memory_bytes": [max(stage["peak_memory_bytes"].values()) for stage in stages],
+        **(matrix.with_task_known(config["evaluate"]) if method.task_id else matrix.summary(config["evaluate"])),
+        **({"fuar": matrix.fuar(**config["fuar"])} if config["fuar"] else {}),
+    }
+
+
+def _own(stage: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """In what a stage's settings and versions differ from the run's last: `key: the last's -> its own`."""
+    versions, own = run["stages"][-1]["versions"], stage["versions"]
+    found = [f"{name}: {versions[name]} -> {own[name]}" for name in own if own[name] != versions.get(name)]
+    return changes(run["config"], stage["config"]) + found

@@ -1,0 +1,87 @@
+"""What a start is: the protocol, and what it stands on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peft import PeftModel
+
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.live import lora_layers, remove, set_active
+from pm_llm.config import LoraSection
+from pm_llm.errors import PmLlmError
+from pm_llm.families.models import add_task_adapter
+from pm_llm.methods import STARTS
+
+if TYPE_CHECKING:
+    from pm_llm.fisher.rows import ChosenRows
+
+
+RUNNING, TASK = "running", "task"  # the names of the two adapters in a live model
+
+
+class Start:
+    """Prepares the model for a task: exactly one trainable adapter, named `TASK`.
+
+    `continues` says whether the trained adapter stands on the base model, or comes on top of the running one (then the
+    running one is active too, frozen, under the name `RUNNING`). `needs_last` says whether it is given the adapter as
+    it was last trained, `last`.
+    """
+
+    continues = False
+    on_base = False  # whether the adapter begins at the base model, whatever was learned before
+    keeps_coordinates = False  # whether A and B begin as those that were merged, or trained, last
+    needs_last = False
+    offset = False  # whether the trained adapter begins at an update that is not zero, taken back elsewhere
+
+    def name(self) -> str:
+        """What the configuration calls it."""
+        place = f"{type(self).__module__}:{type(self).__name__}"
+        return next((name for name, where in STARTS.items() if where == place), type(self).__name__)
+
+    def prepare(
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+    ) -> PeftModel:
+        """`model` (a base model before the first task) with its adapters in place, active and trainable."""
+        raise NotImplementedError
+
+    def look(self, model: PeftModel, chosen: ChosenRows) -> None:
+        """After :meth:`prepare`, with some of the task's rows at hand."""
+
+    def as_update(self, new: Adapter) -> Adapter:
+        """The trained adapter as what it changes in the model it began at."""
+        return new
+
+    def as_live(self, update: Adapter) -> Adapter:
+        """The inverse: what must be live in a prepared model for that change."""
+        return update
+
+
+def check_fresh(what: str, start: Start, why: str = "it is about an adapter that begins anew") -> None:
+    """Raise PmLlmError unless the task's adapter is a new one, on the running one or alone; `why` it must be."""
+    if start.continues and not start.on_base:
+        raise PmLlmError(f"{what} needs a start that is fresh: {why}. The start is {start.name()!r}.")
+
+
+def check_continues(what: str, start: Start) -> None:
+    """Raise PmLlmError unless one adapter is trained on and on."""
+    if not start.continues or start.on_base:
+        raise PmLlmError(
+            f"{what} needs a start that continues: it compares A and B with what they were. The start is "
+            f"{start.name()!r}."
+        )
+
+
+def train_further(model: PeftModel, adapter: Adapter | None, lora: LoraSection, seq2seq: bool) -> PeftModel:
+    """`model` with one adapter, to be trained: a fresh one, or from where `adapter` is, at the same learning rate.
+
+    The scaling matters: with Adam a step moves W by `scaling` times the learning rate, and an adapter here comes with
+    its scaling folded in. Without unfolding it, every task but the first would train at another rate.
+    """
+    model = add_task_adapter(model, lora, seq2seq, TASK)
+    remove(model, RUNNING)
+    if adapter is not None:
+        scaling = {name: layer.scaling[TASK] for name, layer in lora_layers(model).items()}
+        adapter.attach(model, TASK, lora.lora_dropout, scaling)
+    set_active(model, [TASK], trainable=TASK)
+    return model

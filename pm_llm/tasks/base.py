@@ -1,0 +1,178 @@
+"""A task: rows of prompt and completion with splits and a scorer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.system.coerce import name_of
+from pm_llm.tasks.problems import Problems
+
+if TYPE_CHECKING:
+    pass
+from pm_llm.tasks.loading import one_direction
+
+MAX_CHARACTERS = 1_000_000  # of one prompt: more is a file in a cell, not a prompt
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. The prompt is `head + body + tail`; only `body` may be shortened to fit, so the answer frame stays.
+
+    Where head and tail are empty (the user's own prompts), the middle of the body is what goes.
+
+    `messages` replaces the three for chat data: the turns before the answer, rendered by the chat template, which is
+    given `tools` too. Where the model has no template, `body` stands in for them if there is one.
+    `alternatives` are other right answers besides the completion; `source` is the text that SARI compares with.
+    """
+
+    body: str
+    completion: str
+    head: str = ""
+    tail: str = ""
+    messages: tuple[dict[str, Any], ...] | None = None
+    alternatives: tuple[str, ...] = ()
+    source: str | None = None
+    id: str | None = None
+    place: str = ""
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The whole prompt, before any shortening and without the chat template."""
+        if self.messages is not None:
+            return "\n".join(turn.get("content") or "" for turn in self.messages)
+        return self.head + self.body + self.tail
+
+    @property
+    def framed(self) -> bool:
+        """Whether the prompt is one of the project's own, around a text."""
+        return bool(self.head or self.tail)
+
+    @property
+    def references(self) -> list[str]:
+        """All right answers."""
+        return [self.completion, *self.alternatives]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task. `labels` are the options of a classification task, in prompt order, if it is one.
+
+    Where boundaries are blurred, `foreign` are its neighbours' rows that are trained with its own, by their task's
+    name, and `whole` all its own rows, of which `train` is what is left.
+
+    `special_tokens` says what the text of a special token means in a row: `text`, its letters, `token`, the token, or
+    None: nothing is said, and such rows are refused.
+    """
+
+    name: str
+    train: Sequence[Example]
+    test: Sequence[Example]
+    scorer: str = "exact_match"
+    labels: tuple[str, ...] = ()
+    validation: Sequence[Example] = ()
+    foreign: tuple[tuple[str, Sequence[Example]], ...] = ()
+    whole: Sequence[Example] = ()
+    special_tokens: str | None = "text"
+
+    def checked(self, problems: Problems, explained: bool = False) -> Task:
+        """This task, without the rows that `problems` says to drop; what is wrong is added to `problems`.
+
+        Args:
+            problems: Where what is wrong goes.
+            explained: Whether `problems` says already why a split has no rows.
+        """
+        from pm_llm.evaluation.scorers import SCORERS
+
+        if self.scorer not in SCORERS:
+            raise unknown_name(f"scorer of task {self.name!r}:", self.scorer, SCORERS)
+        name_of(self.name, "the name of a task")
+        self._check_labels(problems)
+        seen: dict[tuple[str, str], str] = {}
+        kept: dict[str, Any] = {split: self._good(split, seen, problems) for split in SPLITS}
+        empty = [split for split in ("train", "test") if not kept[split]]
+        if empty and not explained:
+            problems.add("", f"task {self.name!r} has no {empty[0]} rows. Check its file, split name and filters.")
+        return replace(self, **kept)
+
+    def _check_labels(self, problems: Problems) -> None:
+        from pm_llm.evaluation.scorers import compared
+
+        first: dict[str, str] = {}
+        for label in self.labels if self.scorer == "exact_match" else ():
+            same = first.setdefault(compared(label), label)
+            if same != label:
+                problems.add(
+                    "",
+                    f"task {self.name!r}: exact_match takes the labels {same!r} and {label!r} for one, as it looks at "
+                    "neither case nor punctuation. Use scorer accuracy.",
+                )
+
+    def _good(self, split: str, seen: dict[tuple[str, str], str], problems: Problems) -> list[Example]:
+        """The split's good rows; `seen` are the ids so far, by file, with their places."""
+        kept: list[Example] = []
+        for number, row in enumerate(getattr(self, split), start=1):
+            place = row.place or f"task {self.name!r}, {split}:row {number}"
+            wrong = self._wrong(row)
+            if wrong is None and row.id is not None:
+                first = seen.setdefault((place.rpartition(":")[0], row.id), place)
+                wrong = None if first == place else f"its id {row.id!r} is that of {first} too."
+            if wrong is None:
+                kept.append(row)
+            else:
+                problems.row(place, wrong)
+        return kept
+
+    def _wrong(self, row: Example) -> str | None:
+        if not all(reference.strip() for reference in row.references):
+            return "its answer (completion or label) is empty. Every row needs one."
+        if not row.prompt.strip():
+            return "its prompt is empty."
+        if len(row.prompt) > MAX_CHARACTERS:
+            return f"its prompt has {len(row.prompt):,} characters; at most {MAX_CHARACTERS:,} are taken."
+        if self.labels and row.completion not in self.labels:
+            return f"its label {row.completion!r} is none of the task's: {', '.join(self.labels)}."
+        return None
+
+    def subset(self, train: int | None, test: int | None, seed: int) -> Task:
+        """At most `train` and `test` rows (`test` of validation too), drawn by `seed` and the task's name."""
+
+        def draw(split: str, n: int | None) -> Sequence[Example]:
+            rows = getattr(self, split)
+            if n is None or n >= len(rows):
+                return rows
+            return random.Random(f"{seed} {self.name} {split}").sample(list(rows), n)
+
+        return replace(self, train=draw("train", train), test=draw("test", test), validation=draw("validation", test))
+
+
+def checked(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks made in Python, checked like those from files. Raises PmLlmError with all that is wrong."""
+    problems = Problems()
+    found = [task.checked(problems) for task in tasks]
+    problems.check()
+    one_direction(found)
+    return found
+
+
+def distinct(tasks: Sequence[Task]) -> dict[str, Task]:
+    """Name -> task, of a recurring task the first. Raises PmLlmError if two of one name are not the same task."""
+    found: dict[str, Task] = {}
+    for task in tasks:
+        first = found.setdefault(task.name, task)
+        if first is not task and _content(first) != _content(task):
+            raise PmLlmError(
+                f"two tasks of other rows, labels or scorers have one name: {task.name}. Give each its own."
+            )
+    return found
+
+
+def _content(task: Task) -> tuple[Any, ...]:
+    """What makes a task the same, wherever its rows were read."""
+    rows = ([replace(row, id=None, place="") for row in some] for some in (task.test, task.whole or task.train))
+    return task.scorer, task.labels, *rows

@@ -1,0 +1,303 @@
+"""From rows to token ids: one rendering for training, Fisher and generation, in which the answer frame survives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
+from pm_llm.tasks.base import SPLITS, Example, Task
+from pm_llm.tasks.chat_template import MARK, answer_of, problem_of, render
+from pm_llm.tasks.problems import Problems
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Renders examples for one model.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        seq2seq: Whether the model is an encoder-decoder.
+        max_length: Longest input in tokens: prompt plus answer for a decoder, prompt for an encoder-decoder.
+        max_new_tokens: Longest answer in tokens, with the end-of-sequence token.
+        special_tokens: What the text of a special token in a row is, see :class:`pm_llm.tasks.base.Task`.
+    """
+
+    tokenizer: Any
+    seq2seq: bool
+    max_length: int
+    max_new_tokens: int
+    special_tokens: str | None = "text"
+
+    @property
+    def prompt_budget(self) -> int:
+        """Tokens a prompt may have; the same in training and generation, so that both see one frame."""
+        return self.max_length if self.seq2seq else self.max_length - self.max_new_tokens
+
+    def prompt(self, example: Example) -> list[int]:
+        """Token ids of the prompt, shortened where it is too long: the end of a framed row's body, the middle of a
+        prompt without frame or of a chat's last turn. Text is cut between characters."""
+        body, ids = self._body(example), self.whole_prompt(example)
+        while len(ids) > self.prompt_budget:
+            spans = self._spans(body)
+            keep = len(spans) - max(1, len(ids) - self.prompt_budget)
+            if not spans or (keep <= 0 and not body):
+                raise PmLlmError(
+                    f"the prompt's frame alone has {len(ids)} tokens, and max_length leaves {self.prompt_budget} "
+                    "for it. Raise max_length."
+                )
+            # without a frame the question may stand at either end: cut out the middle
+            keep = max(keep, 0)
+            back = keep // 2 if self.is_chat(example) or not example.framed else 0
+            shorter = body[: spans[keep - back][0]] + body[spans[len(spans) - back - 1][1] :]
+            body = shorter if len(shorter) < len(body) else body[: len(body) // 2]
+            ids = self._render(example, body)
+        return ids
+
+    def _spans(self, body: str) -> list[tuple[int, int]]:
+        """Where in the text each of its tokens stands; those that share a character all have the whole of it."""
+        if self.tokenizer.is_fast:
+            return self._encode(body, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [(i, i + 1) for i in range(len(body))]  # at most a token a character, nearly always
+
+    def too_long(self, examples: Sequence[Example]) -> dict[int, str]:
+        """Identity of a row -> what to say of it, for those whose prompt does not fit however much of it is cut."""
+        frames: dict[tuple[str, str], str | None] = {}
+        found = {}
+        for row in examples:
+            if self.is_chat(row):
+                messages = row.messages or ()
+                wrong = self._too_long(replace(row, messages=(*messages[:-1], {**messages[-1], "content": ""})))
+            elif (row.head, row.tail) in frames:
+                wrong = frames[row.head, row.tail]
+            else:
+                wrong = frames[row.head, row.tail] = self._too_long(replace(row, body="", messages=None))
+            if wrong is not None:
+                found[id(row)] = wrong
+        return found
+
+    def _too_long(self, frame: Example) -> str | None:
+        length = len(self.whole_prompt(frame))
+        if length <= self.prompt_budget:
+            return None
+        return (
+            f"without what may be cut its prompt has {length} tokens already, and max_length leaves "
+            f"{self.prompt_budget} for it. Raise max_length."
+        )
+
+    def whole_prompt(self, example: Example) -> list[int]:
+        """Token ids of the prompt as it is."""
+        return self._render(example, self._body(example))
+
+    def answer(self, example: Example) -> list[int]:
+        """Token ids of the answer with end of sequence, cut at `max_new_tokens`."""
+        return self.whole_answer(example)[: self.max_new_tokens]
+
+    def whole_answer(self, example: Example) -> list[int]:
+        """Token ids of the whole answer with end of sequence."""
+        eos = self.tokenizer.eos_token_id
+        if self.is_chat(example):
+            text = answer_of(self.tokenizer, example, self.bare(example.completion))[1]
+            ids = self._continued(text, split_special_tokens=False)
+        else:
+            ids = self._continued(self._lead(example) + self.content(example, example.completion))
+        return ids if ids and ids[-1] == eos else [*ids, eos]
+
+    def is_chat(self, example: Example) -> bool:
+        """Whether the chat template renders it: not where there is none, and the row has a text in its place."""
+        return example.messages is not None and bool(self.tokenizer.chat_template or not example.body)
+
+    def bare(self, answer: str) -> str:
+        """An answer without the end of sequence that it may bring."""
+        return answer.rstrip().removesuffix(self.tokenizer.eos_token) if self._brings_end(answer) else answer
+
+    def _brings_end(self, answer: str) -> bool:
+        return answer.rstrip().endswith(self.tokenizer.eos_token)
+
+    def content(self, example: Example, answer: str) -> str:
+        """What is trained of an answer: as it stands, but for the project's own prompts, whose frame goes around
+        it."""
+        return self.bare(answer).strip() if example.framed else self.bare(answer)
+
+    def reference(self, example: Example, answer: str) -> str:
+        """What predictions are compared with: blanks at the front count where the right answer begins with some."""
+        text = self.content(example, answer)
+        return text.rstrip() if text[:1].isspace() else text.strip()
+
+    def said(self, example: Example, prompt: Sequence[int], output: Sequence[int]) -> str:
+        """The text of generated tokens, as the right answer would be read."""
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        front = "" if self.seq2seq else decode(prompt[-1:])  # by itself a first token may lose its blank
+        whole = decode([*([] if self.seq2seq else prompt[-1:]), *output])
+        text = whole[len(front) :] if whole.startswith(front) else decode(output)
+        if self.is_chat(example):
+            end = answer_of(self.tokenizer, example, MARK)[2]
+            text = text.rstrip().removesuffix(end) if end else text
+        if example.framed or not example.completion[:1].isspace():
+            return text.strip()
+        return text.removeprefix(self._lead(example)).rstrip()
+
+    def unknown(self, example: Example) -> bool:
+        """Whether the row holds characters that the vocabulary lacks, which are all one token to the model."""
+        unknown = self.tokenizer.unk_token_id
+        return unknown is not None and unknown in [*self.whole_prompt(example), *self.whole_answer(example)]
+
+    def _lead(self, example: Example) -> str:
+        """A decoder goes on from "...Answer:" with a space before the word."""
+        blank = example.prompt[-1:].isspace() or (example.completion[:1].isspace() and not example.framed)
+        return "" if self.seq2seq or not example.prompt or blank else " "
+
+    def _encode(self, text: str, **how: Any) -> Any:
+        return self.tokenizer(text, **{"split_special_tokens": self.special_tokens != "token", **how})
+
+    def _continued(self, text: str, **how: Any) -> list[int]:
+        """Token ids of a text that goes on from another. Some tokenizers (Llama 2's, Mistral's) put a blank before
+        every text: there it is encoded after something, which is then taken off."""
+        ids = self._encode(text, add_special_tokens=False, **how)["input_ids"]
+        if self.seq2seq or not _prepends(self.tokenizer):
+            return ids
+        for front in ("\n", ":", "a"):
+            before = self._encode(front, add_special_tokens=False, **how)["input_ids"]
+            both = self._encode(front + text, add_special_tokens=False, **how)["input_ids"]
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return ids
+
+    def features(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+        """`input_ids` and `labels` of each example; a decoder's labels are -100 on the prompt."""
+        rows = []
+        for example in examples:
+            prompt, answer = self.prompt(example), self.answer(example)
+            if self.seq2seq:
+                rows.append({"input_ids": prompt, "labels": answer})
+            else:
+                rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        return rows
+
+    def _render(self, example: Example, body: str) -> list[int]:
+        if not self.is_chat(example):
+            ids = self._encode(example.head + body + example.tail)["input_ids"]
+            # some tokenizers end every text with end of sequence: right for T5's encoder, wrong before an answer
+            if not self.seq2seq and ids and ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]
+            return ids
+        turns = [*(example.messages or ())]
+        between = answer_of(self.tokenizer, example, self.bare(example.completion))[0]
+        turns[-1] = {**turns[-1], "content": body}
+        text = render(self.tokenizer, turns, example.tools, prompt=True) + between
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _body(self, example: Example) -> str:
+        """What may be shortened."""
+        return (example.messages or ())[-1]["content"] if self.is_chat(example) else example.body
+
+    def wrong(self, example: Example) -> str | None:
+        """What is wrong with a row for this model, if anything is, however much of its body is cut."""
+        if self.is_chat(example):
+            refused = problem_of(self.tokenizer, example)
+            if refused is not None:
+                return refused
+        if self.special_tokens is None:
+            texts = [*(turn["content"] for turn in example.messages or ()), example.head, example.body, example.tail]
+            texts += [self.bare(answer) for answer in example.references]
+            token = next((t for t in _special(self.tokenizer) if any(t in text for text in texts)), None)
+            if token is not None:
+                return (
+                    f"it holds the text of the special token {token!r}. Say what that is with `special_tokens: text` "
+                    "(its letters) or `special_tokens: token` (the token)."
+                )
+        return None
+
+
+@lru_cache
+def _prepends(tokenizer: Any) -> bool:
+    """Whether it puts a blank before a text: always (Llama 2), or where there is none (T5)."""
+    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
+    return one == two or len(two) > len(one)
+
+
+@lru_cache
+def _special(tokenizer: Any) -> tuple[str, ...]:
+    return tuple(token for token in tokenizer.all_special_tokens if token)
+
+
+def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, Encoder], Callable[[Task], Task]]:
+    """How each task's rows are rendered for `config.model`, by name, after a look at every row; and what takes the
+    rows out of a task that cannot be (with `bad_rows: drop`, which says how many; else it leaves tasks as they are).
+
+    Raises:
+        PmLlmError: With every row whose frame alone is too long or that the chat template refuses.
+    """
+    from pm_llm.families.models import load_tokenizer
+
+    tokenizer, seq2seq = load_tokenizer(config.model)
+    problems, encoders = Problems(drop=config.bad_rows == "drop"), {}
+    bad: dict[int, Example] = {}  # by identity; held, so that it is not another's
+    for task in tasks:
+        rows = [*(task.whole or task.train), *task.validation, *task.test]  # what neighbours may train on, too
+        blind = Encoder(tokenizer, seq2seq, config.max_length, 1, task.special_tokens)
+        wrong = {id(row): what for row in rows if (what := blind.wrong(row)) is not None}
+        good = [row for row in task.whole or task.train if id(row) not in wrong]
+        if good:
+            encoder = encoder_for(
+                tokenizer, seq2seq, replace(task, train=good, whole=()), config.max_length, config.max_new_tokens
+            )
+            wrong |= encoder.too_long([row for row in rows if id(row) not in wrong])
+            encoders[task.name] = encoder
+            _tell_unknown(task.name, encoder, [row for row in rows if id(row) not in wrong], problems)
+        for row in rows:
+            if id(row) in wrong:
+                bad[id(row)] = row
+                problems.row(row.place, wrong[id(row)])
+        for split in ("train", "test"):
+            if problems.drop and all(id(row) in bad for row in getattr(task, split)) and getattr(task, split):
+                problems.add("", f"task {task.name!r} has no {split} rows left that the model can be given.")
+    problems.tell()
+
+    def fitting(task: Task) -> Task:
+        def kept(some: Sequence[Example]) -> list[Example]:
+            return [row for row in some if id(row) not in bad]
+
+        splits: dict[str, Any] = {name: kept(getattr(task, name)) for name in (*SPLITS, "whole")}
+        return replace(task, **splits, foreign=tuple((name, kept(some)) for name, some in task.foreign))
+
+    return encoders, fitting if bad else lambda task: task
+
+
+def _tell_unknown(name: str, encoder: Encoder, rows: Sequence[Example], problems: Problems) -> None:
+    sample = encoder.tokenizer("{}\n~\u00e9\u4e2d\U0001f600", add_special_tokens=False)["input_ids"]
+    if encoder.tokenizer.unk_token_id not in sample:
+        return  # it knows all characters
+    found = [row for row in rows if encoder.unknown(row)]
+    if found:
+        where = f", the first at {found[0].place}" if found[0].place else ""
+        problems.note(
+            f"task {name!r}: {len(found)} of {len(rows)} rows hold characters that the model's vocabulary lacks"
+            f"{where}: it sees {encoder.tokenizer.unk_token} for each, and answers cannot be told apart by them"
+        )
+
+
+def encoder_for(tokenizer: Any, seq2seq: bool, task: Task, max_length: int, max_new_tokens: int | None) -> Encoder:
+    """How a task's rows are rendered, by default with room for its longest training answer.
+
+    Raises:
+        PmLlmError: If the answers leave no room for prompts.
+    """
+    encoder = Encoder(tokenizer, seq2seq, max_length, max_new_tokens or 1, task.special_tokens)
+    answer = max_new_tokens or longest_answer(encoder, task)
+    encoder = replace(encoder, max_new_tokens=answer)
+    if encoder.prompt_budget < 1:
+        raise PmLlmError(
+            f"task {task.name!r}: answers of {answer} tokens leave none of max_length {max_length} for prompts. "
+            "Raise max_length, or set max_new_tokens to cut long answers."
+        )
+    return encoder
+
+
+def longest_answer(encoder: Encoder, task: Task) -> int:
+    """Tokens of the longest training answer of a task, with end of sequence."""
+    distinct = {row.completion: row for row in task.whole or task.train}.values()
+    return max(len(encoder.whole_answer(row)) for row in distinct)

@@ -1,0 +1,1 @@
+"""The Trainers, their arguments, one task, checkpoints and stopping."""

@@ -1,0 +1,100 @@
+"""Training one task with the Trainer of the model's family, from its newest checkpoint if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+
+from pm_llm.config import RunConfig
+from pm_llm.constraints.base import Constraint
+from pm_llm.errors import PmLlmError, first_line
+from pm_llm.families.models import Base
+from pm_llm.system.progress import TrainingBar, say
+from pm_llm.system.sharding import weights_only
+from pm_llm.training.arguments import training_arguments
+from pm_llm.training.checkpoints import Checkpoints
+from pm_llm.training.patches import original_forward
+from pm_llm.training.stopping import Stopping
+from pm_llm.training.trainers import AlreadyTrainedError, ContinualSeq2SeqTrainer, ContinualSFTTrainer
+
+
+class SaveSteps(TrainerCallback):
+    """Checkpoints are as frequent as is asked for now, not as when the one that training goes on from was written."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
+def train(
+    model: Any,
+    base: Base,
+    config: RunConfig,
+    rows: Dataset,
+    steps: int,
+    label: str,
+    seed: int,
+    constraints: Sequence[Constraint],
+    checkpoints: Checkpoints,
+    stopping: Stopping,
+) -> list[dict[str, Any]]:
+    """Train `model` (a PeftModel with one trainable adapter) on encoded rows, and return the Trainer's log lines.
+
+    `steps` is `max_steps`; -1: as many as `num_train_epochs` takes.
+
+    Raises:
+        PmLlmError: If the Trainer does not take the settings, the loss is not finite, or a checkpoint cannot be
+            written.
+        Stopped: After a signal, with a checkpoint of the step it came in.
+    """
+    arguments = training_arguments(config, base.seq2seq, checkpoints.folder, seed, steps)
+    newest = checkpoints.newest()
+    if newest is not None:
+        say(f"{label}: going on from {Path(newest).name}")
+    trainer_class = ContinualSeq2SeqTrainer if base.seq2seq else ContinualSFTTrainer
+    with stopping.gently() as stop, original_forward(model):
+        try:
+            trainer = trainer_class(
+                model,
+                args=arguments,
+                train_dataset=rows,
+                data_collator=DataCollatorForSeq2Seq(base.tokenizer, model),
+                processing_class=base.tokenizer,
+                constraint=constraints,
+                checkpoints=checkpoints,
+                callbacks=[TrainingBar(f"train {label}"), stop, SaveSteps()],
+            )
+        except PmLlmError:
+            raise
+        except (ValueError, RuntimeError, ImportError) as error:
+            if "PEFT adapter" in str(error):  # of modules that TRL does not train
+                raise PmLlmError(str(error)) from error
+            if not config.train.extra:
+                raise
+            # it may ask for what does not go together, or is not installed
+            raise PmLlmError(f"train: {first_line(error)}") from error
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        try:
+            with weights_only():
+                trainer.train(resume_from_checkpoint=newest)
+        except ImportError as error:  # of what `train.extra` asks for
+            raise PmLlmError(f"train: {first_line(error)}") from error
+        except AlreadyTrainedError:
+            model.train()  # as it would be, for the constraints to log
+            trainer.log({})
+        except ValueError as error:
+            if "managed by another FSDP group" not in str(error):
+                raise
+            raise PmLlmError(
+                "FSDP2 cannot share out this model, whose encoder and decoder have one embedding (with accelerate "
+                "1.15 and torch 2.13). Use accelerate_configs/zero3.yaml, or ddp.yaml."
+            ) from error
+        # under ZeRO-3 transformers would go on sharding what is loaded, and wait for all processes at every token
+        unset_hf_deepspeed_config()
+        return trainer.state.log_history
