@@ -82,7 +82,7 @@ def state_bytes(path: Path) -> int:
 
     run = RunDir.open(path)
     state, words = run.state(), run.results()["method"]
-    method = Method.parse("seqlora", words["start"], words["constrain"], words["merge"])
+    method = Method().replaced(words["start"], words["constrain"], words["merge"])
     stages = [run.path / STAGES / stage["folder"] for stage in state["stages"]]
     kept = [run.path / ADAPTER, stages[-1] / CURVATURE, stages[-1] / MEMORY]
     if method.start.name == "alone" and method.merge.name == "replace" and not method.constrain:

@@ -17,7 +17,7 @@ import yaml
 
 from pm_llm.errors import PmLlmError, check_number, check_pattern, unknown_name
 from pm_llm.methods import Choice, Method
-from pm_llm.presets import PRESETS
+from pm_llm.presets import PRESETS, method_of
 from pm_llm.system.coerce import check_no_secrets, cleaned, convert
 
 
@@ -164,7 +164,7 @@ class RunConfig:
 
     def parsed_method(self) -> Method:
         """The method with its overrides."""
-        method = Method.parse(self.method, self.start, self.constrain, self.merge)
+        method = method_of(self.method, self.start, self.constrain, self.merge)
         return method if self.space == "weights" else method.in_factors()
 
     def check(self) -> RunConfig:
@@ -209,7 +209,7 @@ class RunConfig:
     def _check_method(self, method: Method) -> None:
         start, merge = method.start.build("start"), method.merge.build("merge")
         if self.space == "factors":
-            own = Method.parse(self.method, self.start).start
+            own = method_of(self.method, self.start).start
             if own != method.start and (self.start is not None or own.name != "fresh"):
                 raise PmLlmError(
                     f"space factors needs start continue; start is {own.plain()!r}. Give --start continue."

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pm_llm.errors import PmLlmError, unknown_name
-from pm_llm.presets import PRESETS
 from pm_llm.system.coerce import convert
 
 STARTS = {
@@ -119,12 +118,9 @@ class Method:
     source: str = field(default="", compare=False)
     task_id: bool = field(default=False, compare=False)  # whether its result is used with the task known
 
-    @classmethod
-    def parse(cls, preset: str, start: Any = None, constrain: Any = None, merge: Any = None) -> Method:
-        """A preset with any of its three words replaced; `constrain: none` or `[]` means no constraint."""
-        if preset not in PRESETS:
-            raise unknown_name("method", preset, PRESETS)
-        method = PRESETS[preset]
+    def replaced(self, start: Any = None, constrain: Any = None, merge: Any = None) -> Method:
+        """The same with other words where they are given; `constrain: none` or `[]` means no constraint."""
+        method = self
         if start is not None:
             method = dataclasses.replace(method, start=Choice.parse(start, "start"))
         if constrain is not None:
@@ -132,7 +128,7 @@ class Method:
             method = dataclasses.replace(method, constrain=tuple(Choice.parse(i, "constrain") for i in items))
         if merge is not None:
             method = dataclasses.replace(method, merge=Choice.parse(merge, "merge"))
-        return dataclasses.replace(method, task_id=method.task_id and method == PRESETS[preset])
+        return dataclasses.replace(method, task_id=self.task_id and method == self)
 
     def in_factors(self) -> Method:
         """The same in the space of the LoRA factors: the adapter continues, all else is of A and of B."""

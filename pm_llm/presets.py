@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pm_llm.errors import unknown_name
 from pm_llm.methods import CONSTRAINTS, Choice, Method
 
 
@@ -58,6 +59,13 @@ PRESETS: dict[str, Method] = {
 }
 
 
+def method_of(preset: str, start: Any = None, constrain: Any = None, merge: Any = None) -> Method:
+    """A preset with any of its three words replaced. Raises PmLlmError where there is no such preset or word."""
+    if preset not in PRESETS:
+        raise unknown_name("method", preset, PRESETS)
+    return PRESETS[preset].replaced(start, constrain, merge)
+
+
 def preset_of(name: str, words: dict[str, Any]) -> Method | None:
     """The preset that a run was, from its `method` and its three words as they were; None if these were others."""
     found = PRESETS.get(name)
@@ -68,7 +76,7 @@ def keeps_rows(words: dict[str, Any]) -> bool | None:
     """Whether rows of past tasks were trained on again in such a run; None if a constraint is not known here."""
     names = [one if isinstance(one, str) else one["name"] for one in words["constrain"]]
     known = [one for one, name in zip(words["constrain"], names, strict=True) if name in CONSTRAINTS]
-    if Method.parse("seqlora", constrain=known).keeps_rows():
+    if Method().replaced(constrain=known).keeps_rows():
         return True
     return False if len(known) == len(names) else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,13 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pm_llm.adapters.live import _Scaled, check_fit, remove
-from pm_llm.adapters.untrusted import WEIGHTS_FILE, by_name, check_files, module_of
+from pm_llm.adapters.live import check_fit, remove
+from pm_llm.adapters.untrusted import PREFIX, WEIGHTS_FILE, by_name, check_files, module_of
+from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
 from pm_llm.system.files import readable
 from pm_llm.system.sharding import gathered, whole
-
-_PREFIX = "base_model.model."
 
 # fields of LoraConfig that say which modules are adapted; they travel unchanged from adapter to adapter
 _PLACE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
@@ -40,6 +39,23 @@ _HARMLESS = {
 }
 # initialisations that leave the base weights as they are
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class _Scaled(Mapping[str, LowRank]):
+    """Low-rank updates made when they are asked for, so that few of a mapped file's modules are in memory at once."""
+
+    def __init__(self, pairs: dict[str, tuple[Tensor, Tensor, float]]) -> None:
+        self._pairs = pairs  # B, A, scaling
+
+    def __getitem__(self, name: str) -> LowRank:
+        b, a, scaling = self._pairs[name]
+        return lowrank.trimmed(LowRank(b.float() if scaling == 1 else b.float() * scaling, a.float()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
 
 
 @dataclass(frozen=True)
@@ -114,8 +130,8 @@ class Adapter:
         """Tensors under the names PEFT writes to `adapter_model.safetensors`."""
         state: dict[str, Tensor] = {}
         for name, x in self.factors.items():
-            state[f"{_PREFIX}{name}.lora_A.weight"] = x.A.detach().cpu().contiguous()
-            state[f"{_PREFIX}{name}.lora_B.weight"] = x.B.detach().cpu().contiguous()
+            state[f"{PREFIX}{name}.lora_A.weight"] = x.A.detach().cpu().contiguous()
+            state[f"{PREFIX}{name}.lora_B.weight"] = x.B.detach().cpu().contiguous()
         return state
 
     # ---- disk ----

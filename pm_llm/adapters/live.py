@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,27 +11,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from pm_llm.adapters.adapter import _PREFIX
-from pm_llm.algebra import lowrank
-from pm_llm.algebra.lowrank import LowRank
+from pm_llm.adapters.untrusted import PREFIX
 from pm_llm.errors import PmLlmError
-
-
-class _Scaled(Mapping[str, LowRank]):
-    """Low-rank updates made when they are asked for, so that few of a mapped file's modules are in memory at once."""
-
-    def __init__(self, pairs: dict[str, tuple[Tensor, Tensor, float]]) -> None:
-        self._pairs = pairs  # B, A, scaling
-
-    def __getitem__(self, name: str) -> LowRank:
-        b, a, scaling = self._pairs[name]
-        return lowrank.trimmed(LowRank(b.float() if scaling == 1 else b.float() * scaling, a.float()))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pairs)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
 
 
 def check_fit(missing: Sequence[str], unexpected: Sequence[str]) -> None:
@@ -67,7 +48,7 @@ def set_active(model: Any, names: list[str], trainable: str | None) -> None:
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers of a (possibly wrapped) PeftModel by their name in the base model."""
     return {
-        name.rpartition(_PREFIX)[2]: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        name.rpartition(PREFIX)[2]: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
     }
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pm_llm.errors import PmLlmError, unknown_name
 from pm_llm.system.coerce import name_of
 from pm_llm.tasks.problems import Problems
-
-if TYPE_CHECKING:
-    pass
-from pm_llm.tasks.loading import one_direction
 
 MAX_CHARACTERS = 1_000_000  # of one prompt: more is a file in a cell, not a prompt
 SPLITS = ("train", "validation", "test")
@@ -176,3 +172,21 @@ def _content(task: Task) -> tuple[Any, ...]:
     """What makes a task the same, wherever its rows were read."""
     rows = ([replace(row, id=None, place="") for row in some] for some in (task.test, task.whole or task.train))
     return task.scorer, task.labels, *rows
+
+
+def check_while(problems: Problems, load: Callable[[Problems], Task]) -> Task:
+    """The task that `load` gives, checked."""
+    before = problems.whole
+    task = load(problems)
+    return task.checked(problems, explained=problems.whole > before)
+
+
+def one_direction(tasks: Iterable[Task]) -> None:
+    """An average over scores of which some are better high and some low would mean nothing."""
+    from pm_llm.evaluation.scorers import SCORERS
+
+    if len({SCORERS[task.scorer].lower_is_better for task in tasks}) > 1:
+        raise PmLlmError(
+            "some tasks have a scorer where lower is better (perplexity) and some where higher is; their average "
+            "would mean nothing. Run them apart, or give all tasks scorers of one kind."
+        )

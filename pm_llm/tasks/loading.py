@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.tasks.base import Task, check_while, distinct, one_direction
 from pm_llm.tasks.problems import Problems
 
 if TYPE_CHECKING:
     from pm_llm.config import RunConfig
-from pm_llm.tasks.base import Task, distinct
 
 # benchmark name -> module with ORDERS, TASKS (all names) and `load_task(name, data_dir, problems) -> Task`
 BENCHMARKS = {
@@ -94,13 +94,6 @@ def scored(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Task]:
     return found
 
 
-def check_while(problems: Problems, load: Callable[[Problems], Task]) -> Task:
-    """The task that `load` gives, checked."""
-    before = problems.whole
-    task = load(problems)
-    return task.checked(problems, explained=problems.whole > before)
-
-
 def load_benchmark(name: str) -> Any:
     """The benchmark's module. Raises PmLlmError if there is none of that name."""
     if name not in BENCHMARKS:
@@ -114,14 +107,3 @@ def _on_validation(task: Task, problems: Problems) -> Task:
             "", f"task {task.name!r} has no validation rows. Score the test rows, or give your own task some."
         )
     return replace(task, test=task.validation)
-
-
-def one_direction(tasks: Iterable[Task]) -> None:
-    """An average over scores of which some are better high and some low would mean nothing."""
-    from pm_llm.evaluation.scorers import SCORERS
-
-    if len({SCORERS[task.scorer].lower_is_better for task in tasks}) > 1:
-        raise PmLlmError(
-            "some tasks have a scorer where lower is better (perplexity) and some where higher is; their average "
-            "would mean nothing. Run them apart, or give all tasks scorers of one kind."
-        )

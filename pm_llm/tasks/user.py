@@ -13,11 +13,10 @@ from typing import Any
 from pm_llm.config import build
 from pm_llm.errors import PmLlmError
 from pm_llm.system.coerce import name_of
-from pm_llm.tasks.base import Example, Task
+from pm_llm.tasks.base import Example, Task, check_while
 from pm_llm.tasks.columns import examples_of
 from pm_llm.tasks.files import READERS, Row, dataset_rows, kind_of, read_rows, stem_of
 from pm_llm.tasks.hub import load_hub_dataset
-from pm_llm.tasks.loading import check_while
 from pm_llm.tasks.problems import Problems
 
 _TEST_ALIASES = ("validation", "dev", "eval")
