@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pm_llm.algebra.bases import Sketch, extended, without
-from pm_llm.constraints._spans import Spans
 from pm_llm.constraints.base import Context, Live, Step
+from pm_llm.constraints.spans import Spans
 from pm_llm.errors import check_number
 
 

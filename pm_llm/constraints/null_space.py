@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pm_llm.adapters.adapter import check_rank
 from pm_llm.algebra.bases import extended_by_moments, leading, without
-from pm_llm.constraints._spans import Spans
 from pm_llm.constraints.base import Context, Live, Step
+from pm_llm.constraints.spans import Spans
 from pm_llm.fisher.inputs import second_moments
 
 

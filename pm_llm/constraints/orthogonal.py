@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.constraints._weighted import Weighted
 from pm_llm.constraints.base import Context
+from pm_llm.constraints.weighted import Weighted
 from pm_llm.merges.base import Merge
 from pm_llm.starts.base import Start, check_fresh
 

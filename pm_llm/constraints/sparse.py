@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.constraints._weighted import Weighted
+from pm_llm.constraints.weighted import Weighted
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pm_llm.merges._stored import Stored, check_share
+from pm_llm.merges.stored import Stored, check_share
 
 
 @dataclass

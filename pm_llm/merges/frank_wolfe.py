@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import check_number
-from pm_llm.merges._stored import Stored
 from pm_llm.merges.base import Coefficients, Fold
+from pm_llm.merges.stored import Stored
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pm_llm.merges._stored import Stored
+from pm_llm.merges.stored import Stored
 
 
 @dataclass

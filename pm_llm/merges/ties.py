@@ -9,7 +9,7 @@ from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge,
 from torch import Tensor
 
 from pm_llm.errors import PmLlmError
-from pm_llm.merges._stored import Stored, check_share
+from pm_llm.merges.stored import Stored, check_share
 
 
 @dataclass
