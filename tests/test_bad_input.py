@@ -18,7 +18,8 @@ import yaml
 from transformers import BertConfig, BertLMHeadModel, MambaConfig
 
 from pm_llm.adapters.adapter import Adapter
-from pm_llm.cli import main, parse_overrides
+from pm_llm.cli import main
+from pm_llm.commands.keys import parse_overrides
 from pm_llm.config import RunConfig, load_config
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.merges.merger import Merger

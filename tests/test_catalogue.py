@@ -11,10 +11,10 @@ import pytest
 
 from pm_llm import ContinualSequence, methods
 from pm_llm.cli import main
+from pm_llm.commands.methods import choices, table
 from pm_llm.config import load_config
 from pm_llm.methods import REGISTRIES, Choice
 from pm_llm.presets import PRESETS, TESTED
-from pm_llm.report.catalogue import choices, table
 from tests.conftest import ROOT, small_tasks
 from tests.test_presets import KEYS
 

@@ -56,7 +56,7 @@ def test_a_name_with_an_emoji_as_json_writes_it(tmp_path) -> None:
     assert "\\ud83d" in entry
     (task,) = load_tasks(load_config(None, {"tasks": [json.loads(entry.replace("\\", "\\"))]}))
     assert task.name == "law \U0001f600"
-    from pm_llm.cli import parse_overrides
+    from pm_llm.commands.keys import parse_overrides
 
     (task,) = load_tasks(load_config(None, parse_overrides(["--tasks", entry])))
     assert task.name == "law \U0001f600"
@@ -86,7 +86,7 @@ def test_predictions_of_a_number_of_rows_that_cannot_be(of: object) -> None:
 
 
 def test_paths_on_the_command_line_are_text(tmp_path, monkeypatch) -> None:
-    from pm_llm.cli import parse_overrides
+    from pm_llm.commands.keys import parse_overrides
 
     assert parse_overrides(["--output_dir", "runs/exp #2", "--model", "1e5"]) == {
         "output_dir": "runs/exp #2",

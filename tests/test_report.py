@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pm_llm.cli import _score_lines, main
+from pm_llm.cli import main
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.intervals import interval, mean_interval, paired_difference
+from pm_llm.evaluation.intervals import interval, mean_interval, paired_difference, score_lines
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.evaluation.predictions import Predictions, read_predictions
 from pm_llm.presets import PRESETS
@@ -72,8 +72,8 @@ def test_paired_differences_are_narrower_where_rows_agree() -> None:
 def test_mean_of_tasks_counts_each_task_alike() -> None:
     small, large = predictions([True] * 4, "a"), predictions([False] * 400, "b")
     assert mean_interval([small, large]).value == pytest.approx(50)
-    assert _score_lines([small, large])[-1].startswith("mean\t50.00\t")
-    assert _score_lines([small, large], tasks=["a"])[-1].startswith("mean\t100.00\t")  # b is a probe
+    assert score_lines([small, large])[-1].startswith("mean\t50.00\t")
+    assert score_lines([small, large], tasks=["a"])[-1].startswith("mean\t100.00\t")  # b is a probe
 
 
 @pytest.fixture(scope="module")

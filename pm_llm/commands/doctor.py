@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import importlib.metadata
 import os
@@ -16,9 +17,31 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from pm_llm.commands.keys import config_of
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError, first_line
 from pm_llm.system.files import size_of
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    parser = commands.add_parser(
+        "doctor",
+        help="say what of this machine will not work, and what to install",
+        description="Check versions, devices, bfloat16, disk and the Hub login, for the run that the configuration "
+        "describes. Further flags are keys of the configuration, as for run. Exit status 1 if a run would fail.",
+    )
+    parser.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+    parser.set_defaults(call=call, keys=True)
+
+
+def call(given: argparse.Namespace) -> int:
+    """`pm-llm doctor`: a line for each thing that was looked at."""
+    config = config_of(given)
+    text, status = main_text(config)
+    print(text)
+    return status
+
 
 OK, WARNING, FAILURE = "ok", "warning", "FAILURE"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,3 +78,16 @@ def _draws(found: Predictions, resamples: int, seed: int) -> tuple[float, np.nda
 def _interval(value: float, draws: np.ndarray, level: float) -> Interval:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), level)
+
+
+def score_lines(
+    found: Sequence[Predictions], scorer: str | None = None, tasks: Sequence[str] | None = None
+) -> list[str]:
+    """A line each, and their mean; of a run's `tasks`, where its probes are among them."""
+    if scorer is not None:
+        found = [dataclasses.replace(one, scorer=scorer) for one in found]
+    named = [(one.task, interval(one), len(one.predictions)) for one in found]
+    counted = [one for one in found if tasks is None or one.task in tasks]
+    if len({scorer_named(one.scorer).lower_is_better for one in counted}) == 1:
+        named.append(("mean", mean_interval(counted), sum(len(one.predictions) for one in counted)))
+    return [f"{name}\t{x.value:.2f}\t({x.low:.2f} to {x.high:.2f})\t{rows} rows" for name, x, rows in named]

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
+from typing import Any
 
 from pm_llm.methods import REGISTRIES, Choice, Method
 from pm_llm.presets import PRESETS, TESTED
 from pm_llm.report.tables import words
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    parser = commands.add_parser("methods", help="list every preset, start, constraint and merge")
+    parser.set_defaults(call=call)
+
+
+def call(given: argparse.Namespace) -> int:
+    """`pm-llm methods`: the table of presets, then what they are made of."""
+    print(f"{table()}\n{choices()}")
+    return 0
+
 
 HEADER = ("preset", "start", "constrain", "merge", "source", "needs", "keeps from task to task", "tested on")
 

@@ -1,0 +1,56 @@
+"""`pm-llm run`: train a sequence of tasks."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pm_llm.commands.keys import config_of
+from pm_llm.config import flags
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    parser = commands.add_parser(
+        "run",
+        help="train a sequence of tasks",
+        description="Train a sequence of tasks. Any key of the configuration can be given as a flag and overrides "
+        "the file; a dot reaches into a section (--lora.r 4). Values are read as YAML.",
+        epilog="keys:\n" + "\n".join(f"  --{key}\n        {text}" for key, text in flags()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+    parser.add_argument(
+        "--restart-from", metavar="TASK", help="redo a run from this task on (its name or number), keeping the rest"
+    )
+    parser.set_defaults(call=call, keys=True)
+
+
+def call(given: argparse.Namespace) -> int:
+    """`pm-llm run`: train, then print the matrix and what follows from it."""
+    config = config_of(given)
+    from pm_llm.report.tables import describe
+    from pm_llm.sequence import ContinualSequence
+    from pm_llm.system.processes import shut_down
+    from pm_llm.system.progress import say
+    from pm_llm.training.stopping import Stopped
+
+    sequence = ContinualSequence(config, restart_from=given.restart_from)
+    try:
+        results = sequence.run()
+    except Stopped as stop:
+        say(f"{stop}; the same command goes on from here. Where that is: pm-llm status {sequence.run_dir.path}")
+        return 128 + stop.number
+    if sequence.state.is_main_process:
+        say("\n" + describe(results))
+        folder = sequence.run_dir.path
+        try:
+            from pm_llm.report.figures import matrix_png
+
+            with sequence.run_dir.locked():
+                sequence.run_dir.write("matrix.png", matrix_png(results))
+        except ImportError:  # matplotlib is an extra; the results are there all the same
+            say('for a picture of the matrix: pip install "pm_llm[report]"')
+        say(f"\nadapter: {folder / 'adapter'}\nresults: {folder / 'results.json'}")
+    shut_down()
+    return 0

@@ -1,0 +1,43 @@
+"""`pm-llm score`: score saved predictions."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pm_llm.errors import PmLlmError
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    parser = commands.add_parser(
+        "score",
+        help="score saved predictions, without the model",
+        description="Score saved predictions again: those after a run's last task, or of one file.",
+    )
+    parser.add_argument("predictions", metavar="RUN_DIR_OR_FILE")
+    parser.add_argument("--scorer", help="another scorer than the tasks' own")
+    parser.set_defaults(call=call)
+
+
+def call(given: argparse.Namespace) -> int:
+    """`pm-llm score`: scores of saved predictions."""
+    from pm_llm.evaluation.intervals import score_lines
+    from pm_llm.evaluation.predictions import read_all
+    from pm_llm.presets import knows_task
+    from pm_llm.run.folder import RunDir
+
+    paths, tasks = [Path(given.predictions)], None
+    if paths[0].is_dir():
+        run_dir = RunDir.open(paths[0])
+        state = run_dir.state()
+        stages = state["stages"]
+        known = bool(stages) and knows_task(state["config"]["method"], stages[-1].get("words"))
+        tasks = [] if known else state["tasks"]  # no mean of what its result is not used for
+        paths = run_dir.predictions(len(stages) - 1)
+    found = read_all(paths)
+    if not found:
+        raise PmLlmError(f"{given.predictions} holds no predictions: nothing has been scored yet.")
+    print("\n".join(score_lines(list(found.values()), given.scorer, tasks)))
+    return 0
