@@ -46,19 +46,19 @@ def run(settings: dict[str, Any], shadowed: bool) -> dict[str, Any]:
     from pm_llm.config import load_config
     from pm_llm.fisher.base import Fisher
     from pm_llm.fisher.row_column import Factored
+    from pm_llm.stage import Stage, Watcher
 
-    class Shadowed(ContinualSequence):
-        def _fisher(self, merger: Any, chosen: Any, running: Any, new: Any, *rest: Any) -> Fisher:
-            fisher = super()._fisher(merger, chosen, running, new, *rest)
+    class Shadow(Watcher):
+        def measured(self, stage: Stage) -> None:
+            fisher: Any = stage.fisher
             sums = {name: Factored(f.F.sum(1), f.F.sum(0)) for name, f in fisher.modules.items()}
             factored = Fisher(sums, fisher.exact, fisher.exact_modules, fisher.losses)
-            shadow.fold(running, new, factored, continues=self.start.continues)
+            shadow.fold(stage.session.running, stage.new, factored, stage.trained())
             raw.append(shadow.report.raw_coefficient)
-            return fisher
 
     config, raw = load_config(None, settings), []  # type: ignore[var-annotated]
     shadow = Merger(config.parsed_method().merge, max_rank=config.max_rank)
-    found = (Shadowed if shadowed else ContinualSequence)(config).run()
+    found = ContinualSequence(config, watchers=[Shadow()] if shadowed else []).run()
     return {
         "raw": found["raw_coefficients"],
         "used": found["coefficients"],

@@ -30,32 +30,29 @@ def main() -> None:
     from pm_llm import ContinualSequence, Merger
     from pm_llm.config import load_config
     from pm_llm.fisher.rows import ChosenRows
+    from pm_llm.stage import Stage, Watcher
 
     mergers: dict[tuple[int, int], Merger] = {}
     found: dict[int, list[float]] = {n: [] for n in given.samples}
 
-    class Redrawn(ContinualSequence):
-        def _chosen(self, number: int, task: Any, rows: Any) -> ChosenRows:
-            self.task_rows = task.name, rows
-            return super()._chosen(number, task, rows)
-
-        def _fisher(self, merger: Any, chosen: Any, running: Any, new: Any, *rest: Any) -> Any:
-            name, rows = self.task_rows
+    class Redrawn(Watcher):
+        def measured(self, stage: Stage) -> None:
+            session = stage.session
             for n in given.samples:
                 for draw in range(given.draws):
-                    section = dataclasses.replace(self.config.fisher, samples=n)
-                    drawn = ChosenRows(name, rows, section, 1000 * draw + n, self.base.tokenizer)
-                    own = mergers.setdefault((n, draw), Merger(self.config.parsed_method().merge, max_rank=64))
-                    own.fold(running, new, super()._fisher(own, drawn, running, new, *rest))
-                    if running is not None:
+                    section = dataclasses.replace(session.config.fisher, samples=n)
+                    drawn = ChosenRows(stage.task.name, stage.rows, section, 1000 * draw + n, session.base.tokenizer)
+                    own = mergers.setdefault((n, draw), Merger(session.method.merge, max_rank=64))
+                    own.fold(session.running, stage.new, stage.measured_as(own, drawn), stage.trained())
+                    if session.running is not None:
                         found[n].append(own.report.raw_coefficient)
-            return super()._fisher(merger, chosen, running, new, *rest)
 
     keys: dict[str, Any] = {"benchmark": "embedded", "order": "sentiment,topic", "evaluate": "final"}
     keys |= {"max_train_samples": 256, "max_test_samples": 4, "train.max_steps": 25, "train.learning_rate": 2e-3}
     keys |= keys_of(more)
     with tempfile.TemporaryDirectory() as folder:
-        Redrawn(load_config(None, {**keys, "model": given.model, "output_dir": str(Path(folder) / "run")})).run()
+        config = load_config(None, {**keys, "model": given.model, "output_dir": str(Path(folder) / "run")})
+        ContinualSequence(config, watchers=[Redrawn()]).run()
     rows = []
     for n, values in found.items():
         mean, spread = statistics.mean(values), statistics.stdev(values)

@@ -34,7 +34,9 @@ KEYS |= {"fisher.samples": 4, "max_length": 96, "train.logging_steps": 1}
 def of_tensors(file: Path) -> str:
     """A digest of a file's tensors that does not look at their names."""
     found = [
-        hashlib.sha256(f"{tuple(x.shape)}".encode() + x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        hashlib.sha256(
+            f"{tuple(x.shape)}".encode() + x.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         for x in load_file(file).values()
         if x.numel()
     ]

@@ -14,6 +14,8 @@ stage is trained to its end: every stage begins anew, with all rows so far.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,11 +52,10 @@ def main() -> None:
 
     from pm_llm import ContinualSequence
     from pm_llm.config import load_config
-    from pm_llm.evaluation import answering as evaluation
-    from pm_llm.evaluation.generate import generate
     from pm_llm.presets import PRESETS
     from pm_llm.report.data import open_run
     from pm_llm.run.going_on import changes
+    from pm_llm.stage import Session, Stage, Watcher
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="embedded:llama")
@@ -76,20 +77,21 @@ def main() -> None:
     if given.data_dir:
         settings["data_dir"] = given.data_dir
 
-    class Sequence(ContinualSequence):
-        def _load(self) -> None:
-            super()._load()
-            looked_up = trunk.use(self.base.model, self.config)
-            evaluation.generate = guesses.generate if looked_up else generate
+    class Faster(Watcher):
+        def loaded(self, session: Session) -> None:
+            if trunk.use(session.base.model, session.config):
+                session.generate = guesses.generate
 
-        def _train(self, number: int, *args: Any) -> Any:
-            whole = self.config
-            if whole.method == "joint" and number < len(self.tasks):  # each stage begins anew: the last one counts
-                self.config = replace(whole, train=replace(whole.train, max_steps=1))
+        @contextmanager
+        def training(self, stage: Stage) -> Iterator[None]:
+            whole = stage.session.config
+            last = stage.number == len(stage.session.tasks)
+            if whole.method == "joint" and not last:  # each stage begins anew: the last one counts
+                stage.session.config = replace(whole, train=replace(whole.train, max_steps=1))
             try:
-                return super()._train(number, *args)
+                yield
             finally:
-                self.config = whole
+                stage.session.config = whole
 
     methods = list(PRESETS) if given.methods == ["all"] else given.methods
     variants = yaml.safe_load((Path(__file__).parent / "variants.yaml").read_text())
@@ -102,7 +104,7 @@ def main() -> None:
                 keys |= {"seed": seed, "output_dir": str(given.out / name)}
                 config = load_config(None, {**keys, **({"order": order} if order else {})})
                 if not (given.out / name / "results.json").exists():
-                    Sequence(config).run()
+                    ContinualSequence(config, watchers=[Faster()]).run()
                 run = open_run(given.out / name)
                 old = {**run.results["config"], "words": run.results["method"]}  # a preset may have changed
                 new = {**config.plain(), "words": config.parsed_method().plain()}

@@ -87,7 +87,7 @@ def state_bytes(path: Path) -> int:
     kept = [run.path / ADAPTER, stages[-1] / CURVATURE, stages[-1] / MEMORY]
     if method.start.name == "alone" and method.merge.name == "replace" and not method.constrain:
         kept = [stage / TASK_ADAPTER for stage in stages]  # a model of its own for each task
-    elif method.start.build("start").needs_last:
+    elif method.start.build("start").begins == "last":
         kept.append(stages[-1] / TASK_ADAPTER)
     files = [file for place in kept for file in ([place] if place.is_file() else place.rglob("*"))]
     return sum(file.stat().st_size for file in files if file.is_file())

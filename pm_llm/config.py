@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from pm_llm.errors import PmLlmError, check_number, check_pattern, unknown_name
-from pm_llm.methods import Choice, Method
+from pm_llm.methods import Choice, Method, Setting
 from pm_llm.presets import PRESETS, method_of
 from pm_llm.system.coerce import check_no_secrets, cleaned, convert
 
@@ -203,64 +203,18 @@ class RunConfig:
         if not by_epochs and self.train.max_steps < 1:
             raise PmLlmError(f"train.max_steps is {self.train.max_steps}; it must be at least 1, or -1 for epochs.")
         check_no_secrets(self.plain())
-        self._check_method(self.parsed_method())
+        self.parsed_method().check(
+            Setting(
+                rank=max([self.lora.r, *self.lora.rank_pattern.values()]),
+                max_rank=self.max_rank,
+                load_in_4bit=self.load_in_4bit,
+                truncation=self.truncation,
+                space=self.space,
+                own_start=method_of(self.method, self.start).start,
+                start_given=self.start is not None,
+            )
+        )
         return self
-
-    def _check_method(self, method: Method) -> None:
-        start, merge = method.start.build("start"), method.merge.build("merge")
-        if self.space == "factors":
-            own = method_of(self.method, self.start).start
-            if own != method.start and (self.start is not None or own.name != "fresh"):
-                raise PmLlmError(
-                    f"space factors needs start continue; start is {own.plain()!r}. Give --start continue."
-                )
-            if not merge.in_factors:
-                raise PmLlmError("space factors needs merge optimal, or another merge of the factors themselves.")
-        merge.check(start)
-        constraints = {choice.name: choice.build("constrain") for choice in method.constrain}
-        if len(constraints) < len(method.constrain):
-            raise PmLlmError(
-                f"constrain names one twice: {', '.join(c.name for c in method.constrain)}. Leave one out."
-            )
-        for name, constraint in constraints.items():
-            constraint.check(start, merge)
-            if start.offset and constraint.from_zero:
-                raise PmLlmError(
-                    f"constrain {name} is about an adapter that begins at zero; with start {start.name()} it does "
-                    "not. Use another start, or init eva."
-                )
-            if constraint.in_coordinates and not (
-                start.keeps_coordinates and (merge.in_factors or method.merge.name == "replace")
-            ):
-                raise PmLlmError(
-                    f"constrain {name} compares A and B with what they were: it needs a start that continues "
-                    f"(continue or last) and a merge of the factors, or replace; not {method.start.name} and "
-                    f"{method.merge.name}."
-                )
-        rank = max([self.lora.r, *self.lora.rank_pattern.values()])
-        compared = merge.in_factors or any(one.in_coordinates for one in constraints.values())
-        if compared and self.max_rank is not None and self.max_rank < rank:
-            raise PmLlmError(
-                f"max_rank is {self.max_rank}, below the adapter's rank {rank}: truncation would change the factors "
-                "that are merged or compared. Set max_rank to none."
-            )
-        fixed, moving = ([n for n, one in constraints.items() if getattr(one, key)] for key in ("fixes_a", "moves"))
-        if fixed and moving:
-            raise PmLlmError(f"constrain {fixed[0]} leaves A as it is, and {moving[0]} moves it. Leave one out.")
-        whole = [name for name, one in constraints.items() if one.trains_weights]
-        others = [name for name, one in constraints.items() if name not in whole and one.acts()]
-        if whole and others:
-            raise PmLlmError(
-                f"constrain {whole[0]} trains no adapter, and {', '.join(others)} acts on one. Leave one out."
-            )
-        if whole and self.load_in_4bit:
-            raise PmLlmError(
-                f"constrain {whole[0]} trains the base weights, which cannot be in 4 bits. Unset load_in_4bit."
-            )
-        if start.offset and self.load_in_4bit:
-            raise PmLlmError("start subspace needs base weights that are not in 4 bits, but for init eva. Use that.")
-        if self.truncation == "fisher" and (method.merge.name != "optimal" or merge.in_factors):
-            raise PmLlmError("truncation fisher needs merge optimal in the space of the weights. Set it to plain.")
 
     def plain(self) -> dict[str, Any]:
         """As YAML would hold it: no tuple, no :class:`Choice`; a path or a date as text."""

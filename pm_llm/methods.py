@@ -8,11 +8,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pm_llm.errors import PmLlmError, unknown_name
 from pm_llm.system.coerce import convert
+
+if TYPE_CHECKING:
+    from pm_llm.constraints.base import Constraint
+    from pm_llm.merges.base import Merge
+    from pm_llm.starts.base import Start
 
 STARTS = {
     "fresh": "pm_llm.starts.fresh:Fresh",
@@ -92,6 +98,14 @@ class Choice:
         module, _, attribute = REGISTRIES[kind][self.name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
+    @overload
+    def build(self, kind: Literal["start"]) -> Start: ...
+    @overload
+    def build(self, kind: Literal["constrain"]) -> Constraint: ...
+    @overload
+    def build(self, kind: Literal["merge"]) -> Merge: ...
+    @overload
+    def build(self, kind: str) -> Any: ...
     def build(self, kind: str) -> Any:
         """The object itself. Raises PmLlmError on an unknown option or a value out of range."""
         factory = self.factory(kind)
@@ -140,6 +154,23 @@ class Method:
 
         return Method(Choice("continue"), tuple(moved(choice) for choice in self.constrain), moved(self.merge))
 
+    def parts(self) -> Parts:
+        """The three words' objects. Raises PmLlmError on an option that is unknown or out of range, or one
+        constraint named twice."""
+        constraints = {choice.name: choice.build("constrain") for choice in self.constrain}
+        if len(constraints) < len(self.constrain):
+            names = ", ".join(choice.name for choice in self.constrain)
+            raise PmLlmError(f"constrain names one twice: {names}. Leave one out.")
+        return Parts(self, self.start.build("start"), constraints, self.merge.build("merge"))
+
+    def check(self, setting: Setting | None = None) -> None:
+        """Raise PmLlmError unless its words go together, and with the rest of a run."""
+        parts = self.parts()
+        for broken, message in rules(parts, setting or Setting()):
+            if broken:
+                raise PmLlmError(message)
+        parts.merge.ready()
+
     def keeps_rows(self) -> bool:
         """Whether rows of past tasks are trained on again."""
         return any(choice.build("constrain").old_data for choice in self.constrain)
@@ -151,3 +182,136 @@ class Method:
             "constrain": [c.plain() for c in self.constrain],
             "merge": self.merge.plain(),
         }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A method with its words' objects; `constraints` by name."""
+
+    method: Method
+    start: Start
+    constraints: dict[str, Constraint]
+    merge: Merge
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What else of a run decides whether a method means something in it.
+
+    `rank` is the largest of a task's adapter, `max_rank` what the running one is cut to; `own_start` the start before
+    `space: factors` made it one that continues, `start_given` whether that was asked for by name.
+    """
+
+    rank: int = 1
+    max_rank: int | None = None
+    load_in_4bit: bool = False
+    truncation: str = "plain"
+    space: str = "weights"
+    own_start: Choice | None = None
+    start_given: bool = False
+
+
+def rules(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
+    """What does not go together: whether it is so here, and what to say of it. Nothing else decides that."""
+    start, merge, merged = parts.start, parts.merge, f"merge {parts.method.merge.name}"
+    yield from _rules_of_space(parts, setting)
+    yield (
+        merge.in_factors and (start.stands_on == "running" or start.begins == "base"),
+        f"{merged} needs a start that continues: it compares A and B with what they were. The start is "
+        f"{start.name()!r}.",
+    )
+    yield (
+        merge.in_factors and merge.needs.fisher is not None and not start.keeps_coordinates,
+        f"{merged} weights A and B entry by entry: it needs a start that keeps A and B as they were (continue or "
+        f"last). The start is {start.name()!r}.",
+    )
+    yield (
+        merge.needs.losses and start.begins != "merged",
+        f"{parts.method.merge.name}: fisher_scale measured needs a start at the merged model: it measures what the "
+        f"task vector gained there. The start is {start.name()!r}.",
+    )
+    yield (
+        merge.adds and start.begins == "last",
+        f"{merged} needs a start at the merged or the base model, not at the last adapter as it was trained, which "
+        f"lacks the vector. The start is {start.name()!r}.",
+    )
+    yield (
+        setting.truncation == "fisher" and not merge.weighs,
+        "truncation fisher needs merge optimal in the space of the weights. Set it to plain.",
+    )
+    yield (
+        start.offset and setting.load_in_4bit,
+        "start subspace needs base weights that are not in 4 bits, but for init eva. Use that.",
+    )
+    for name in parts.constraints:
+        yield from _rules_of_constraint(name, parts)
+    yield from _rules_of_several(parts, setting)
+
+
+def _rules_of_space(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
+    own, factors = setting.own_start or parts.method.start, setting.space == "factors"
+    yield (
+        factors and own != parts.method.start and (setting.start_given or own.name != "fresh"),
+        f"space factors needs start continue; start is {own.plain()!r}. Give --start continue.",
+    )
+    yield (
+        factors and not parts.merge.in_factors,
+        "space factors needs merge optimal, or another merge of the factors themselves.",
+    )
+
+
+def _rules_of_constraint(name: str, parts: Parts) -> Iterator[tuple[bool, str]]:
+    """Those of one constraint with the start and the merge."""
+    one, start, merge = parts.constraints[name], parts.start, parts.merge
+    yield (
+        one.needs.quadratic and not merge.quadratic,
+        f"constrain {name} needs merge optimal, which keeps the past tasks' quadratics.",
+    )
+    yield (
+        one.fills("scale") and (one.space == "factors") != merge.in_factors,
+        f"space factors needs merge optimal and constrain {name} in factors, both or neither.",
+    )
+    yield (
+        bool(one.anew) and not start.anew and not (one.in_factors_too and merge.in_factors),
+        f"constrain {name} needs a start that is fresh: {one.anew}. The start is {start.name()!r}.",
+    )
+    yield (
+        one.needs.quadratic and start.begins == "base",
+        f"constrain {name} is about changes of what was learned before, and start {start.name()!r} leaves that out. "
+        "Use start fresh.",
+    )
+    yield (
+        start.offset and one.from_zero,
+        f"constrain {name} is about an adapter that begins at zero; with start {start.name()} it does not. Use "
+        "another start, or init eva.",
+    )
+    yield (
+        one.in_coordinates
+        and not (start.keeps_coordinates and (merge.in_factors or parts.method.merge.name == "replace")),
+        f"constrain {name} compares A and B with what they were: it needs a start that continues (continue or last) "
+        f"and a merge of the factors, or replace; not {parts.method.start.name} and {parts.method.merge.name}.",
+    )
+
+
+def _rules_of_several(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
+    """Those of constraints with each other, and with ranks and bits."""
+    named = parts.constraints.items()
+    yield (
+        (parts.merge.in_factors or any(one.in_coordinates for _, one in named))
+        and setting.max_rank is not None
+        and setting.max_rank < setting.rank,
+        f"max_rank is {setting.max_rank}, below the adapter's rank {setting.rank}: truncation would change the "
+        "factors that are merged or compared. Set max_rank to none.",
+    )
+    fixed, moving = [n for n, one in named if one.fixes_a], [n for n, one in named if one.moves]
+    if fixed and moving:
+        yield True, f"constrain {fixed[0]} leaves A as it is, and {moving[0]} moves it. Leave one out."
+    whole = [name for name, one in named if one.trains_weights]
+    others = [name for name, one in named if name not in whole and one.acts()]
+    if whole and others:
+        yield True, f"constrain {whole[0]} trains no adapter, and {', '.join(others)} acts on one. Leave one out."
+    if whole and setting.load_in_4bit:
+        yield (
+            True,
+            f"constrain {whole[0]} trains the base weights, which cannot be in 4 bits. Unset load_in_4bit.",
+        )

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from pm_llm.merges.merger import Merger
 from pm_llm.methods import Choice
 from pm_llm.presets import PRESETS
 from pm_llm.sequence import ContinualSequence
+from pm_llm.stage import Watcher
 from pm_llm.tasks.base import Example, Task, checked
 from pm_llm.training.arguments import training_arguments
 from tests.conftest import ROOT, make_peft, pm_llm, small_tasks
@@ -357,20 +359,19 @@ def test_nan_loss_stops_the_run(run, tmp_path) -> None:
 def test_nan_in_a_later_task_keeps_the_adapter_of_the_first(pico_folders, tmp_path) -> None:
     overrides = {"model": pico_folders["llama"], "output_dir": str(tmp_path / "run"), "train.max_steps": 2}
     config = load_config(None, {**overrides, "fisher.samples": 2, "max_length": 96, "train.logging_steps": 1})
-    sequence = ContinualSequence(config, small_tasks("sentiment", "topic"))
-    original = sequence._train
-
     kept = []
 
-    def poisoned(number, task, rows, *rest):
-        if number == 2:
-            kept.append((tmp_path / "run/adapter/adapter_model.safetensors").read_bytes())
-            for name, p in sequence.model.named_parameters():
-                if ".task." in name:
-                    p.data.fill_(float("nan"))
-        return original(number, task, rows, *rest)
+    class Poison(Watcher):
+        @contextmanager
+        def training(self, stage):
+            if stage.number == 2:
+                kept.append((tmp_path / "run/adapter/adapter_model.safetensors").read_bytes())
+                for name, p in stage.session.model.named_parameters():
+                    if ".task." in name:
+                        p.data.fill_(float("nan"))
+            yield
 
-    sequence._train = poisoned
+    sequence = ContinualSequence(config, small_tasks("sentiment", "topic"), watchers=[Poison()])
     with pytest.raises(NonFiniteLossError, match="running adapter is untouched"):
         sequence.run()
     assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == kept[0]

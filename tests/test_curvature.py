@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from pm_llm.fisher.measure import sum_fisher
 from pm_llm.sequence import ContinualSequence
 from pm_llm.training.trainers import ConstraintMixin
 from tests.conftest import FAMILIES, batch_of, features, make_peft
+from tests.helpers.stops import stopping
 from tests.invariants.step_script import make_trainer, one_step
 from tests.invariants.test_step import assert_same
 from tests.test_sequence import config_for
@@ -164,7 +167,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("where", ["_train", "step", "_fisher"])
+@pytest.mark.parametrize("where", ["train", "step", "measure"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_going_on_and_restarting_change_nothing(
@@ -180,23 +183,19 @@ def test_going_on_and_restarting_change_nothing(
     sequence, file = run("whole")
     whole, expected = sequence.run(), load_file(file)
     sequence, file = run("parts")
-    owner = ConstraintMixin if where == "step" else sequence
-    original = getattr(owner, "training_step" if where == "step" else where)
+    original = ConstraintMixin.training_step
 
-    def interrupted(first, *rest):
-        if where == "step":  # the third step of the third task, after its checkpoint
-            here = first.state.global_step == 2 and len(sequence.stages) == 2
-        else:
-            here = (first.tasks + 1 if where == "_fisher" else first) == 3
-        if here:
+    def interrupted(trainer, *rest):  # the third step of the third task, after its checkpoint
+        if trainer.state.global_step == 2 and sequence.session.merger.tasks == 2:
             raise KeyboardInterrupt
-        return original(first, *rest)
+        return original(trainer, *rest)
 
-    monkeypatch.setattr(owner, "training_step" if where == "step" else where, interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    if where == "step":
+        monkeypatch.setattr(ConstraintMixin, "training_step", interrupted)
+    with nullcontext() if where == "step" else stopping(where, 3), pytest.raises(KeyboardInterrupt):
         sequence.run()
     monkeypatch.undo()
-    assert bool(list((tmp_path / "parts").glob("work/03-question/checkpoint-*"))) == (where != "_train")
+    assert bool(list((tmp_path / "parts").glob("work/03-question/checkpoint-*"))) == (where != "train")
     for options in ({}, {"restart_from": "question"}):
         sequence, file = run("parts", **options)
         resumed = sequence.run()

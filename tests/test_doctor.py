@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pm_llm import ContinualSequence
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.cli import main
-from pm_llm.commands.doctor import expected_bytes
+from pm_llm.commands._examine import expected_bytes
 from pm_llm.config import load_config
 from pm_llm.fisher.measure import sum_fisher
 from pm_llm.system.files import size_of

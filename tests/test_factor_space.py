@@ -15,7 +15,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.measure import answer_loss, sum_fisher
 from pm_llm.fisher.of_factors import Factors
-from pm_llm.merges.base import Fold
+from pm_llm.merges.base import Fold, Trained
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
@@ -46,7 +46,7 @@ def test_coefficient_is_the_brute_force_minimum_over_the_factors() -> None:
                         total += float((getattr(f.modules[n], side) * gap**2).sum()) / 2
             return total
 
-        running = merger.fold(running, new, fisher, continues=True)
+        running = merger.fold(running, new, fisher, trained=Trained("base"))
         assert merger.report.raw_coefficient == pytest.approx(argmin(objective), abs=1e-4)
         assert merger.report.rank == new.rank  # it never grows
         assert merger.report.truncation_error == 0.0
@@ -63,7 +63,7 @@ def test_first_task_vector_is_from_where_it_began(current: str) -> None:
         p.data += torch.randn(p.shape, generator=generator) / 20
     new = Adapter.from_model(model, "default")
     rule = Merger("optimal", space="factors", fisher_scale="own", current=current).rule
-    direction = rule.direction(Fold(1, {}, new.factors, True, start=start.factors))
+    direction = rule.direction(Fold(1, {}, new.factors, trained=Trained("base", began=start.factors)))
     batches = [batch_of("llama", features("llama", 4))]
     fisher = sum_fisher(model, batches, "factors", direction).mean()
     # by autograd: the derivative of each example's loss along (dB, dA) in the live factors
@@ -79,7 +79,7 @@ def test_first_task_vector_is_from_where_it_began(current: str) -> None:
         total += slope**2 / 4
     assert fisher.exact == pytest.approx(total, rel=1e-4)
     merger = Merger(rule)
-    merger.fold(None, new, fisher, start=start)
+    merger.fold(None, new, fisher, Trained(began=start.factors))
     if current == "exact":
         size = fisher.exact
     else:
@@ -87,7 +87,7 @@ def test_first_task_vector_is_from_where_it_began(current: str) -> None:
         size = sum(f.inner(steps[n], steps[n]) for n, f in fisher.modules.items())
     for name, past in rule.past.items():
         torch.testing.assert_close(past.S.B, fisher.modules[name].B / size)
-    with pytest.raises(PmLlmError, match="start="):
+    with pytest.raises(PmLlmError, match="began="):
         Merger("optimal", space="factors", fisher_scale="own").fold(None, new, fisher)
 
 
@@ -95,7 +95,7 @@ def test_merge_is_of_the_factors_not_of_their_product() -> None:
     merger = Merger("optimal", space="factors")
     first, second = random_adapter(0), random_adapter(1)
     running = merger.fold(None, first, random_fisher(0, first))
-    merged = merger.fold(running, second, random_fisher(1, second), continues=True)
+    merged = merger.fold(running, second, random_fisher(1, second), trained=Trained("base"))
     a = merger.report.coefficient
     for n, x in merged.factors.items():
         torch.testing.assert_close(x.B, (1 - a) * first.factors[n].B + a * second.factors[n].B)
@@ -107,7 +107,7 @@ def test_another_rank_or_a_fresh_adapter_is_refused() -> None:
     running = merger.fold(None, first, random_fisher(0, first))
     wider = Adapter({n: LowRank(torch.randn(6, 3), torch.randn(3, 5)) for n in first.factors}, first.place)
     with pytest.raises(PmLlmError, match="one rank"):
-        merger.fold(running, wider, random_fisher(1, wider), continues=True)
+        merger.fold(running, wider, random_fisher(1, wider), trained=Trained("base"))
     with pytest.raises(PmLlmError, match="must continue"):
         merger.fold(running, random_adapter(1), random_fisher(1, first))
 

@@ -18,6 +18,7 @@ from pm_llm.fisher.measure import answer_loss, sum_fisher, sum_loss
 from pm_llm.fisher.of_factors import Factors
 from pm_llm.fisher.row_column import Factored, FactoredPast
 from pm_llm.fisher.scale import scale_of
+from pm_llm.merges.base import Trained
 from pm_llm.merges.merger import Merger
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.test_closed_form import argmin, random_adapter
@@ -241,7 +242,7 @@ def test_equal_fishers_give_one_over_t(form: str) -> None:
     merger, running = Merger("optimal", space="factors" if form == "factors" else "weights"), None
     for t in range(1, 12):  # more than there are pairs: joining equal ones costs nothing
         new = random_adapter(t)
-        running = merger.fold(running, new, fisher(new), continues=form == "factors")
+        running = merger.fold(running, new, fisher(new), trained=Trained("base" if form == "factors" else "running"))
         assert merger.report.raw_coefficient == pytest.approx(1 / t, rel=1e-4)
         assert merger.report.curvature_errors["own"] < 1e-3
 
@@ -305,9 +306,10 @@ def test_state_of_every_form_goes_on_where_it_was(form: str) -> None:
     for t in range(6):
         new = random_adapter(t)
         again = Merger("optimal", space=space)
+        how = Trained("base" if space == "factors" else "running")
         again.load_state({k: v.clone() for k, v in whole.state().items()}, whole.tasks)
-        other = again.fold(running, new, fisher(t, new), continues=space == "factors")
-        running = whole.fold(running, new, fisher(t, new), continues=space == "factors")
+        other = again.fold(running, new, fisher(t, new), trained=how)
+        running = whole.fold(running, new, fisher(t, new), trained=how)
         assert again.report == whole.report
         assert all(torch.equal(other.factors[n].B, x.B) for n, x in running.factors.items())
 

@@ -14,6 +14,7 @@ from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.dense import Dense
 from pm_llm.fisher.of_factors import Factors
 from pm_llm.fisher.probe import Probe
+from pm_llm.merges.base import Trained
 from pm_llm.merges.optimal import POINTS, Optimal, lowest
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.test_closed_form import random_adapter
@@ -38,9 +39,10 @@ def coefficient(space: str, scale: str, current: str, loss=None) -> float:
     adapters, fishers, start = pair(space)
     continues = space == "factors"
     merger = Merger("optimal", space=space, fisher_scale=scale, current=current)
-    running = merger.fold(None, adapters[0], fishers[0], continues, start=start)
+    stands = "base" if continues else "running"
+    running = merger.fold(None, adapters[0], fishers[0], Trained(stands, began=start.factors if start else {}))
     assert merger.report.coefficient == 1
-    merger.fold(running, adapters[1], fishers[1], continues, start=start, probe=SimpleNamespace(loss=loss))
+    merger.fold(running, adapters[1], fishers[1], Trained(stands, probe=SimpleNamespace(loss=loss)))
     assert merger.report.raw_coefficient == merger.report.coefficient
     return merger.report.coefficient
 
@@ -88,8 +90,9 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(PmLlmError, match="probe"):
         merger.fold(running, adapters[1], fishers[1])
     before = {key: x.clone() for key, x in merger.state().items()}
+    nowhere = SimpleNamespace(loss=lambda at: float("nan"))
     with pytest.raises(PmLlmError, match="loss between"):
-        merger.fold(running, adapters[1], fishers[1], probe=SimpleNamespace(loss=lambda at: float("nan")))
+        merger.fold(running, adapters[1], fishers[1], Trained(probe=nowhere))
     assert all(torch.equal(x, merger.state()[key]) for key, x in before.items())  # as if nothing had been asked
 
 

@@ -19,6 +19,7 @@ from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.measure import sum_loss
 from pm_llm.fisher.of_factors import Factors
 from pm_llm.fisher.slopes import sum_slopes
+from pm_llm.merges.base import Trained
 from pm_llm.merges.opcm import project
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.invariants.test_closed_form import random_adapter
@@ -29,7 +30,7 @@ def folded(rule: str, count: int, continues: bool, **options) -> tuple[list[Adap
     merger, running, came, left, used = Merger(rule, **options), None, [], [], []
     for t in range(count):
         came.append(random_adapter(t))
-        running = merger.fold(running, came[-1], continues=continues)
+        running = merger.fold(running, came[-1], trained=Trained("base" if continues else "running"))
         left.append(running)
         used.append(merger.report.coefficient)
     return came, left, used
@@ -70,12 +71,12 @@ def test_slao_takes_the_new_a_and_moves_b_by_one_over_root_t() -> None:
 
 def test_slao_needs_one_rank_and_an_adapter_that_continues() -> None:
     merger = Merger("slao")
-    running = merger.fold(None, random_adapter(0), continues=True)
+    running = merger.fold(None, random_adapter(0), trained=Trained("base"))
     with pytest.raises(PmLlmError, match="must continue"):
         merger.fold(running, random_adapter(1))
     wide = Adapter({n: LowRank(torch.randn(6, 3), torch.randn(3, 5)) for n in running.factors}, running.place)
     with pytest.raises(PmLlmError, match="one rank"):
-        merger.fold(running, wide, continues=True)
+        merger.fold(running, wide, trained=Trained("base"))
     for keys in ({"method": "slao", "start": "fresh"}, {"method": "slao", "max_rank": 4}):
         with pytest.raises(PmLlmError, match=r"continues|max_rank is 4"):
             load_config(None, keys).check()
@@ -190,7 +191,7 @@ def test_opcm_leaves_a_module_that_no_task_has_moved() -> None:
         if t < 2:
             still = new.factors["one"]
             new = new.replace_factors({**new.factors, "one": LowRank(torch.zeros_like(still.B), still.A)})
-        running = merger.fold(running, new, continues=True)
+        running = merger.fold(running, new, trained=Trained("base"))
         assert bool(dense(running, "one").any()) == (t == 2)
         assert all(bool(torch.isfinite(dense(running, name)).all()) for name in new.factors)
 
@@ -203,8 +204,8 @@ def test_state_goes_on_where_it_was(rule: str) -> None:
         again.load_state({key: x.clone() for key, x in whole.state().items()}, whole.tasks)
         if rule == "slao":
             again.max_rank = whole.max_rank = None
-        other = again.fold(running, random_adapter(t), continues=True)
-        running = whole.fold(running, random_adapter(t), continues=True)
+        other = again.fold(running, random_adapter(t), trained=Trained("base"))
+        running = whole.fold(running, random_adapter(t), trained=Trained("base"))
         assert all(torch.equal(other.factors[n].B, x.B) for n, x in running.factors.items())
 
 
@@ -230,7 +231,7 @@ def test_vectors_of_adapters_that_began_at_the_base_are_they_themselves(rule: st
     _, fresh, _ = folded(rule, 3, continues=False)
     merger, running = Merger(rule), None
     for t in range(3):
-        running = merger.fold(running, random_adapter(t), continues=True, on_base=True)
+        running = merger.fold(running, random_adapter(t), trained=Trained("base", "base"))
     for name in running.factors:
         torch.testing.assert_close(dense(running, name), dense(fresh[-1], name))
 
@@ -260,7 +261,7 @@ def test_cofima_is_the_fisher_weighted_mean_of_each_entry() -> None:
         for new, fisher in zip(came, fishers, strict=True):
             again = Merger("cofima", weight=merger.rule.weight, past=past)
             again.load_state({k: x.clone() for k, x in merger.state().items()}, merger.tasks)
-            merged = again.fold(running, new, fisher, continues=True)
+            merged = again.fold(running, new, fisher, trained=Trained("base"))
             if past == "last" and running is not None:
                 f, p = fisher.modules["one"], fishers[again.tasks - 2].modules["one"]
                 expected = (0.3 * f.A * new.factors["one"].A + 0.7 * p.A * running.factors["one"].A) / (
@@ -279,8 +280,8 @@ def test_cofima_is_the_fisher_weighted_mean_of_each_entry() -> None:
 def test_cofima_of_a_fisher_that_says_nothing_is_the_mean() -> None:
     merger = Merger("cofima", weight=0.25)
     nothing = Fisher({n: Factors(0 * x.B, 0 * x.A) for n, x in random_adapter(0).factors.items()})
-    first = merger.fold(None, random_adapter(0), nothing, continues=True)
-    second = merger.fold(first, random_adapter(1), nothing, continues=True)
+    first = merger.fold(None, random_adapter(0), nothing, trained=Trained("base"))
+    second = merger.fold(first, random_adapter(1), nothing, trained=Trained("base"))
     for name, x in second.factors.items():
         expected = 0.75 * first.factors[name].A + 0.25 * random_adapter(1).factors[name].A
         torch.testing.assert_close(x.A, expected)
@@ -324,7 +325,9 @@ def test_frank_wolfe_moves_to_what_the_loss_asks_for() -> None:
     for steps in (0, 40):
         merger, running = Merger("frank_wolfe", steps=steps), None
         for t in range(3):
-            running = merger.fold(running, random_adapter(t), continues=True, probe=SimpleNamespace(slopes=slopes))
+            running = merger.fold(
+                running, random_adapter(t), trained=Trained("base", probe=SimpleNamespace(slopes=slopes))
+            )
         found[steps] = running
         assert sum(merger.rule.weights_of) == pytest.approx(1)
         assert merger.report.coefficient == pytest.approx(merger.rule.weights_of[-1])
@@ -333,7 +336,7 @@ def test_frank_wolfe_moves_to_what_the_loss_asks_for() -> None:
         torch.testing.assert_close(dense(found[0], name), mean)
     assert distance(found[40]) < 0.02 * distance(found[0])
     with pytest.raises(PmLlmError, match="probe"):
-        Merger("frank_wolfe").fold(found[0], random_adapter(3), continues=True)
+        Merger("frank_wolfe").fold(found[0], random_adapter(3), trained=Trained("base"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -387,10 +390,12 @@ def test_a_fold_that_failed_can_be_tried_again(rule: str) -> None:
             new = random_adapter(t)
             fisher = {name: x.dense() ** 2 for name, x in new.factors.items()} if rule == "optimal" else None
             probe = SimpleNamespace(slopes=lambda at, ways: [0.0] * len(ways))
+            merger.zeros = full
             for _ in range(failures):
                 with pytest.raises(OSError, match="No space"):
-                    merger.fold(running, new, fisher, continues=True, probe=probe, zeros=full)
-            running = merger.fold(running, new, fisher, continues=True, probe=probe)
+                    merger.fold(running, new, fisher, trained=Trained("base", probe=probe))
+            merger.zeros = None
+            running = merger.fold(running, new, fisher, trained=Trained("base", probe=probe))
         assert merger.tasks == 3
         return running
 

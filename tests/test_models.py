@@ -105,7 +105,7 @@ def test_answers_do_not_depend_on_who_is_in_the_batch(kind: str, tmp_path) -> No
 )
 def test_what_cannot_work_is_known_before_training(kind: str, options, keys, said: str, tmp_path, monkeypatch) -> None:
     model = folder_of(kind, tmp_path / "m", **options)
-    monkeypatch.setattr("pm_llm.sequence.train", lambda *a, **k: pytest.fail("it was trained"))
+    monkeypatch.setattr("pm_llm.stage.train", lambda *a, **k: pytest.fail("it was trained"))
     given = {
         "model": model,
         "output_dir": str(tmp_path / "run"),

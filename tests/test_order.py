@@ -13,10 +13,12 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.sequence import ContinualSequence
+from pm_llm.stage import Watcher
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.loading import load_tasks
 from pm_llm.tasks.order import blurred, pick_order
 from tests.conftest import small_tasks
+from tests.helpers.stops import stopping
 from tests.test_sequence import config_for
 
 ORDERS = {"first": ["a", "b", "c", "d"], "second": ["d", "c"]}
@@ -100,7 +102,7 @@ WAYS = [{"evaluate": "final"}, {"evaluate": "diagonal+final"}, {"evaluate": "all
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("stop", [0, 1, 2])
-def test_stopped_in_any_way_of_measuring(way: dict, stop: int, pico_folders, tmp_path, monkeypatch) -> None:
+def test_stopped_in_any_way_of_measuring(way: dict, stop: int, pico_folders, tmp_path) -> None:
     """Stopped before stage 1 (after the untrained model was scored), 2 or 3, and begun again: the same results."""
 
     def config(name: str):
@@ -108,31 +110,22 @@ def test_stopped_in_any_way_of_measuring(way: dict, stop: int, pico_folders, tmp
 
     whole = ContinualSequence(config("whole")).run()
     stopped = ContinualSequence(config("parts"))
-    original = stopped._stage
-
-    def interrupted(number, *arguments):
-        if number == stop + 1:
-            raise KeyboardInterrupt
-        return original(number, *arguments)
-
-    monkeypatch.setattr(stopped, "_stage", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with stopping("run", stop + 1), pytest.raises(KeyboardInterrupt):
         stopped.run()
     again = ContinualSequence(config("parts")).run()
     same = ("matrix", "untrained", "stages", "tasks", "coefficients", "truncation_errors", "average_accuracy")
     assert {key: again[key] for key in same} == {key: whole[key] for key in same}
 
 
-def test_foreign_rows_are_trained_on_with_their_own_tasks_frame(pico_folders, tmp_path, monkeypatch) -> None:
+def test_foreign_rows_are_trained_on_with_their_own_tasks_frame(pico_folders, tmp_path) -> None:
     config = config_for(pico_folders["llama"], tmp_path / "run", blur=0.5, **{"train.max_steps": 1})
-    sequence = ContinualSequence(config)
     seen = []
-    original = sequence._train
-    monkeypatch.setattr(
-        sequence,
-        "_train",
-        lambda n, task, context, *rest: (seen.append(context.rows), original(n, task, context, *rest))[1],
-    )
+
+    class Rows(Watcher):
+        def measured(self, stage) -> None:
+            seen.append(stage.rows)
+
+    sequence = ContinualSequence(config, watchers=[Rows()])
     sequence.run()
     for task, rows in zip(sequence.tasks, seen, strict=True):
         expected = sequence.encoders[task.name].features(task.train)

@@ -55,7 +55,7 @@ def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, 
     original = trainer.training_step
 
     def interrupted(self, *args):
-        if self.state.global_step == 2 and len(parts.stages) == 1:
+        if self.state.global_step == 2 and parts.session.merger.tasks == 1:
             raise KeyboardInterrupt
         return original(self, *args)
 

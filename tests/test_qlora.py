@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from pm_llm import ContinualSequence
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.in_base import why_not
-from pm_llm.adapters.live import lora_layers, set_active
+from pm_llm.adapters.live import TASK, lora_layers, set_active
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.cli import main
 from pm_llm.config import LoraSection
 from pm_llm.evaluation.generate import generate
 from pm_llm.families.models import load_base
 from pm_llm.fisher.measure import sum_fisher
-from pm_llm.starts.base import TASK
 from pm_llm.starts.fresh import Fresh
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.encoding import Encoder
 from tests.conftest import FAMILIES, batch_of, features, tokenizer
+from tests.helpers.stops import stopping
 from tests.test_sequence import config_for
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -46,10 +46,10 @@ def test_a_run_leaves_the_base_as_it_was(family: str, pico_folders, tmp_path, ca
     sequence = ContinualSequence(config_for(pico_folders[family], tmp_path / "run", load_in_4bit=True))
     results = sequence.run()
     assert 0 <= results["coefficients"][2] <= 1
-    layers = lora_layers(sequence.model).values()
+    layers = lora_layers(sequence.session.model).values()
     assert all(isinstance(layer.base_layer, bitsandbytes.nn.Linear4bit) for layer in layers)
     fresh = load_base(pico_folders[family], load_in_4bit=True)
-    before, after = weights(fresh.model), weights(sequence.model)
+    before, after = weights(fresh.model), weights(sequence.session.model)
     assert before.keys() == after.keys()
     assert any(name.endswith("bitsandbytes__nf4") for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -59,7 +59,9 @@ def test_a_run_leaves_the_base_as_it_was(family: str, pico_folders, tmp_path, ca
     model = PeftModel.from_pretrained(fresh.model, str(tmp_path / "run/adapter")).eval()
     batch = batch_of(family, features(family, 4))
     with torch.no_grad():
-        torch.testing.assert_close(model(**batch).logits, sequence.model.eval()(**batch).logits, atol=0, rtol=0)
+        torch.testing.assert_close(
+            model(**batch).logits, sequence.session.model.eval()(**batch).logits, atol=0, rtol=0
+        )
     capsys.readouterr()
     arguments = ["--model", pico_folders[family], "--benchmark", "embedded", "--order", "sentiment,topic,question"]
     arguments += ["--max_test_samples", "4", "--max_length", "96", "--load_in_4bit", "true"]
@@ -89,21 +91,12 @@ def test_every_form_of_the_fisher_sees_a_quantised_base(family: str, pico_folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("where", ["_train", "_evaluate"])
-def test_it_goes_on(family: str, where: str, pico_folders, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("where", ["train", "evaluate"])
+def test_it_goes_on(family: str, where: str, pico_folders, tmp_path) -> None:
     keys = {"load_in_4bit": True, "train.save_steps": 2}
     whole = ContinualSequence(config_for(pico_folders[family], tmp_path / "whole", **keys)).run()
     stopped = ContinualSequence(config_for(pico_folders[family], tmp_path / "parts", **keys))
-    original = getattr(stopped, where)
-
-    def interrupted(number, *rest):
-        found = original(number, *rest)
-        if number == 2:
-            raise KeyboardInterrupt
-        return found
-
-    monkeypatch.setattr(stopped, where, interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with stopping(where, 2, after=True), pytest.raises(KeyboardInterrupt):
         stopped.run()
     resumed = ContinualSequence(config_for(pico_folders[family], tmp_path / "parts", **keys)).run()
     for key in ("matrix", "coefficients", "raw_coefficients"):

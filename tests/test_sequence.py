@@ -19,6 +19,7 @@ from pm_llm.adapters.adapter import Adapter
 from pm_llm.cli import main
 from pm_llm.config import load_config
 from tests.conftest import FAMILIES, ROOT, batch_of, features, make_peft, pm_llm, small_tasks
+from tests.helpers.stops import stopping
 
 TASKS = ("sentiment", "topic", "question")
 
@@ -79,33 +80,24 @@ def test_merged_adapter_is_running_plus_coefficient_times_task(pico_folders, tmp
 @pytest.mark.parametrize(
     ("method", "where"),
     [
-        ("pm", "_train"),
-        ("pm", "_fisher"),
-        ("pm", "_evaluate"),
-        ("seqlora", "_train"),
-        ("seqlora", "_evaluate"),
-        ("slao", "_train"),
+        ("pm", "train"),
+        ("pm", "measure"),
+        ("pm", "evaluate"),
+        ("seqlora", "train"),
+        ("seqlora", "evaluate"),
+        ("slao", "train"),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_going_on_after_a_stop_changes_nothing(
-    family: str, method: str, where: str, dtype: str, pico_folders, tmp_path, monkeypatch
+    family: str, method: str, where: str, dtype: str, pico_folders, tmp_path
 ) -> None:
     keys = {"method": method, "dtype": dtype, "train.max_steps": 4}  # training ends in the middle of an epoch
     whole = ContinualSequence(config_for(pico_folders[family], tmp_path / "whole", **keys)).run()
     stopped = ContinualSequence(config_for(pico_folders[family], tmp_path / "parts", **keys))
-    original = getattr(stopped, where)
-
-    def interrupted(number, *rest):
-        at = number.tasks + 1 if where == "_fisher" else number  # that one gets the merger
-        if at == (1 if where == "_evaluate" else 2):  # in the second task
-            raise KeyboardInterrupt
-        return original(number, *rest)
-
-    monkeypatch.setattr(stopped, where, interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with stopping(where, 2), pytest.raises(KeyboardInterrupt):
         stopped.run()
-    trained = 2 if where == "_evaluate" else 1
+    trained = 2 if where == "evaluate" else 1
     assert len(stopped.run_dir.state()["stages"]) == trained
     Adapter.load(tmp_path / "parts/adapter")
     resumed = ContinualSequence(config_for(pico_folders[family], tmp_path / "parts", **keys)).run()
@@ -140,7 +132,7 @@ def test_plain_peft_loads_the_result(pico_folders, tmp_path) -> None:
     batch = batch_of("llama", features("llama", 4))
     with torch.no_grad():
         with_it = model(**batch).logits
-        torch.testing.assert_close(with_it, sequence.model.eval()(**batch).logits, atol=0, rtol=0)
+        torch.testing.assert_close(with_it, sequence.session.model.eval()(**batch).logits, atol=0, rtol=0)
         with model.disable_adapter():
             assert not torch.allclose(with_it, model(**batch).logits, atol=1e-4)
 

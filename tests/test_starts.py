@@ -11,11 +11,10 @@ from torch.nn import Linear
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pm_llm.adapters.adapter import Adapter
-from pm_llm.adapters.live import lora_layers, remove, trainable_adapter
+from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, trainable_adapter
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import LoraSection, load_config
 from pm_llm.errors import PmLlmError
-from pm_llm.starts.base import RUNNING, TASK
 from pm_llm.starts.continuing import Continue
 from pm_llm.starts.fresh import Fresh
 from pm_llm.starts.last import Last
@@ -104,7 +103,7 @@ def test_again_and_again(start) -> None:
         with torch.no_grad():
             torch.testing.assert_close(model(**batch).logits, expected, atol=1e-6, rtol=1e-5)
         assert set(model.peft_config) <= {RUNNING, TASK}
-        running = Adapter.from_model(model, TASK) if start.continues else running
+        running = Adapter.from_model(model, TASK) if start.stands_on == "base" else running
         running.attach(model, RUNNING)  # as the sequence does after a merge
         remove(model, TASK)
         assert set(model.peft_config) == {RUNNING}

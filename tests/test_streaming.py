@@ -51,8 +51,8 @@ def test_threads_and_mapped_files_change_no_bit(granularity: str, tmp_path) -> N
             merger, running = Merger("optimal", max_rank=5, granularity=granularity), None
             for t in range(3):
                 new = wide_adapter(t, 4)
-                zeros = mapped_files(tmp_path / "sums") if threads == 3 else None
-                running = merger.fold(running, new, fisher_of(new, t), zeros=zeros)
+                merger.zeros = mapped_files(tmp_path / "sums") if threads == 3 else None
+                running = merger.fold(running, new, fisher_of(new, t))
             assert torch.get_num_threads() == threads
             found[threads] = running, merger.report, merger.state()
         finally:

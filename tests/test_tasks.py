@@ -339,9 +339,9 @@ def test_two_tasks_of_one_name(pico_folders, tmp_path) -> None:
     """A task may recur, but only as itself."""
     config = RunConfig(model=pico_folders["llama"], output_dir=str(tmp_path / "run"))
     one = Task("same", [Example("a", "x")], [Example("b", "x")])
-    assert list(ContinualSequence(config, [one, replace(one)]).distinct) == ["same"]
+    assert list(ContinualSequence(config, [one, replace(one)]).columns) == ["same"]
     from_elsewhere = replace(one, train=[Example("a", "x", id="1", place="b.jsonl:1")])
-    assert list(ContinualSequence(config, [one, from_elsewhere]).distinct) == ["same"]
+    assert list(ContinualSequence(config, [one, from_elsewhere]).columns) == ["same"]
     for other in (replace(one, test=[Example("c", "x")]), replace(one, train=[Example("d", "a longer answer")])):
         with pytest.raises(PmLlmError, match="have one name: same"):
             ContinualSequence(config, [one, other])

@@ -16,6 +16,7 @@ from pm_llm.algebra.lowrank import LowRank
 from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
+from pm_llm.merges.base import Trained
 from pm_llm.merges.transfer import task_vector
 from tests.conftest import FAMILIES, make_model, targets, tokenizer
 from tests.invariants.test_closed_form import random_adapter
@@ -32,7 +33,7 @@ def test_transfer_adds_the_difference_of_two_models(tmp_path) -> None:
     merger = Merger("transfer", adapter=str(tmp_path / "vector"), scale=0.5)
     running = None
     for new in came:  # each trained on the base model alone
-        running = merger.fold(running, new, continues=True, on_base=True)
+        running = merger.fold(running, new, trained=Trained("base", "base"))
     for name in came[0].factors:
         torch.testing.assert_close(dense(running, name), dense(left[-1], name))
     with pytest.raises(PmLlmError, match="no_such"):

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pm_llm.adapters.live import lora_layers, set_active
+from pm_llm.adapters.live import RUNNING, TASK, lora_layers, set_active
 from pm_llm.errors import PmLlmError
-from pm_llm.starts.base import RUNNING, TASK
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from pm_llm.adapters.untrusted import PREFIX
 from pm_llm.errors import PmLlmError
 
+RUNNING, TASK = "running", "task"  # the names of the two adapters in a live model
+
 
 def check_fit(missing: Sequence[str], unexpected: Sequence[str]) -> None:
     """Raises PmLlmError if names were missing among an adapter's weights, or unexpected: PEFT takes what fits."""

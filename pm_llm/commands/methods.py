@@ -36,8 +36,8 @@ def table() -> str:
 def _row(name: str, method: Method) -> list[str]:
     start, merge = method.start.build("start"), method.merge.build("merge")
     constraints = [choice.build("constrain") for choice in method.constrain]
-    keeps = ["the last adapter"] if start.needs_last else []
-    keeps += [part.stores for part in (*constraints, merge) if part.stores]
+    keeps = ["the last adapter"] if start.begins == "last" else []
+    keeps += [one.stores for one in constraints if one.stores] + ([merge.stores] if merge.stores else [])
     needs = ["old data"] if method.keeps_rows() else []
     needs += ["old adapters"] if merge.old_adapters else []
     needs += ["a task id"] if method.task_id else []

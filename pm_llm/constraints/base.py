@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.fisher.base import Fisher
+from pm_llm.fisher.base import Fisher, Needs
 
 if TYPE_CHECKING:
     from pm_llm.fisher.rows import ChosenRows
     from pm_llm.merges.base import Merge
-    from pm_llm.starts.base import Start
 
 
 # hooks that look at, or change, whole parameters, and of these the ones that do so with their gradients
 UPDATE = ("before_pass", "before_update", "after_update")
 WHOLE = ("around", *UPDATE)
+ANEW = "it is about an adapter that begins anew"  # the usual reason
 Row = dict[str, list[int]]  # an encoded training row: `input_ids` and `labels`
 
 
@@ -83,7 +83,7 @@ class Context:
 
     `task` is 1, 2, ...; `running` the merged adapter before it (empty before the first); `merge` the rule with what it
     remembers; `live` the adapter in the model `model`; `chosen` the rows that a curvature is measured on; `seed` the
-    task's. After training: `new` is the adapter as it was trained, `fisher` what `needs_fisher` asks for.
+    task's. After training: `new` is the adapter as it was trained, `fisher` what `needs` asks for.
     """
 
     task: int
@@ -106,9 +106,10 @@ class Constraint:
     `in_coordinates` whether it compares A and B with what they were after past tasks, `scales_update` whether
     :meth:`after_update` scales what the optimizer did, so that it comes before those that set values,
     `trains_weights` whether the base weights are trained in place of A and B, `fixes_a` whether A stays as it is while
-    B is trained, `moves` whether it moves A by itself, or says where A may go. `needs_fisher` names the form of Fisher
-    that :meth:`remember` is given. `old_data` says whether rows of past tasks are kept, `stores` what is kept between
-    tasks.
+    B is trained, `moves` whether it moves A by itself, or says where A may go. `anew` says why the task's adapter must
+    be a new one (empty: it need not be), `in_factors_too` whether it need not where A and B themselves are merged.
+    `needs` says what :meth:`remember` is given. `old_data` says whether rows of past tasks are kept, `stores` what is
+    kept between tasks.
     """
 
     space = "weights"
@@ -118,7 +119,9 @@ class Constraint:
     trains_weights: ClassVar[bool] = False
     fixes_a: ClassVar[bool] = False
     moves: ClassVar[bool] = False
-    needs_fisher: ClassVar[str | None] = None
+    anew: ClassVar[str] = ""
+    in_factors_too: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs()
     old_data: ClassVar[bool] = False
     stores: ClassVar[str] = ""
     prepared = False
@@ -127,9 +130,6 @@ class Constraint:
     def by_itself(self) -> bool:
         """Whether it does what it says in a Trainer that nobody told which task it is, without :meth:`prepare`."""
         return not self.fills("begin", "rows", "steps")
-
-    def check(self, start: Start, merge: Merge) -> None:
-        """Raise PmLlmError if the constraint means nothing with this start or merge."""
 
     # ---- around a task ----
     def rows(self, rows: list[Row], context: Context) -> list[Row]:

@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.constraints.base import Context
+from pm_llm.constraints.base import ANEW, Context
 from pm_llm.constraints.weighted import Weighted
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher.base import Penalty
-from pm_llm.merges.base import Merge
-from pm_llm.merges.optimal import Optimal
-from pm_llm.starts.base import Start, check_fresh
+from pm_llm.fisher.base import Needs, Penalty
 
 
 @dataclass
@@ -44,23 +41,13 @@ class Curvature(Weighted):
     weight: float = 1.0
     _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
     from_zero = True
-
-    def check(self, start: Start, merge: Merge) -> None:
-        if not isinstance(merge, Optimal):
-            raise PmLlmError("constrain curvature needs merge optimal, which keeps the past tasks' quadratics.")
-        if not merge.in_factors:
-            check_fresh("constrain curvature in the space of the weights", start)
-        if start.on_base:
-            raise PmLlmError(
-                f"constrain curvature is about changes of what was learned before, and start {start.name()!r} leaves "
-                "that out. Use start fresh."
-            )
+    anew, in_factors_too = ANEW, True
+    needs = Needs(quadratic=True)
 
     def begin(self, context: Context) -> None:
-        if not isinstance(context.merge, Optimal):
+        if context.merge is None or not context.merge.quadratic:
             raise PmLlmError("constrain curvature needs merge optimal, which keeps the past tasks' quadratics.")
-        past = context.merge.past if context.running else {}
-        self._penalties = {name: one.penalty(context.running[name]) for name, one in past.items()}
+        self._penalties = context.merge.penalties(context.running) if context.running else {}
 
     def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
         return [of(live[name]) for name, of in self._penalties.items()]

@@ -11,7 +11,7 @@ from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.base import Context
 from pm_llm.constraints.weighted import Weighted
 from pm_llm.errors import check_number
-from pm_llm.fisher.base import Penalty, Room
+from pm_llm.fisher.base import Needs, Penalty, Room
 from pm_llm.fisher.of_factors import Factors, FactorsPast
 
 
@@ -37,7 +37,7 @@ class Ewc(Weighted):
     gamma: float = 1.0
     past: dict[str, FactorsPast] = field(default_factory=dict, init=False, repr=False)
     _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
-    needs_fisher = "factors"
+    needs = Needs(fisher="factors")
     stores = "a Fisher and a sum of the adapter's shape"
     in_coordinates = True
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.constraints.base import Constraint, Context, Live, Step
+from pm_llm.constraints.base import ANEW, Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
-from pm_llm.merges.base import Merge
-from pm_llm.starts.base import Start, check_fresh
 
 
 @dataclass
@@ -31,14 +29,12 @@ class Lori(Constraint):
     calibration: float = 0.25
     _masks: list[Tensor] = field(default_factory=list, init=False, repr=False)
     from_zero = True
+    anew = ANEW
     fixes_a = True
 
     def __post_init__(self) -> None:
         check_number("lori: keep", self.keep, 1e-6, 1)
         check_number("lori: calibration", self.calibration, 0, 0.99)
-
-    def check(self, start: Start, merge: Merge) -> None:
-        check_fresh("constrain lori", start)
 
     @property
     def by_itself(self) -> bool:

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.constraints.base import Context
+from pm_llm.constraints.base import ANEW, Context
 from pm_llm.constraints.weighted import Weighted
-from pm_llm.merges.base import Merge
-from pm_llm.starts.base import Start, check_fresh
 
 
 @dataclass
@@ -28,9 +26,7 @@ class Orthogonal(Weighted):
     weight: float = 0.5
     _past: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     from_zero = True
-
-    def check(self, start: Start, merge: Merge) -> None:
-        check_fresh("constrain orthogonal", start)
+    anew = ANEW
 
     def begin(self, context: Context) -> None:
         self._past = {name: x.A for name, x in context.running.items()}

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
 
 from pm_llm.adapters.adapter import Adapter, block_of
-from pm_llm.adapters.live import set_active
+from pm_llm.adapters.live import RUNNING, set_active
 from pm_llm.algebra.lowrank import LowRank, truncate
 from pm_llm.constraints.base import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
 from pm_llm.fisher.inputs import pass_rows
-from pm_llm.merges.base import Merge
-from pm_llm.starts.base import RUNNING, Start, check_fresh
 from pm_llm.system.processes import total
 
 SIDES = ("U_low", "S_low", "V_low")
@@ -79,6 +77,7 @@ class Osft(Constraint):
     _layers: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _before: list[Tensor] = field(default_factory=list, init=False, repr=False)
     from_zero = True
+    anew = "what it trains comes on top of the merged weights"
     trains_weights = True
     scales_update = True
 
@@ -87,9 +86,6 @@ class Osft(Constraint):
         check_number("osft: rate", self.rate, 0)
         check_number("osft: minimum", self.minimum, 0, 1)
         check_number("osft: target", self.target, self.minimum, 1)
-
-    def check(self, start: Start, merge: Merge) -> None:
-        check_fresh("constrain osft", start, "what it trains comes on top of the merged weights")
 
     def begin(self, context: Context) -> None:
         assert context.live is not None

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pm_llm.constraints.base import Constraint, Context, Step
 from pm_llm.errors import PmLlmError, check_number
-from pm_llm.merges.base import Merge
-from pm_llm.starts.base import Start, check_fresh
 
 
 @dataclass
@@ -55,6 +53,8 @@ class Perturb(Constraint):
     decay: float = 0.98
     space: str = "weights"
     scales: str = "symmetric"
+    anew = "one adapter holds all, so it would perturb the past tasks too"
+    in_factors_too = True
     _expected: float = field(default=1.0, init=False, repr=False)
     _sums: dict[int, list[Tensor]] = field(  # sign -> [decayed sum of losses, decayed count]
         default_factory=lambda: {s: [torch.zeros(()), torch.zeros(())] for s in (-1, 0, 1)}, init=False, repr=False
@@ -67,12 +67,6 @@ class Perturb(Constraint):
         for name, allowed in (("space", ("weights", "factors")), ("scales", ("symmetric", "cover"))):
             if getattr(self, name) not in allowed:
                 raise PmLlmError(f"perturb: {name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
-
-    def check(self, start: Start, merge: Merge) -> None:
-        if (self.space == "factors") != merge.in_factors:
-            raise PmLlmError("space factors needs merge optimal and constrain perturb in factors, both or neither.")
-        if self.space == "weights":
-            check_fresh("constrain perturb", start, "one adapter holds all, so it would perturb the past tasks too")
 
     @property
     def by_itself(self) -> bool:

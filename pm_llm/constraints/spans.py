@@ -6,10 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pm_llm.constraints.base import Constraint
+from pm_llm.constraints.base import ANEW, Constraint
 from pm_llm.errors import check_number
-from pm_llm.merges.base import Merge
-from pm_llm.starts.base import Start, check_fresh
 
 
 class Spans(Constraint):
@@ -21,13 +19,11 @@ class Spans(Constraint):
     bases: dict[str, Tensor]
     called: ClassVar[str]
     from_zero = True
+    anew = ANEW
 
     def __post_init__(self) -> None:
         check_number(f"{self.called}: share", self.share, 0, 1)
         check_number(f"{self.called}: most", self.most, 0, 1)
-
-    def check(self, start: Start, merge: Merge) -> None:
-        check_fresh(f"constrain {self.called}", start)
 
     def memory(self) -> dict[str, Tensor]:
         return {name: basis.cpu() for name, basis in self.bases.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,8 +25,12 @@ from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.encoding import Encoder, encoders_for
 from pm_llm.tasks.loading import load_tasks, scored
 
+Generate = Callable[..., list[str]]  # as `generate` is called
 
-def answer_task(model: Any, encoder: Encoder, task: Task, how: EvaluationSection) -> Predictions:
+
+def answer_task(
+    model: Any, encoder: Encoder, task: Task, how: EvaluationSection, generate: Generate = generate
+) -> Predictions:
     """The model's predictions on the task's test rows: generated, chosen among the labels, or likelihoods."""
     sizes = (how.batch_size, how.batch_tokens)
     references: list[list[Any]] = [_references(encoder, row) for row in task.test]

@@ -24,6 +24,27 @@ Penalty = Callable[[LowRank], Tensor]  # the live (s B, A) of a task adapter -> 
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a merge or a constraint must be given of a trained task.
+
+    `fisher` is the form of its Fisher: one of `FORMS`, `configured` for the configuration's, or None: it needs none.
+    `direction` says whether that Fisher must hold the exact curvature along the task vector, `losses` whether the loss
+    before and after training, `probe` whether the loss must be at hand as a function of the adapter, `quadratic`
+    whether the merge must keep the past tasks' quadratics.
+    """
+
+    fisher: str | None = None
+    direction: bool = False
+    losses: bool = False
+    probe: bool = False
+    quadratic: bool = False
+
+    def form(self, configured: str) -> str | None:
+        """The form of the Fisher, where the configuration's is `configured`."""
+        return configured if self.fisher == "configured" else self.fisher
+
+
+@dataclass(frozen=True)
 class Layer:
     """An adapted layer while its Fisher is summed: its (d_out, d_in) and the trained adapter's (s B, A)."""
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher.base import Fisher
-from pm_llm.starts.base import Start, check_continues
+from pm_llm.fisher.base import Fisher, Needs, Penalty
 from pm_llm.system.mapped import Zeros
 
 Factors = Mapping[str, LowRank]
@@ -30,37 +29,51 @@ class Probe(Protocol):
 
 
 @dataclass(frozen=True)
+class Trained:
+    """How an adapter was trained, as far as a merge must know.
+
+    `stands_on` is what the adapter is a change of: the `running` one, or the `base` model, of which it is then all of
+    the change. `begins` is where training began: at the `merged` model, at the `last` adapter as it was trained, or at
+    the `base` model. `began` is the first task's adapter as it began, for rules that merge A and B themselves. `probe`
+    gives the loss on the task's rows, for rules that look at it.
+    """
+
+    stands_on: str = "running"
+    begins: str = "merged"
+    began: Factors = field(default_factory=dict)
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True)
 class Fold:
-    """What a merge rule sees: `task` (1, 2, ...), the running `M_{t-1}` (empty before the first task) and the adapter
-    just trained, per module; `continues` is whether that one stands on the base model, so that it is the whole model
-    right after training, and not a change of the running one; `on_base` whether it began there, too.
-    `start` is the first task's adapter as it began (empty: not known). `probe` gives the loss on the current task's
-    rows."""
+    """What a merge rule sees of one fold, per module: `task` (1, 2, ...), the running `M_{t-1}` (empty before the
+    first task), the adapter just trained, how that was trained, and its Fisher."""
 
     task: int
     running: Factors
     new: Factors
-    continues: bool = False
     fisher: Fisher | None = None
-    start: Factors = field(default_factory=dict)
-    probe: Probe | None = None
-    on_base: bool = False
+    trained: Trained = field(default_factory=Trained)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the new adapter is the whole model right after training, and not a change of the running one."""
+        return self.trained.stands_on == "base"
 
     def vector(self, name: str) -> LowRank:
-        """What is new with the task: the task vector, or all of an adapter that began at the base model. (Where it
-        began at the last adapter as it was trained, start last or orthogonal, the vector also brings back what merging
-        took off that.)"""
-        return self.new[name] if self.on_base else self.delta(name)
+        """What is new with the task: the task vector, or all of an adapter that began at the base model. Where it
+        began at the last adapter as it was trained, the vector also holds what merging had taken off that one."""
+        return self.new[name] if self.trained.begins == "base" else self.delta(name)
 
     def delta(self, name: str) -> LowRank:
         """The task vector `Delta_t = theta*_t - M_{t-1}` of a module."""
-        if self.running and self.continues:
+        if self.running and self.is_whole:
             return lowrank.add(self.new[name], self.running[name].scale(-1.0))
         return self.new[name]
 
     def theta(self, name: str) -> LowRank:
         """The model right after training, `theta*_t`."""
-        if self.running and not self.continues:
+        if self.running and not self.is_whole:
             return lowrank.add(self.running[name], self.new[name])
         return self.new[name]
 
@@ -81,35 +94,19 @@ class Coefficients:
 class Merge:
     """A merge rule. Most rules only choose the coefficient of `M_t = M_{t-1} + alpha_t Delta_t`."""
 
-    needs_fisher = False
-    space = "weights"  # where that Fisher lives
-    form: str | None = None  # of a Fisher of the weights; None: the configuration's, see `fisher_form`
-    needs_direction = False  # whether that Fisher must hold the exact curvature along the task vector
-    needs_losses = False  # whether it must hold the loss before and after training
-    needs_probe = False  # whether `fold.probe` must be there
+    needs = Needs()
+    quadratic = False  # whether the past tasks' quadratics are kept, see :meth:`penalties`
     needs_history = False  # whether a running adapter means nothing without the folds that made it
     old_adapters = False  # whether all tasks' adapters are kept
     dense = False  # whether the result's rank may be any, whatever the adapters' ranks
     whole = False  # whether what is kept of a task is its model, not its task vector
-    adds = False  # whether all of an adapter that began at the base model is new, see :meth:`Fold.vector`
+    adds = False  # whether all of an adapter that began at the base model is added, as :meth:`Fold.vector` is
     in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
     stores = ""  # what is kept from task to task, besides the running adapter
     zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made
 
-    def fisher_form(self, configured: str) -> str:
-        """The form of that Fisher: `factors` in their space, else its own, else the configuration's."""
-        return "factors" if self.space == "factors" else self.form or configured
-
-    def check(self, start: Start) -> None:
-        """Raise PmLlmError if the rule means nothing with this start."""
-        if self.in_factors:
-            rule = f"merge {type(self).__name__.lower()}"
-            check_continues(rule, start)
-            if self.needs_fisher and not start.keeps_coordinates:
-                raise PmLlmError(
-                    f"{rule} weights A and B entry by entry: it needs a start that keeps A and B as they were "
-                    f"(continue or last). The start is {start.name()!r}."
-                )
+    def ready(self) -> None:
+        """Before a run. Raise PmLlmError if what the rule reads by itself is not there."""
 
     def coefficients(self, fold: Fold) -> Coefficients:
         """alpha_t for each module. Called once a fold, before :meth:`merge`; may look at every module."""
@@ -118,7 +115,9 @@ class Merge:
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
         """One module of the new running adapter, before truncation. Called on several threads."""
         new = fold.new[name].scale(alpha)
-        instead = fold.continues and not (self.adds and fold.on_base)  # M + alpha (theta - M), with M's rank once
+        instead = fold.is_whole and not (
+            self.adds and fold.trained.begins == "base"
+        )  # M + alpha (theta - M), with M's rank once
         if not fold.running or (instead and alpha == 1):
             return new
         past = fold.running[name]
@@ -131,6 +130,20 @@ class Merge:
     def weights(self, name: str) -> tuple[Tensor, Tensor] | None:
         """How much the rows (d_out) and columns (d_in) of a module matter to the tasks so far, if the rule knows."""
         return None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it knows :meth:`weights`, by which truncation can keep what matters to tasks."""
+        return not self.in_factors and type(self).weights is not Merge.weights
+
+    def penalties(self, running: Factors) -> dict[str, Penalty]:
+        """Of each module, what leaving `running` costs the past tasks by the quadratics that are kept of them."""
+        return {}
+
+    def remembers(self, n: int, m: int, r: int, tasks: int, whole: int, form: str | None) -> int:
+        """How many numbers :meth:`state` has of an (n, m) matrix after so many tasks, at most; an adapter is of rank
+        r, a task's model of rank `whole`, the Fisher of that form."""
+        return 0
 
     def truncated(self, name: str, change: LowRank) -> None:
         """The merged adapter of a module was truncated, which changed it by `change`."""
@@ -165,7 +178,7 @@ def entrywise(fold: Fold, name: str, alpha: float) -> LowRank:
 
 def check_coordinates(rule: str, fold: Fold) -> None:
     """Raise PmLlmError unless the two adapters' A and B can be compared entry by entry."""
-    if fold.running and not fold.continues:
+    if fold.running and not fold.is_whole:
         raise PmLlmError(f"{rule}: the merge is of A and B themselves, so the adapter must continue (start continue).")
     for name, before in fold.running.items():
         if before.rank != fold.new[name].rank:

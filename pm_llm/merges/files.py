@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pm_llm.adapters.adapter import Adapter
-from pm_llm.adapters.live import lora_layers
+from pm_llm.adapters.live import TASK, lora_layers
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.families.models import add_task_adapter, load_base
 from pm_llm.merges.merger import FoldReport, Merger
 from pm_llm.merges.transfer import left_out, task_vector
-from pm_llm.starts.base import TASK
 from pm_llm.system.files import new_folder
 from pm_llm.system.mapped import mapped_files
 
@@ -46,10 +45,12 @@ def merge_folders(
         for i, one in enumerate(new):
             last = i == len(new) - 1  # what is before is exact: the result is cut once
             merger = Merger(
-                "constant", max_rank=max_rank if last else None, coefficient=coefficients[i % len(coefficients)]
+                "constant",
+                max_rank if last else None,
+                zeros=mapped_files(scratch),  # module by module, from mapped files: memory holds a few of them
+                coefficient=coefficients[i % len(coefficients)],
             )
-            # module by module, from mapped files into mapped files: memory holds a few modules
-            merged = merger.fold(merged, one, zeros=mapped_files(scratch))
+            merged = merger.fold(merged, one)
         merged.save(scratch)  # type: ignore[union-attr]
     return merger.report
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import check_number
+from pm_llm.fisher.base import Needs
 from pm_llm.merges.base import Coefficients, Fold
 from pm_llm.merges.stored import Stored
 
@@ -27,7 +28,8 @@ class FrankWolfe(Stored):
 
     steps: int = 3
     weights_of: list[float] = field(default_factory=list, init=False, repr=False)
-    needs_probe, whole, dense = True, True, False
+    needs = Needs(probe=True)
+    whole, dense = True, False
 
     def __post_init__(self) -> None:
         check_number("frank_wolfe: steps", self.steps, 0, whole=True)
@@ -36,15 +38,18 @@ class FrankWolfe(Stored):
         self.vectors.append({name: fold.theta(name) for name in fold.new})
         t = len(self.vectors)
         self.weights_of = [1.0 / t] * t
-        for k in range(self.steps if fold.probe is not None and t > 1 else 0):
-            assert fold.probe is not None
-            slopes = fold.probe.slopes({name: self._sum(name) for name in fold.new}, self.vectors)
+        for k in range(self.steps if fold.trained.probe is not None and t > 1 else 0):
+            assert fold.trained.probe is not None
+            slopes = fold.trained.probe.slopes({name: self._sum(name) for name in fold.new}, self.vectors)
             best, gamma = slopes.index(min(slopes)), 1 / (k + t + 1)
             self.weights_of = [(1 - gamma) * w + gamma * (i == best) for i, w in enumerate(self.weights_of)]
         return Coefficients.same(self.weights_of[-1], fold.new)
 
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
         return self._sum(name)
+
+    def remembers(self, n: int, m: int, r: int, tasks: int, whole: int, form: str | None) -> int:
+        return tasks * (n + m) * whole
 
     def _sum(self, name: str) -> LowRank:
         return lowrank.add(*(v[name].scale(weight) for v, weight in zip(self.vectors, self.weights_of, strict=True)))

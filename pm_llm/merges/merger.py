@@ -16,7 +16,7 @@ from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.base import Fisher
-from pm_llm.merges.base import Fold, Merge, Probe
+from pm_llm.merges.base import Fold, Merge, Trained
 from pm_llm.methods import Choice
 from pm_llm.system.mapped import Zeros
 from pm_llm.system.parallel import each
@@ -62,6 +62,7 @@ class Merger:
         max_rank: Truncate the result to this rank (Eckart-Young); None: never, the rank grows with every task.
         truncation: `plain`, or `fisher`: rows and columns weighted by the roots of the past Fishers' row and column
             sums, for rules that keep a Fisher in the space of the weights.
+        zeros: Where to put results, see :mod:`pm_llm.system.mapped`; by default in memory.
         options: Options of the rule, e.g. `granularity="module"`.
     """
 
@@ -70,6 +71,7 @@ class Merger:
         rule: str | dict | Choice | Merge,
         max_rank: int | None = None,
         truncation: str = "plain",
+        zeros: Zeros | None = None,
         **options: Any,
     ) -> None:
         if max_rank is not None and max_rank < 1:
@@ -81,9 +83,12 @@ class Merger:
             self.rule = Choice(choice.name, {**choice.options, **options}).build("merge")
         if truncation not in ("plain", "fisher"):
             raise PmLlmError(f"truncation is {truncation!r}; it must be plain or fisher.")
-        if truncation == "fisher" and (not self.rule.needs_fisher or self.rule.in_factors):
-            raise PmLlmError(f"truncation fisher needs a merge that keeps one; {type(self.rule).__name__} does not.")
-        self.max_rank, self.truncation = max_rank, truncation
+        if truncation == "fisher" and not self.rule.weighs:
+            raise PmLlmError(
+                f"truncation fisher needs a merge that keeps a Fisher of the weights; {type(self.rule).__name__} does "
+                "not."
+            )
+        self.max_rank, self.truncation, self.zeros = max_rank, truncation, zeros
         self.tasks = 0
         self.report = FoldReport()
 
@@ -92,23 +97,16 @@ class Merger:
         running: Adapter | str | Path | None,
         new: Adapter | str | Path,
         fisher: Fisher | Mapping[str, Tensor] | None = None,
-        continues: bool = False,
-        start: Adapter | None = None,
-        zeros: Zeros | None = None,
-        probe: Probe | None = None,
-        on_base: bool = False,
+        trained: Trained | None = None,
     ) -> Adapter:
         """The new running adapter; :attr:`report` says what was done. Modules are worked on one by one, in parallel.
 
         Args:
             running: The merged adapter of the tasks so far (or its folder); None before the first task.
-            new: The adapter just trained (or its folder), on top of the frozen running one.
+            new: The adapter just trained (or its folder).
             fisher: The task's Fisher, for rules that need it; tensors are dense Fishers, (d_out, d_in).
-            continues: Whether `new` stands on the base model, not on the running adapter.
-            on_base: Whether it began there too (start alone), and not at what was learned before.
-            start: The first task's adapter as it began, for rules in the space of the factors.
-            probe: For rules that look at the loss, see :class:`Fold`.
-            zeros: Where to put the result, see :mod:`pm_llm.system.mapped`; by default in memory.
+            trained: How `new` was trained; by default on top of the frozen running adapter. An adapter that was
+                trained on and on, as plain fine-tuning does, is `Trained(stands_on="base")`.
 
         Raises:
             PmLlmError: If the adapters do not belong together, cannot be folded exactly, or a Fisher is missing.
@@ -121,10 +119,13 @@ class Merger:
         if running is not None:
             check_same_place(running, new)
             new = new.beside(running)
-        if self.rule.needs_fisher and fisher is None:
+        trained = trained or Trained()
+        if self.rule.needs.fisher and fisher is None:
             raise PmLlmError(f"merge rule {type(self.rule).__name__} needs the task's Fisher; give fisher=...")
-        if self.rule.needs_probe and running is not None and probe is None:
-            raise PmLlmError(f"merge rule {type(self.rule).__name__} looks at the task's loss; give probe=...")
+        if self.rule.needs.probe and running is not None and trained.probe is None:
+            raise PmLlmError(
+                f"merge rule {type(self.rule).__name__} looks at the task's loss; give trained=Trained(probe=...)."
+            )
         if running is not None and self.rule.needs_history and self.tasks == 0:
             raise PmLlmError(
                 f"merge rule {type(self.rule).__name__} has folded no task yet but got a running adapter. "
@@ -134,20 +135,17 @@ class Merger:
             self.tasks + 1,
             running.factors if running is not None else {},
             new.factors,
-            continues,
             None if fisher is None else Fisher.of(fisher),
-            start.factors if start is not None else {},
-            probe,
-            on_base,
+            trained,
         )
         before = self.rule.state()
         try:
-            return new.replace_factors(self._folded(fold, zeros))
+            return new.replace_factors(self._folded(fold))
         except BaseException:  # the same fold may be tried again
             self.rule.load_state(before)
             raise
 
-    def _folded(self, fold: Fold, zeros: Zeros | None) -> dict[str, LowRank]:
+    def _folded(self, fold: Fold) -> dict[str, LowRank]:
         """The new running adapter's modules; counts the task."""
         alpha = self.rule.coefficients(fold)
 
@@ -159,8 +157,8 @@ class Merger:
             kept = lowrank.trimmed(kept)
             if not (torch.isfinite(kept.B).all() and torch.isfinite(kept.A).all()):
                 raise PmLlmError(f"merging makes weights that are NaN or infinite in {name}. Lower the coefficient.")
-            if zeros is not None:
-                kept = LowRank(zeros(*kept.B.shape).copy_(kept.B), zeros(*kept.A.shape).copy_(kept.A))
+            if self.zeros is not None:
+                kept = LowRank(self.zeros(*kept.B.shape).copy_(kept.B), self.zeros(*kept.A.shape).copy_(kept.A))
             elif kept is merged:  # it may hold a mapped file's own tensors
                 kept = LowRank(kept.B.clone(), kept.A.clone())
             return kept, lost, total

@@ -13,10 +13,10 @@ from torch import Tensor
 from pm_llm.adapters.adapter import block_of
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher.base import Fisher, Past, Room, past_of
+from pm_llm.fisher.base import Fisher, Needs, Past, Penalty, Room, past_of
 from pm_llm.fisher.scale import scale_of
-from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates, entrywise
-from pm_llm.starts.base import Start
+from pm_llm.fisher.terms import Watched
+from pm_llm.merges.base import Coefficients, Factors, Fold, Merge, check_coordinates, entrywise
 from pm_llm.system.parallel import each
 
 OPTIONS = {
@@ -81,8 +81,7 @@ class Optimal(Merge):
     directions: int = 32
     basis: int = 128
     past: dict[str, Past] = field(default_factory=dict, init=False, repr=False)
-    needs_fisher = True
-    needs_history = True
+    needs_history, quadratic = True, True
     stores = "the Fishers' sum and m, of bounded size"
 
     def __post_init__(self) -> None:
@@ -102,17 +101,9 @@ class Optimal(Merge):
             raise PmLlmError(
                 "optimal: current line gives one alpha for the model, in [0, 1]. Unset granularity and clip."
             )
-        self.in_factors, self.needs_probe = self.space == "factors", self.current == "line"
-        self.needs_losses = self.fisher_scale == "measured"
-        self.needs_direction = self.current == "exact" or self.needs_losses
-
-    def check(self, start: Start) -> None:
-        super().check(start)
-        if self.needs_losses and (start.on_base or start.needs_last):
-            raise PmLlmError(
-                "optimal: fisher_scale measured needs a start at the merged model: it measures what the task vector "
-                f"gained there. The start is {start.name()!r}."
-            )
+        self.in_factors, losses = self.space == "factors", self.fisher_scale == "measured"
+        form = "factors" if self.in_factors else self.form or "configured"
+        self.needs = Needs(form, self.current == "exact" or losses, losses, probe=self.current == "line")
 
     def coefficients(self, fold: Fold) -> Coefficients:
         room = self._room()
@@ -134,9 +125,9 @@ class Optimal(Merge):
             pull, along = (sum(numbers) for numbers in zip(*(found[name] for name in names), strict=True))
             q = (whole if self.granularity == "model" else sum(own[name] for name in names)) / size
             if not fold.running:  # theta*_1 = Delta_1: numerator and denominator are one sum
-                raw |= dict.fromkeys(names, 1.0 if self.needs_losses else _divide(q, q, group))
+                raw |= dict.fromkeys(names, 1.0 if self.needs.losses else _divide(q, q, group))
                 continue
-            onward = sum(fisher.slopes.get(name, 0.0) for name in names) if self.needs_losses else 0.0
+            onward = sum(fisher.slopes.get(name, 0.0) for name in names) if self.needs.losses else 0.0
             raw |= dict.fromkeys(names, _divide(pull + q - onward, along + q, group))
         raw = {name: raw[name] for name in found}
         if self.current == "line" and fold.running:
@@ -176,6 +167,22 @@ class Optimal(Merge):
     def weights(self, name: str) -> tuple[Tensor, Tensor] | None:
         return self.past[name].sums() if self.space == "weights" else None
 
+    def penalties(self, running: Factors) -> dict[str, Penalty]:
+        return {name: past.penalty(running[name]) for name, past in self.past.items()}
+
+    def remembers(self, n: int, m: int, r: int, tasks: int, whole: int, form: str | None) -> int:
+        if form == "factors":
+            return 2 * (n + m) * r
+        if form == "dense":
+            return 2 * n * m
+        terms = min(self.pairs, tasks)
+        own = (n + m) * (terms * Watched.WIDTH + self.rank) + terms
+        if form == "factored":
+            return (n + m) * terms + own
+        directions = [min(self.basis, terms * self.directions, d) for d in (n, m)]
+        cores = terms * self.directions * sum(directions)
+        return sum(d * (k + terms) for d, k in zip((n, m), directions, strict=True)) + cores + own
+
     def curvature_errors(self) -> dict[str, float]:
         """`own`: how far the quadratics, cut and joined, are off along the watched tasks' own vectors, relative to
         what they were, at the worst of them (of the model; tasks that join may be other ones in each module). `slope`:
@@ -200,10 +207,10 @@ class Optimal(Merge):
 
     def _on_line(self, fold: Fold, pull: float, along: float) -> float:
         """The alpha of `current: line`; both numbers are of the past, on the scale of the task's loss."""
-        assert fold.probe is not None
+        assert fold.trained.probe is not None
         values = []
         for alpha in POINTS:
-            loss = fold.probe.loss({name: self.merge(fold, name, alpha) for name in fold.new})
+            loss = fold.trained.probe.loss({name: self.merge(fold, name, alpha) for name in fold.new})
             values.append(loss + alpha * alpha * along / 2 - alpha * pull)
         if not all(isfinite(value) for value in values):
             raise PmLlmError(f"optimal: the loss between the merged and the trained model is {values}.")
@@ -213,7 +220,7 @@ class Optimal(Merge):
         """The task vector; in factors the pair (B, A) less the one it began as."""
         if self.space == "weights":
             return fold.delta(name)
-        new, began = fold.new[name], fold.running or fold.start
+        new, began = fold.new[name], fold.running or fold.trained.began
         return LowRank(new.B - began[name].B, new.A - began[name].A) if began else new
 
     def _groups(self, names: Iterable[str]) -> dict[str, list[str]]:
@@ -252,8 +259,12 @@ class Optimal(Merge):
         known = next((type(past) for past in self.past.values()), None)
         if known not in (None, next(iter(fisher.modules.values())).past):
             raise PmLlmError(f"the Fisher is {form}, but those of the tasks before were not. Keep to one form.")
-        if space == "factors" and not fold.running and not fold.start and self.fisher_scale in ("own", "measured"):
-            raise PmLlmError(f"optimal: fisher_scale {self.fisher_scale} in factors needs the first task's start=.")
+        first = not fold.running and not fold.trained.began
+        if space == "factors" and first and self.fisher_scale in ("own", "measured"):
+            raise PmLlmError(
+                f"optimal: fisher_scale {self.fisher_scale} in factors needs the first task's adapter as it "
+                "began; give trained=Trained(began=...)."
+            )
         if space == "factors":
             check_coordinates("optimal", fold)
         return fisher

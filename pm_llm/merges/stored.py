@@ -37,6 +37,9 @@ class Stored(Merge):
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
         return from_dense(self.combine(name, [vectors[name].dense() for vectors in self.vectors]))
 
+    def remembers(self, n: int, m: int, r: int, tasks: int, whole: int, form: str | None) -> int:
+        return tasks * (n + m) * r
+
     def state(self) -> dict[str, Tensor]:
         return {
             f"{t}.{side}.{name}": getattr(x, side).contiguous()

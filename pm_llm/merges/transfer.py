@@ -14,7 +14,6 @@ from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank, from_dense
 from pm_llm.errors import PmLlmError, check_number
 from pm_llm.merges.base import Coefficients, Fold, Merge
-from pm_llm.starts.base import Start
 
 
 @dataclass
@@ -39,12 +38,7 @@ class Transfer(Merge):
             raise PmLlmError("transfer: name the adapter to add; `pm-llm vector` makes one of two models.")
         check_number("transfer: scale", self.scale)
 
-    def check(self, start: Start) -> None:
-        if start.needs_last:
-            raise PmLlmError(
-                f"merge transfer needs a start at the merged or the base model, not at the last adapter as it was "
-                f"trained, which lacks the vector. The start is {start.name()!r}."
-            )
+    def ready(self) -> None:
         self._load()
 
     def _load(self) -> Adapter:

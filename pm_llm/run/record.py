@@ -1,15 +1,56 @@
-"""`results.json`: what came out of a finished run."""
+"""What is recorded of a stage when it is committed, and of a run when it is finished (`results.json`)."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.methods import Method
 from pm_llm.run.going_on import changes
+from pm_llm.system.processes import process_state
 from pm_llm.tasks.base import Task
+
+if TYPE_CHECKING:
+    from pm_llm.stage import Stage
+
+
+VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Those of the packages that decide what comes out."""
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
+def stage_record(stage: Stage) -> dict[str, Any]:
+    """What a stage did, when it is merged; its scores are added as they are made."""
+    session, report, fisher = stage.session, stage.session.merger.report, stage.fisher
+    return {
+        "task": stage.task.name,
+        "seed": stage.seed,
+        "config": {key: value for key, value in session.config.plain().items() if key != "output_dir"},
+        "words": session.method.plain(),
+        "versions": versions(),
+        "processes": process_state().num_processes,
+        "coefficient": report.coefficient,
+        "raw_coefficient": report.raw_coefficient,
+        "clipped": report.clipped,
+        "coefficients": report.coefficients,
+        "raw_coefficients": report.raw_coefficients,
+        "truncation_error": report.truncation_error,
+        "rank": report.rank,
+        "curvature": next((log["curvature"] for log in reversed(stage.logs) if "curvature" in log), None),
+        "curvature_errors": report.curvature_errors,
+        "constraint_reports": stage.reports,
+        "losses": fisher.losses if fisher is not None else None,
+        "exact_curvature": fisher.exact if fisher is not None else None,
+        "seconds": {**stage.clock.seconds, "evaluate": 0.0},
+        "peak_memory_bytes": stage.clock.peak_memory,
+        "scores": {},
+    }
 
 
 def gather_results(run: dict[str, Any], method: Method, columns: Mapping[str, Task]) -> dict[str, Any]:

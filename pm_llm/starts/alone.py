@@ -15,8 +15,8 @@ from pm_llm.starts.base import Start, train_further
 class Alone(Start):
     """Train `W0 + Delta` from `Delta = 0`."""
 
-    continues = True
-    on_base = True
+    begins = "base"
+    stands_on = "base"
 
     def prepare(
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from peft import PeftModel
 
 from pm_llm.adapters.adapter import Adapter
-from pm_llm.adapters.live import lora_layers, remove, set_active
+from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
 from pm_llm.config import LoraSection
-from pm_llm.errors import PmLlmError
 from pm_llm.families.models import add_task_adapter
 from pm_llm.methods import STARTS
 
@@ -17,22 +16,23 @@ if TYPE_CHECKING:
     from pm_llm.fisher.rows import ChosenRows
 
 
-RUNNING, TASK = "running", "task"  # the names of the two adapters in a live model
-
-
 class Start:
     """Prepares the model for a task: exactly one trainable adapter, named `TASK`.
 
-    `continues` says whether the trained adapter stands on the base model, or comes on top of the running one (then the
-    running one is active too, frozen, under the name `RUNNING`). `needs_last` says whether it is given the adapter as
-    it was last trained, `last`.
+    `begins` says which function the model has before the task is trained: that of the `merged` adapter, of the one
+    that was trained `last`, or of the `base` model. `stands_on` says what the trained adapter is a change of: the
+    `running` adapter (which is active too, frozen, under the name `RUNNING`), or the `base` model.
     """
 
-    continues = False
-    on_base = False  # whether the adapter begins at the base model, whatever was learned before
+    begins: Literal["merged", "last", "base"] = "merged"
+    stands_on: Literal["running", "base"] = "running"
     keeps_coordinates = False  # whether A and B begin as those that were merged, or trained, last
-    needs_last = False
     offset = False  # whether the trained adapter begins at an update that is not zero, taken back elsewhere
+
+    @property
+    def anew(self) -> bool:
+        """Whether the task's adapter is a new one, on the running one or alone."""
+        return self.stands_on == "running" or self.begins == "base"
 
     def name(self) -> str:
         """What the configuration calls it."""
@@ -55,21 +55,6 @@ class Start:
     def as_live(self, update: Adapter) -> Adapter:
         """The inverse: what must be live in a prepared model for that change."""
         return update
-
-
-def check_fresh(what: str, start: Start, why: str = "it is about an adapter that begins anew") -> None:
-    """Raise PmLlmError unless the task's adapter is a new one, on the running one or alone; `why` it must be."""
-    if start.continues and not start.on_base:
-        raise PmLlmError(f"{what} needs a start that is fresh: {why}. The start is {start.name()!r}.")
-
-
-def check_continues(what: str, start: Start) -> None:
-    """Raise PmLlmError unless one adapter is trained on and on."""
-    if not start.continues or start.on_base:
-        raise PmLlmError(
-            f"{what} needs a start that continues: it compares A and B with what they were. The start is "
-            f"{start.name()!r}."
-        )
 
 
 def train_further(model: PeftModel, adapter: Adapter | None, lora: LoraSection, seq2seq: bool) -> PeftModel:

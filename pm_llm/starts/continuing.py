@@ -15,7 +15,7 @@ from pm_llm.starts.base import Start, train_further
 class Continue(Start):
     """Train `W0 + theta` from `theta = M_{t-1}`, at the running adapter's rank (merges of weights let it grow)."""
 
-    continues = True
+    stands_on = "base"
     keeps_coordinates = True
 
     def prepare(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from peft import PeftModel
 
 from pm_llm.adapters.adapter import Adapter
-from pm_llm.adapters.live import set_active
+from pm_llm.adapters.live import RUNNING, TASK, set_active
 from pm_llm.config import LoraSection
 from pm_llm.families.models import add_task_adapter
-from pm_llm.starts.base import RUNNING, TASK, Start
+from pm_llm.starts.base import Start
 
 
 @dataclass

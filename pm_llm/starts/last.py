@@ -15,9 +15,9 @@ from pm_llm.starts.base import Start, train_further
 class Last(Start):
     """Train `W0 + theta` from `theta = theta*_{t-1}`: plain sequential training, with merging beside it."""
 
-    continues = True
+    begins = "last"
+    stands_on = "base"
     keeps_coordinates = True
-    needs_last = True
 
     def prepare(
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None

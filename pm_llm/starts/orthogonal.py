@@ -8,10 +8,10 @@ import torch
 from peft import PeftModel
 
 from pm_llm.adapters.adapter import Adapter, check_rank
-from pm_llm.adapters.live import lora_layers
+from pm_llm.adapters.live import TASK, lora_layers
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import LoraSection
-from pm_llm.starts.base import TASK, Start, train_further
+from pm_llm.starts.base import Start, train_further
 
 
 @dataclass
@@ -22,8 +22,8 @@ class Orthogonal(Start):
     into B; here, as written, it does not, so the new task begins at another function than the last one ended at).
     """
 
-    continues = True
-    needs_last = True
+    begins = "last"
+    stands_on = "base"
 
     def prepare(
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None

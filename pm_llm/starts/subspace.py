@@ -14,7 +14,7 @@ from peft.tuners.lora.config import CordaConfig
 from transformers.pytorch_utils import Conv1D
 
 from pm_llm.adapters.adapter import Adapter, check_rank
-from pm_llm.adapters.live import lora_layers, set_active
+from pm_llm.adapters.live import RUNNING, TASK, lora_layers, set_active
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.bases import leading
 from pm_llm.algebra.lowrank import LowRank
@@ -23,7 +23,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.families.models import add_task_adapter
 from pm_llm.fisher.inputs import pass_rows, second_moments
 from pm_llm.fisher.rows import ChosenRows
-from pm_llm.starts.base import RUNNING, TASK, Start
+from pm_llm.starts.base import Start
 from pm_llm.system.processes import total
 
 INITS = ("pissa", "olora", "corda", "eva")  # PEFT's names; all but the last begin with an update that is not zero

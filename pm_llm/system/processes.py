@@ -8,12 +8,16 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 from torch import Tensor
+
+from pm_llm.errors import PmLlmError
 
 RESET_PEAK = Path("/proc/self/clear_refs")  # on Linux
 
@@ -27,6 +31,25 @@ def total(x: Tensor) -> Tensor:
     """The sum over all processes, on this one's device; with one process `x` itself."""
     state = process_state()
     return reduce(x.to(state.device), "sum") if state.num_processes > 1 else x
+
+
+def on_main(action: Callable[[], Any]) -> Any:
+    """What `action` gives on the main process, on every process; if it fails there, all stop with that error."""
+    box: list[Any] = [None, None]
+    state = process_state()
+    failed: BaseException | None = None
+    if state.is_main_process:
+        try:
+            box[1] = action()
+        except Exception as error:
+            failed, box[0] = error, str(error)
+    if state.num_processes > 1:
+        broadcast_object_list(box)
+    if failed is not None:
+        raise failed
+    if box[0] is not None:
+        raise PmLlmError(box[0])
+    return box[1]
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -1,0 +1,350 @@
+"""One task's way: start, prepare, train, measure, merge, commit, evaluate.
+
+A run goes it for every task. It is gone again without training where a finished task's curvature has to be remembered
+once more (:meth:`Stage.replay`), and on whole models after training where that shared the model out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import set_seed
+
+from pm_llm.adapters.adapter import Adapter
+from pm_llm.adapters.in_base import folded
+from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
+from pm_llm.config import RunConfig
+from pm_llm.constraints.base import Constraint, Context, Live, Row
+from pm_llm.evaluation.answering import Generate, answer_task
+from pm_llm.evaluation.generate import generate
+from pm_llm.evaluation.matrix import asked_for
+from pm_llm.families.models import Base, load_base
+from pm_llm.fisher.base import Fisher
+from pm_llm.fisher.probe import Probe
+from pm_llm.fisher.rows import ChosenRows
+from pm_llm.merges.base import Fold, Trained
+from pm_llm.merges.merger import Merger
+from pm_llm.methods import Method
+from pm_llm.run.folder import ADAPTER, LOG, MEMORY, TASK_ADAPTER, RunDir, jsonl
+from pm_llm.run.going_on import stage_key
+from pm_llm.run.record import stage_record
+from pm_llm.starts.base import Start
+from pm_llm.system.mapped import Zeros
+from pm_llm.system.processes import Clock, on_main, process_state, total
+from pm_llm.system.progress import say
+from pm_llm.system.sharding import is_sharded
+from pm_llm.tasks.base import Task
+from pm_llm.tasks.encoding import Encoder
+from pm_llm.training.checkpoints import Checkpoints
+from pm_llm.training.one_task import train
+from pm_llm.training.rehearsal import rehearse
+from pm_llm.training.stopping import Stopping
+
+
+class Watcher:
+    """Looks on while a run goes its way; what it does not fill does nothing."""
+
+    def loaded(self, session: Session) -> None:
+        """The base model has been loaded; no adapter is in it yet."""
+
+    @contextmanager
+    def training(self, stage: Stage) -> Iterator[None]:
+        """A context in which a task is trained."""
+        yield
+
+    def measured(self, stage: Stage) -> None:
+        """A task is trained and measured, and not merged yet."""
+
+
+@dataclass
+class Session:
+    """What a run has at hand from stage to stage.
+
+    `running` is the merged adapter, `last` the one that was trained last (where the start needs it), `memories` what
+    each constraint remembers, `rows` the digests of the tasks' training rows, `generate` what answers prompts.
+    """
+
+    config: RunConfig
+    method: Method
+    run_dir: RunDir
+    tasks: Sequence[Task]
+    columns: dict[str, Task]
+    encoders: dict[str, Encoder]
+    rows: Sequence[str]
+    merger: Merger
+    zeros: Zeros
+    stopping: Stopping
+    watchers: Sequence[Watcher] = ()
+    running: Adapter | None = None
+    last: Adapter | None = None
+    memories: list[dict[str, Tensor]] = field(default_factory=list)
+    generate: Generate = generate
+    start: Start = field(init=False)
+    base: Base = field(init=False)
+    model: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.method.start.build("start")
+        self.load()
+
+    def load(self) -> None:
+        """The base model, anew."""
+        self.base = load_base(self.config.model, self.config.dtype, self.config.load_in_4bit)
+        self.model = self.base.model
+        for watcher in self.watchers:
+            watcher.loaded(self)
+
+    def prepare(self) -> None:
+        """Put the next task's adapter into the model, as the start wants it."""
+        self.model = self.start.prepare(self.model, self.running, self.config.lora, self.base.seq2seq, self.last)
+
+    def activate(self, merged: Adapter) -> None:
+        """Make an adapter the running one: alone active, and frozen."""
+        self.running = merged
+        merged.attach(self.model, RUNNING)
+        remove(self.model, TASK)
+        set_active(self.model, [RUNNING], trainable=None)
+
+    def constraints(self) -> list[Constraint]:
+        """The method's constraints with what they remember of past tasks."""
+        constraints = [choice.build("constrain") for choice in self.method.constrain]
+        for constraint, memory in zip(constraints, self.memories, strict=False):
+            if memory:
+                constraint.load_memory(memory)
+        return constraints
+
+    def evaluate(self, stage: int, scores: dict[str, Any]) -> None:
+        """Score and commit what stage `stage` (from 0; -1: the untrained model) is to be scored on and is not yet."""
+        names = [task.name for task in self.tasks]
+        wanted = asked_for(self.config.evaluate, names, list(self.columns), stage)
+        for name in [name for name in wanted if name not in scores]:
+            clock = Clock(process_state().device)
+            found = answer_task(
+                self.model, self.encoders[name], self.columns[name], self.config.evaluation, self.generate
+            )
+            clock.stop("evaluate")
+            took, memory = clock.seconds["evaluate"], clock.peak_memory["evaluate"]
+            score = found.score()
+            on_main(partial(self.run_dir.commit_score, stage, name, score, found.lines(), took, memory))
+            scores[name] = {"score": score}
+
+
+class Stage:
+    """The way of one task.
+
+    Args:
+        session: What the run has at hand; its running adapter is the next one when the way is gone.
+        number: Of the task, from 1.
+    """
+
+    def __init__(self, session: Session, number: int) -> None:
+        self.session, self.number, self.task = session, number, session.tasks[number - 1]
+        self.seed = session.config.seed_of(number)
+        self.began_at = time.monotonic()
+        self.clock = Clock(process_state().device)
+        self.rows = self._features()
+        self.chosen = ChosenRows(self.task.name, self.rows, session.config.fisher, self.seed, session.base.tokenizer)
+        self.began: Adapter | None = None  # the first task's adapter as it began
+        self.constraints: list[Constraint] = []
+        self.loss_before: float | None = None
+        self.logs: list[dict[str, Any]] = []
+        self.reports: dict[str, float] = {}
+        self.new: Adapter  # as it was trained
+        self.fisher: Fisher | None = None
+        self.merged: Adapter
+
+    def run(self) -> dict[str, Any]:
+        """Train the task, merge it, commit and score it; returns the stage's record."""
+        self.start()
+        if self.number == 1:
+            rehearse(self.session, self.rows, self.constraints)
+        self.session.start.look(self.session.model, self.chosen)
+        with self._folded():
+            self.prepare()
+            self.train()
+            self.measure()
+        self.clock.stop("prepare")
+        self.merge()
+        record = self.commit()
+        self.session.evaluate(self.number - 1, record["scores"])
+        say(_line(self, len(self.session.tasks), record))
+        return record
+
+    def replay(self, new: Adapter) -> None:
+        """Go the way of a finished task again, with its adapter in place of training: its Fisher and its fold."""
+        self.start()
+        self.new = new
+        with self._folded():
+            self._measure_before()
+            self._put_back()
+            self.fisher = self._fisher()
+        self.merge()
+
+    # ---- the steps ----
+    def start(self) -> None:
+        """The task's adapter in the model, at its beginning."""
+        set_seed(self.seed)
+        self.session.prepare()
+        if self.session.running is None:
+            self.began = Adapter.from_model(self.session.model, TASK)
+        self.constraints = self.session.constraints()
+
+    def prepare(self) -> None:
+        """Constraints are told their task; what the merge must know from before training is measured."""
+        self._context = self._new_context()
+        for constraint in self.constraints:
+            constraint.prepare(self._context)
+        self.clock.stop("prepare")
+        self._measure_before()
+        self.clock.stop("fisher")
+
+    def train(self) -> None:
+        """Training, and the trained adapter as what it changes in the model it began at."""
+        with ExitStack() as stack:
+            for watcher in self.session.watchers:
+                stack.enter_context(watcher.training(self))
+            self._train()
+        session = self.session
+        self.new = session.start.as_update(Adapter.from_model(session.model, TASK))
+        if is_sharded(session.model):  # what follows runs on whole models, each process with its share of the rows
+            session.load()
+            session.prepare()
+            self._put_back()
+
+    def _train(self) -> None:
+        session, context = self.session, self._context
+        key = stage_key(session.config, self.number, session.rows[self.number - 1], process_state().num_processes)
+        checkpoints = Checkpoints(session.run_dir.work(self.number, self.task.name), key)
+        rows, steps = context.rows, session.config.train.max_steps
+        for constraint in self.constraints:
+            rows, steps = constraint.rows(rows, context), constraint.steps(steps, context)
+        self.logs = train(
+            session.model,
+            session.base,
+            session.config,
+            Dataset.from_list(rows),
+            steps,
+            label=self.task.name,
+            seed=self.seed,
+            constraints=self.constraints,
+            checkpoints=checkpoints,
+            stopping=session.stopping,
+        )
+        for constraint in self.constraints:
+            self.reports |= constraint.finish(context)
+        self.clock.stop("train")
+        self.clock.seconds["train"] = checkpoints.elapsed()  # in all processes that had a part in it
+
+    def measure(self) -> None:
+        """The Fisher, and what constraints remember of the task."""
+        self.fisher = self._fisher()
+        for watcher in self.session.watchers:
+            watcher.measured(self)
+        context = replace(self._new_context(), new=self.new.factors)
+        forms = {one.needs.fisher for one in self.constraints if one.needs.fisher}
+        found = {form: self.chosen.fisher(self.session.model, form, zeros=self.session.zeros) for form in forms}
+        for constraint in self.constraints:
+            constraint.remember(replace(context, fisher=found.get(constraint.needs.fisher or "")))
+        self.session.memories = [constraint.memory() for constraint in self.constraints]
+        self.clock.stop("fisher")
+
+    def merge(self) -> None:
+        """The trained adapter joins the running one, which is then alone in the model."""
+        session = self.session
+        probe = Probe(session.model, TASK, self.new, self.chosen)
+        self.merged = session.merger.fold(session.running, self.new, self.fisher, replace(self.trained(), probe=probe))
+        session.activate(self.merged)
+        session.last = self.new if session.start.begins == "last" else None
+        self.clock.stop("merge")
+
+    def commit(self) -> dict[str, Any]:
+        """The stage becomes part of the run."""
+        session, record = self.session, stage_record(self)
+
+        def fill(folder: Path) -> None:
+            self.merged.save(folder / ADAPTER)
+            self.new.save(folder / TASK_ADAPTER)
+            (folder / LOG).write_bytes(jsonl(self.logs))
+            memory = {f"{i}.{key}": x.contiguous() for i, one in enumerate(session.memories) for key, x in one.items()}
+            if memory:
+                save_file(memory, folder / MEMORY)
+
+        on_main(lambda: session.run_dir.commit_stage(self.number, record, fill, session.merger.state()))
+        return record
+
+    # ---- what the steps stand on ----
+    def trained(self) -> Trained:
+        """How the task's adapter was trained, for the merge."""
+        start, began = self.session.start, self.began
+        return Trained(start.stands_on, start.begins, began.factors if began is not None else {})
+
+    def measured_as(self, merger: Merger, chosen: ChosenRows) -> Fisher | None:
+        """The task's Fisher as a merger needs it, if it needs one, on some of the task's rows."""
+        rule, direction, session = merger.rule, None, self.session
+        form = rule.needs.form(session.config.fisher.form)
+        if form is None:
+            return None
+        if rule.needs.direction:
+            past = session.running.factors if session.running is not None else {}
+            direction = rule.direction(Fold(merger.tasks + 1, past, self.new.factors, trained=self.trained()))
+        return chosen.fisher(session.model, form, direction, self.loss_before, session.zeros)
+
+    def _fisher(self) -> Fisher | None:
+        return self.measured_as(self.session.merger, self.chosen)
+
+    def _measure_before(self) -> None:
+        if self.session.merger.rule.needs.losses:
+            self.loss_before = self.chosen.loss(self.session.model)
+
+    def _put_back(self) -> None:
+        """The model, prepared for the task, as it was right after that was trained."""
+        model = self.session.model
+        active = list(model.active_adapters)
+        self.session.start.as_live(self.new).attach(model, TASK)
+        set_active(model, active, trainable=TASK)
+
+    def _folded(self) -> Any:
+        """The running adapter in the base weights, where that can be."""
+        config = self.session.config
+        sharded = {"deepspeed", "fsdp"} & config.train.extra.keys()
+        return folded(self.session.model, "never" if sharded else config.fold_running)
+
+    def _new_context(self) -> Context:
+        session = self.session
+        return Context(
+            self.number,
+            session.running.factors if session.running is not None else {},
+            session.merger.rule,
+            Live(lora_layers(session.model), TASK, total, session.base.seq2seq),
+            session.model,
+            self.chosen,
+            self.rows,
+            seed=self.seed,
+        )
+
+    def _features(self) -> list[Row]:
+        encoders = self.session.encoders
+        rows = encoders[self.task.name].features(self.task.train)
+        for name, foreign in self.task.foreign:
+            rows += encoders[name].features(foreign)
+        return rows
+
+
+def _line(stage: Stage, tasks: int, record: dict[str, Any]) -> str:
+    scores = " ".join(f"{name} {found['score']:.1f}" for name, found in record["scores"].items()) or "(not scored)"
+    clipped = f" (raw {record['raw_coefficient']:.3f})" if record["clipped"] else ""
+    reports = "".join(f", {key} {x:.1e}" for key, x in record["constraint_reports"].items())
+    return (
+        f"[{stage.number}/{tasks}] {record['task']}: coefficient {record['coefficient']:.3f}{clipped}, rank "
+        f"{record['rank']}, truncation error {record['truncation_error']:.1e}{reports} | {scores} | "
+        f"{time.monotonic() - stage.began_at:.0f} s"
+    )

@@ -1,0 +1,68 @@
+"""What comes after training, on a row each before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pm_llm.config import FisherSection
+from pm_llm.constraints.base import Constraint, Row
+from pm_llm.errors import PmLlmError, first_line
+from pm_llm.evaluation.answering import answer_task
+from pm_llm.fisher.rows import ChosenRows
+from pm_llm.system.processes import process_state
+from pm_llm.tasks.base import Task
+from pm_llm.tasks.encoding import Encoder
+
+if TYPE_CHECKING:
+    from pm_llm.stage import Session
+
+
+def rehearse(session: Session, rows: list[Row], constraints: Sequence[Constraint]) -> None:
+    """What comes after training, on a row each before it: models that cannot be measured or scored are known then.
+
+    Raises:
+        PmLlmError: If something fails.
+    """
+    longest = max(rows, key=lambda row: len(row["input_ids"]))
+    fishers = FisherSection(samples=1, batch_size=1)
+    what = "trained on its longest row"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            one = ChosenRows(
+                "rehearsal", [longest] * process_state().num_processes, fishers, 0, session.base.tokenizer
+            )
+            one.loss(session.model)
+            if session.merger.rule.needs.fisher or any(c.needs.fisher for c in constraints):
+                what = "measured (its Fisher)"
+                one.fisher(session.model, "factored")
+            what = "scored"
+            for task, encoder in _one_of_each_kind(session):
+                row = max(task.test, key=lambda row: len(encoder.prompt(row)))
+                first = encoder if encoder.seq2seq else replace(encoder, max_length=encoder.prompt_budget + 1)
+                answer_task(
+                    session.model,
+                    replace(first, max_new_tokens=1),
+                    replace(task, test=[row]),
+                    session.config.evaluation,
+                )
+    except PmLlmError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise PmLlmError(
+            f"{session.config.model!r} cannot be {what}: {type(error).__name__}: {first_line(error)}. Nothing was "
+            "trained. Is max_length beyond what the model takes, or target_modules more than its linear layers "
+            "with (batch, tokens, width) inputs?"
+        ) from error
+
+
+def _one_of_each_kind(session: Session) -> list[tuple[Task, Encoder]]:
+    """Tasks that are scored in unlike ways, one of each."""
+    found: dict[tuple[Any, ...], str] = {}
+    for name, task in session.columns.items():
+        labels = bool(task.labels) and session.config.evaluation.mode == "labels"
+        found.setdefault((task.scorer == "perplexity", labels, bool(task.test[0].messages)), name)
+    return [(session.columns[name], session.encoders[name]) for name in found.values()]
