@@ -39,11 +39,10 @@ def plain(model: Any, encoder: Encoder, rows: list[Example], batch_size: int = 3
     answers = []
     for at in range(0, len(rows), batch_size):
         prompts = [encoder.prompt(row) for row in rows[at : at + batch_size]]
-        side = "right" if encoder.seq2seq else "left"
+        side = encoder.family.padding_side
         inputs = encoder.tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
-        start = 0 if encoder.seq2seq else inputs["input_ids"].shape[1]
-        for ids in output[:, start:].tolist():
+        for ids in encoder.family.new_tokens(output, inputs).tolist():
             end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
             answers.append(encoder.tokenizer.decode(ids[:end], skip_special_tokens=True).strip())
     return answers
@@ -80,7 +79,7 @@ def main() -> None:
     if given.adapter:
         model = PeftModel.from_pretrained(model, given.adapter)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    encoder = Encoder(base.tokenizer, base.seq2seq, given.max_length, NEW_TOKENS)
+    encoder = Encoder(base.tokenizer, base.family, given.max_length, NEW_TOKENS)
 
     def label(task: Task, examples: list[Example]) -> list[str]:
         return choose_labels(model, encoder, examples, task.labels, given.batch_size)

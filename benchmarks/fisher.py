@@ -54,21 +54,21 @@ def model_and_rows(name: str, given: Any) -> tuple[Any, list[dict[str, Any]]]:
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration
 
     from pm_llm.adapters.adapter import Adapter
-    from pm_llm.adapters.live import set_active
+    from pm_llm.adapters.live import RUNNING, TASK, set_active
     from pm_llm.config import LoraSection
+    from pm_llm.families.base import family
     from pm_llm.families.models import EMBEDDED, load_base
-    from pm_llm.starts.base import RUNNING, TASK
     from pm_llm.starts.fresh import Fresh
     from pm_llm.tasks.benchmarks.embedded import make_task
     from pm_llm.tasks.encoding import Encoder
 
     if name == "t5:60m":
         base = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0)).to(getattr(torch, given.dtype))
-        tokenizer, seq2seq = AutoTokenizer.from_pretrained(EMBEDDED / "t5"), True
+        tokenizer, kind = AutoTokenizer.from_pretrained(EMBEDDED / "t5"), family("encoder_decoder")
     else:
         loaded = load_base(name, given.dtype)
-        base, tokenizer, seq2seq = loaded.model, loaded.tokenizer, loaded.seq2seq
-    model: Any = Fresh().prepare(base, None, LoraSection(r=8), seq2seq)
+        base, tokenizer, kind = loaded.model, loaded.tokenizer, loaded.family
+    model: Any = Fresh().prepare(base, None, LoraSection(r=8), kind)
     Adapter.from_model(model, TASK).attach(model, RUNNING)
     set_active(model, [RUNNING, TASK], trainable=TASK)
     torch.manual_seed(0)
@@ -76,10 +76,10 @@ def model_and_rows(name: str, given: Any) -> tuple[Any, list[dict[str, Any]]]:
         rows = []
         for _ in range(given.rows):
             ids = torch.randint(5, model.config.vocab_size, (given.tokens,)).tolist()
-            labels = ids[:4] if seq2seq else [-100] * (given.tokens - 4) + ids[-4:]
-            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+            row = kind.row(ids, ids[:4]) if name == "t5:60m" else kind.row(ids[:-4], ids[-4:])
+            rows.append({**row, "attention_mask": [1] * len(ids)})
     else:
-        rows = Encoder(tokenizer, seq2seq, 128, 8).features(make_task("question", given.rows, 1).train)
+        rows = Encoder(tokenizer, kind, 128, 8).features(make_task("question", given.rows, 1).train)
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     collate, device = DataCollatorForSeq2Seq(tokenizer, model), next(model.parameters()).device
     return model, [collate(rows[i : i + given.batch]).to(device) for i in range(0, len(rows), given.batch)]
@@ -99,8 +99,8 @@ def main() -> None:
     import torch
 
     from pm_llm.adapters.adapter import Adapter
+    from pm_llm.adapters.live import TASK
     from pm_llm.fisher.measure import answer_loss, sum_fisher
-    from pm_llm.starts.base import TASK
 
     rows: list[dict[str, Any]] = []
     for name in given.model:

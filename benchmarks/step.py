@@ -52,18 +52,17 @@ def main() -> None:
     from pm_llm import ContinualSFTTrainer, Perturb
     from pm_llm.adapters.adapter import Adapter
     from pm_llm.adapters.in_base import folded, why_not
-    from pm_llm.adapters.live import set_active
+    from pm_llm.adapters.live import RUNNING, TASK, set_active
     from pm_llm.algebra.lowrank import LowRank
     from pm_llm.config import LoraSection
     from pm_llm.constraints.base import Context
     from pm_llm.constraints.curvature import Curvature
     from pm_llm.families.models import load_base
-    from pm_llm.starts.base import RUNNING, TASK
     from pm_llm.starts.fresh import Fresh
     from pm_llm.system.processes import Clock
 
     base = load_base(given.model, given.dtype, given.load_in_4bit)
-    model: Any = Fresh().prepare(base.model, None, LoraSection(r=RANK), base.seq2seq)
+    model: Any = Fresh().prepare(base.model, None, LoraSection(r=RANK), base.family)
     task = Adapter.from_model(model, TASK)
     torch.manual_seed(0)
     running = task.replace_factors(
@@ -83,7 +82,7 @@ def main() -> None:
         """Of the folded and the two-adapter model in this type, against float32."""
         if given.load_in_4bit:
             return {}
-        exact: Any = Fresh().prepare(load_base(given.model).model, running, LoraSection(r=RANK), base.seq2seq)
+        exact: Any = Fresh().prepare(load_base(given.model).model, running, LoraSection(r=RANK), base.family)
         task.attach(exact, TASK)
         set_active(exact, [RUNNING, TASK], trainable=TASK)
         found = {}

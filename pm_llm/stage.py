@@ -105,7 +105,7 @@ class Session:
 
     def prepare(self) -> None:
         """Put the next task's adapter into the model, as the start wants it."""
-        self.model = self.start.prepare(self.model, self.running, self.config.lora, self.base.seq2seq, self.last)
+        self.model = self.start.prepare(self.model, self.running, self.config.lora, self.base.family, self.last)
 
     def activate(self, merged: Adapter) -> None:
         """Make an adapter the running one: alone active, and frozen."""
@@ -324,7 +324,7 @@ class Stage:
             self.number,
             session.running.factors if session.running is not None else {},
             session.merger.rule,
-            Live(lora_layers(session.model), TASK, total, session.base.seq2seq),
+            Live(lora_layers(session.model), TASK, total, session.base.family),
             session.model,
             self.chosen,
             self.rows,

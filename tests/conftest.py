@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from pm_llm.families import base as families
 from pm_llm.families.models import EMBEDDED
 from pm_llm.tasks.base import Task
 from pm_llm.tasks.benchmarks.embedded import make_task
@@ -28,6 +29,8 @@ from tests.forks import ROOT, Forker
 
 SHARED = ROOT.parent / "shared"
 FAMILIES = ("llama", "t5")
+DECODER = families.family("decoder")
+KINDS = {"llama": DECODER, "t5": families.family("encoder_decoder")}
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # on AMD's sums depend on where in memory numbers lie
 torch.set_num_threads(1)
@@ -93,7 +96,7 @@ def make_peft(family: str, name: str = "default", seed: int = 0, random_b: bool 
             "lora_alpha": 8,
             "target_modules": targets(family),
             "init_lora_weights": not random_b,
-            "task_type": "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM",
+            "task_type": KINDS[family].task_type,
             **options,
         }
     )
@@ -106,7 +109,7 @@ def tokenizer(family: str):
 
 def features(family: str, rows: int = 16, task: str = "sentiment") -> list[dict[str, list[int]]]:
     """Encoded training rows of an embedded task."""
-    encoder = Encoder(tokenizer(family), family == "t5", 64, 6)
+    encoder = Encoder(tokenizer(family), KINDS[family], 64, 6)
     return encoder.features(make_task(task, rows, 1).train)
 
 

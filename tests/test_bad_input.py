@@ -30,7 +30,7 @@ from pm_llm.sequence import ContinualSequence
 from pm_llm.stage import Watcher
 from pm_llm.tasks.base import Example, Task, checked
 from pm_llm.training.arguments import training_arguments
-from tests.conftest import ROOT, make_peft, pm_llm, small_tasks
+from tests.conftest import DECODER, ROOT, make_peft, pm_llm, small_tasks
 
 
 @pytest.fixture
@@ -115,12 +115,12 @@ def test_numbers_with_an_exponent_in_extra(tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     kwargs = "{min_lr: 2e-5, mode: 1e-6b}"
     path.write_text(f"train: {{extra: {{adam_epsilon: 1e-6, lr_scheduler_kwargs: {kwargs}, run_name: 1e5}}}}\n")
-    arguments = training_arguments(load_config(path), False, tmp_path, 0)
+    arguments = training_arguments(load_config(path), DECODER, tmp_path, 0)
     assert arguments.adam_epsilon == 1e-6
     assert arguments.lr_scheduler_kwargs == {"min_lr": 2e-5, "mode": "1e-6b"}
     assert arguments.run_name == "1e5"
     path.write_text("train: {extra: {fsdp: true}}\n")  # as transformers asks for it, which annotates a text
-    assert training_arguments(load_config(path), False, tmp_path, 0).fsdp
+    assert training_arguments(load_config(path), DECODER, tmp_path, 0).fsdp
 
 
 def test_extra_settings_that_do_not_go_together(run, tmp_path) -> None:
@@ -133,11 +133,11 @@ def test_extra_settings_that_do_not_go_together(run, tmp_path) -> None:
     config = RunConfig()
     config.train.learning_rate, config.train.lr_scheduler_type = 0.5, "polynomial"
     config.train.extra = {"lr_scheduler_kwargs": {"lr_end": 0.2}}
-    assert training_arguments(config, False, tmp_path, 0).lr_scheduler_kwargs == {"lr_end": 0.2}
+    assert training_arguments(config, DECODER, tmp_path, 0).lr_scheduler_kwargs == {"lr_end": 0.2}
     for wrong in ({"lr_end": 0.6}, {"power": "two"}):
         config.train.extra = {"lr_scheduler_kwargs": wrong}
         with pytest.raises(PmLlmError, match="train: polynomial: "):
-            training_arguments(config, False, tmp_path, 0)
+            training_arguments(config, DECODER, tmp_path, 0)
 
 
 @pytest.mark.parametrize("key", ["completion_only_loss", "pad_to_multiple_of", "eos_token", "chat_template_path"])
@@ -145,7 +145,7 @@ def test_fields_of_rows_that_are_made_here_are_refused(key: str, tmp_path) -> No
     config = RunConfig()
     config.train.extra = {key: 1}
     with pytest.raises(PmLlmError, match=f"sets {key}, which a run must decide itself"):
-        training_arguments(config, False, tmp_path, 0)
+        training_arguments(config, DECODER, tmp_path, 0)
 
 
 def test_texts_that_yaml_stumbles_over(tmp_path) -> None:

@@ -29,7 +29,7 @@ from pm_llm.report.data import difference, open_run
 from pm_llm.report.tables import compare
 from pm_llm.tasks.base import Example
 from pm_llm.tasks.encoding import Encoder
-from tests.conftest import FAMILIES, ROOT, batch_of, features, make_model, make_peft, targets
+from tests.conftest import DECODER, FAMILIES, ROOT, batch_of, features, make_model, make_peft, targets
 
 
 @pytest.mark.slow
@@ -430,7 +430,7 @@ def test_checked_guesses_are_what_the_model_generates(monkeypatch) -> None:
     adapted = get_peft_model(model, config)
     answers = ["joy", "sad news", "a b c d e f g"]
     rows = [Example("a film about rain " * (i % 4 + 1) + str(i), answers[i % 3]) for i in range(12)]
-    encoder = Encoder(tokenizer, False, 96, 4)
+    encoder = Encoder(tokenizer, DECODER, 96, 4)
     expected = generate(adapted, encoder, rows, 4)
     assert len(set(expected)) > 1
     assert guesses.generate(adapted, encoder, rows, 4) == expected

@@ -13,7 +13,7 @@ from pm_llm.tasks.base import Example
 from pm_llm.tasks.chat_template import problem_of
 from pm_llm.tasks.encoding import Encoder, encoders_for
 from pm_llm.tasks.loading import load_tasks
-from tests.conftest import tokenizer
+from tests.conftest import DECODER, tokenizer
 
 PLAIN = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
 PLAIN += "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -42,7 +42,7 @@ def test_tools_and_calls_reach_the_template_or_the_row_is_refused(tmp_path) -> N
     t = tokenizer("llama")
     t.chat_template = TOOLS
     assert problem_of(t, row) is None
-    prompt = t.decode(Encoder(t, False, 400, 8).prompt(row))
+    prompt = t.decode(Encoder(t, DECODER, 400, 8).prompt(row))
     assert prompt.startswith("tools : [")
     assert "<assistant>  call weather<tool> sunny<assistant> " in prompt
     t.chat_template = PLAIN
@@ -136,9 +136,9 @@ def test_what_of_a_turn_cannot_be_used_is_named(turns: list, said: str, tmp_path
 def test_what_was_said_before_stands_in_the_prompt_where_there_is_no_template(tmp_path) -> None:
     row = rows_of(tmp_path, {"instruction": "r", "output": "a", "system": "s", "history": [["q", "b"]]})[0]
     t = tokenizer("llama")
-    assert t.decode(Encoder(t, False, 64, 8).prompt(row), skip_special_tokens=True) == "s\n\nq\n\nb\n\nr"
+    assert t.decode(Encoder(t, DECODER, 64, 8).prompt(row), skip_special_tokens=True) == "s\n\nq\n\nb\n\nr"
     t.chat_template = PLAIN
-    assert t.decode(Encoder(t, False, 64, 8).prompt(row)).startswith("<system> s\n<user> q\n<assistant> b\n")
+    assert t.decode(Encoder(t, DECODER, 64, 8).prompt(row)).startswith("<system> s\n<user> q\n<assistant> b\n")
 
 
 def test_thoughts_that_the_generation_prompt_opens_are_closed_once() -> None:
@@ -148,7 +148,7 @@ def test_thoughts_that_the_generation_prompt_opens_are_closed_once() -> None:
         "{% for m in messages %}<{{ m.role }}> {{ m.content.split('</think>')[-1] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<assistant> <think>\n{% endif %}"
     )
-    encoder = Encoder(t, False, 96, 40)
+    encoder = Encoder(t, DECODER, 96, 40)
     for answer, between, said in (
         ("fish", "\n</think>\n\n", "fish</s>"),
         ("<think>\nthe cat\n</think>\nfish", "", "the cat\n</think>\nfish</s>"),
@@ -161,7 +161,7 @@ def test_thoughts_that_the_generation_prompt_opens_are_closed_once() -> None:
 def test_an_end_mark_that_is_no_token_is_not_part_of_what_was_said() -> None:
     t = tokenizer("llama")
     t.chat_template = PLAIN.replace("{{ m.content }}\n", "{{ m.content }}<|im_end|>\n")
-    encoder, row = Encoder(t, False, 96, 24), Example("", "fish", messages=(USER,))
+    encoder, row = Encoder(t, DECODER, 96, 24), Example("", "fish", messages=(USER,))
     ids = encoder.answer(row)
     assert t.decode(ids) == "fish<|im_end|></s>"
     assert encoder.said(row, encoder.prompt(row), ids) == "fish"

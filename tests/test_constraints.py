@@ -17,7 +17,7 @@ from pm_llm.constraints.ewc import Ewc
 from pm_llm.constraints.gaussian import Gaussian
 from pm_llm.constraints.l2 import L2
 from pm_llm.constraints.lori import Lori
-from pm_llm.constraints.migu import Migu, tokens
+from pm_llm.constraints.migu import Migu
 from pm_llm.constraints.orthogonal import Orthogonal
 from pm_llm.constraints.refresh import Refresh
 from pm_llm.constraints.replay import Replay
@@ -27,7 +27,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.of_factors import Factors
 from pm_llm.methods import CONSTRAINTS, Choice
-from tests.conftest import FAMILIES, make_model, make_peft
+from tests.conftest import DECODER, FAMILIES, KINDS, make_model, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
 from tests.invariants.test_step import assert_same
 
@@ -326,9 +326,9 @@ def test_padding_beside_a_head_that_is_adapted() -> None:
     """Its inputs are the decoder's."""
     batch = {"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([[5, -100]])}
     for name, expected in (("lm_head", [1, 0]), ("encoder.block.0.q", [1, 1, 0]), ("decoder.block.0.q", [1, 0])):
-        assert tokens(name, batch, True).int().tolist() == [expected]
-    assert tokens("decoder.block.0.EncDecAttention.k", batch, True).int().tolist() == [[1, 1, 0]]
-    assert tokens("lm_head", batch, False).int().tolist() == [[1, 1, 0]]
+        assert KINDS["t5"].tokens(name, batch).int().tolist() == [expected]
+    assert KINDS["t5"].tokens("decoder.block.0.EncDecAttention.k", batch).int().tolist() == [[1, 1, 0]]
+    assert DECODER.tokens("lm_head", batch).int().tolist() == [[1, 1, 0]]
 
 
 @pytest.mark.parametrize(("calibration", "steps"), [(0.9, 5), (0.25, 2), (0.0, 2)])

@@ -17,7 +17,7 @@ from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.encoding import Encoder, encoder_for, encoders_for, longest_answer
 from pm_llm.tasks.loading import load_tasks
 from pm_llm.tasks.order import blurred
-from tests.conftest import FAMILIES, tokenizer
+from tests.conftest import DECODER, FAMILIES, KINDS, tokenizer
 from tests.test_tasks import user_tasks, write
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
@@ -35,7 +35,7 @@ def test_chat_goes_through_the_template_with_loss_on_the_answer(family: str, tmp
     (task,) = user_tasks(str(tmp_path / "chat.jsonl"))
     row = task.train[0]
     t = tokenizer(family)
-    encoder = Encoder(t, family == "t5", 64, 8)
+    encoder = Encoder(t, KINDS[family], 64, 8)
     with pytest.raises(PmLlmError, match="no chat template"):
         encoder.prompt(row)
     t.chat_template = TEMPLATE
@@ -45,7 +45,7 @@ def test_chat_goes_through_the_template_with_loss_on_the_answer(family: str, tmp
     (features,) = encoder.features([row])
     loss_on = [i for i in features["labels"] if i != -100]
     assert t.decode(loss_on) == "fish</s>"
-    short = Encoder(t, family == "t5", 30 if family == "t5" else 38, 8)
+    short = Encoder(t, KINDS[family], 30 if family == "t5" else 38, 8)
     assert t.decode(short.prompt(row)).endswith("<assistant> ")
     assert len(short.prompt(row)) <= 30
 
@@ -59,7 +59,7 @@ def test_what_a_template_puts_before_an_answer_is_no_part_of_it() -> None:
         "{% if add_generation_prompt %}<assistant> {% endif %}"
     )
     turns = ({"role": "user", "content": "what does the cat eat ?"},)
-    encoder = Encoder(t, False, 96, 24)
+    encoder = Encoder(t, DECODER, 96, 24)
     for answer, between in (("fish", "<think>\n\n</think>\n\n"), ("so : fish", "")):
         row = Example("", answer, messages=turns)
         assert t.decode(encoder.prompt(row)) == "<user> what does the cat eat ?\n<assistant> " + between
@@ -73,7 +73,7 @@ def test_what_a_template_puts_before_an_answer_is_no_part_of_it() -> None:
 def test_the_answer_frame_survives(family: str, length: int) -> None:
     t = tokenizer(family)
     row = Example("word " * 300, "positive", "what is the sentiment ?\n", "\nanswer :")
-    encoder = Encoder(t, family == "t5", length, 5)
+    encoder = Encoder(t, KINDS[family], length, 5)
     ids = encoder.prompt(row)
     text = t.decode(ids, skip_special_tokens=True)
     assert len(ids) <= encoder.prompt_budget
@@ -83,14 +83,14 @@ def test_the_answer_frame_survives(family: str, length: int) -> None:
     (features,) = encoder.features([row])
     assert len(features["input_ids"]) <= length
     with pytest.raises(PmLlmError, match="Raise max_length"):
-        Encoder(t, family == "t5", 8, 2).prompt(row)
+        Encoder(t, KINDS[family], 8, 2).prompt(row)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_without_frame_loses_its_middle(family: str) -> None:
     t = tokenizer(family)
     row = Example("read this : " + "word " * 300 + "\nwhat does the cat eat ?\nanswer :", "fish")
-    text = t.decode(Encoder(t, family == "t5", 48, 5).prompt(row), skip_special_tokens=True)
+    text = t.decode(Encoder(t, KINDS[family], 48, 5).prompt(row), skip_special_tokens=True)
     assert text.startswith("read this : word")
     assert text.endswith("word \nwhat does the cat eat ?\nanswer :")
 
@@ -128,8 +128,8 @@ def test_rows_that_cannot_be_rendered_are_told_before_anything_is_done(pico_fold
 def test_answers_that_leave_no_room_for_prompts() -> None:
     task = Task("a", [Example("x", "word " * 60)], [Example("x", "y")])
     with pytest.raises(PmLlmError, match=r"task 'a': answers of \d+ tokens leave none of max_length 50 for prompts"):
-        encoder_for(tokenizer("llama"), False, task, 50, None)
-    assert encoder_for(tokenizer("llama"), False, task, 50, 10).prompt_budget == 40
+        encoder_for(tokenizer("llama"), DECODER, task, 50, None)
+    assert encoder_for(tokenizer("llama"), DECODER, task, 50, 10).prompt_budget == 40
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,7 +138,7 @@ def test_longest_answer(family: str) -> None:
     task = make_task("topic", 50, 2)
     glue = " " if family == "llama" else ""
     expected = max(len(t(glue + row.completion, add_special_tokens=False)["input_ids"]) for row in task.train) + 1
-    assert longest_answer(Encoder(t, family == "t5", 96, 1), task) == expected
+    assert longest_answer(Encoder(t, KINDS[family], 96, 1), task) == expected
 
 
 def test_rows_that_neighbours_train_on_are_looked_at(pico_folders, tmp_path) -> None:
@@ -154,7 +154,7 @@ def test_rows_that_neighbours_train_on_are_looked_at(pico_folders, tmp_path) -> 
 
 def test_an_answer_that_brings_its_end_is_trained_and_scored_once() -> None:
     t = tokenizer("llama")
-    encoder = Encoder(t, False, 96, 24)
+    encoder = Encoder(t, DECODER, 96, 24)
     with_end, plain = Example("is it ?", "the cat</s>"), Example("is it ?", "the cat")
     assert encoder.answer(with_end) == encoder.answer(plain)
     assert encoder.reference(with_end, with_end.completion) == "the cat"
@@ -163,7 +163,7 @@ def test_an_answer_that_brings_its_end_is_trained_and_scored_once() -> None:
 
 def test_blanks_before_and_inside_an_answer_are_content() -> None:
     t = tokenizer("llama")
-    encoder = Encoder(t, False, 96, 40)
+    encoder = Encoder(t, DECODER, 96, 40)
     row = Example("def f(x):\n", "    y = x\n    return y\n")
     assert t.decode(encoder.answer(row)) == row.completion + "</s>"
     assert encoder.reference(row, row.completion) == row.completion.rstrip()
@@ -177,7 +177,7 @@ def test_the_text_of_a_special_token_is_told_or_taken_as_the_task_says(pico_fold
     t = tokenizer("llama")
     row = Example("what ends </s> html ?", "the tag </s> ends it")
     eos = t.eos_token_id
-    as_text, as_token = (Encoder(t, False, 96, 40, special_tokens=kind) for kind in ("text", "token"))
+    as_text, as_token = (Encoder(t, DECODER, 96, 40, special_tokens=kind) for kind in ("text", "token"))
     assert eos not in as_text.prompt(row)
     assert as_text.answer(row).count(eos) == 1
     assert t.decode(as_text.answer(row)[:-1]) == " the tag </s> ends it"
@@ -237,14 +237,14 @@ def trained_tokenizer(kind: str):
 @pytest.mark.parametrize("kind", ["normaliser", "metaspace", "bytes"])
 def test_an_answer_goes_on_from_its_prompt_as_one_text_would(kind: str) -> None:
     t = trained_tokenizer(kind)
-    encoder, alike = Encoder(t, False, 200, 40), 0
+    encoder, alike = Encoder(t, DECODER, 200, 40), 0
     for row in (
         Example("what does the cat eat ?", "fish"),
         Example("what does the cat eat ?\nanswer :", "fish and meat"),
         Example("def f ( x ) :\n", "    return y"),
         Example("def f ( x ) :\n", "return y"),
     ):
-        whole = t(row.prompt + encoder._lead(row) + row.completion, add_special_tokens=False)["input_ids"]
+        whole = t(row.prompt + encoder.family.lead(row) + row.completion, add_special_tokens=False)["input_ids"]
         if whole[: len(encoder.prompt(row))] == encoder.prompt(row):  # no token stands over the border
             assert encoder.prompt(row) + encoder.answer(row)[:-1] == whole
             alike += 1
@@ -254,7 +254,7 @@ def test_an_answer_goes_on_from_its_prompt_as_one_text_would(kind: str) -> None:
 
 def test_shortening_cuts_between_characters() -> None:
     t = trained_tokenizer("bytes")
-    encoder = Encoder(t, False, 40, 4)
+    encoder = Encoder(t, DECODER, 40, 4)
     for length in range(30, 60):
         text = t.decode(encoder.prompt(Example("魚猫食" * length, "x")))
         assert "\ufffd" not in text
@@ -269,7 +269,7 @@ def test_characters_that_the_vocabulary_lacks_are_told(pico_folders, tmp_path, c
     tok = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     t = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
-    monkeypatch.setattr("pm_llm.families.models.load_tokenizer", lambda name: (t, False))
+    monkeypatch.setattr("pm_llm.families.models.load_tokenizer", lambda name: (t, DECODER))
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"prompt": "is it ?", "completion": "{yes}" if i == 2 else "no"}) + "\n" for i in range(20))
     )
@@ -284,9 +284,9 @@ def test_a_reference_counts_as_the_tokenizer_writes_it() -> None:
     from pm_llm.evaluation.answering import _references
 
     t = tokenizer("llama")
-    encoder, row = Encoder(t, False, 96, 40), Example("x", "ＡＢＣ")
+    encoder, row = Encoder(t, DECODER, 96, 40), Example("x", "ＡＢＣ")
     assert _references(encoder, row) == ["ＡＢＣ"]  # which this one leaves as it is
     from tokenizers import normalizers
 
     t.backend_tokenizer.normalizer = normalizers.NFKC()
-    assert _references(Encoder(t, False, 96, 40), row) == ["ＡＢＣ", "ABC"]
+    assert _references(Encoder(t, DECODER, 96, 40), row) == ["ＡＢＣ", "ABC"]

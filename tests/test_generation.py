@@ -29,7 +29,7 @@ from pm_llm.run.folder import jsonl
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.encoding import Encoder, longest_answer
-from tests.conftest import FAMILIES, ROOT, make_model, tokenizer
+from tests.conftest import DECODER, FAMILIES, KINDS, ROOT, make_model, tokenizer
 from tests.test_launchers import launch, launcher
 
 
@@ -51,9 +51,9 @@ def answering(request):
             for weight in model.parameters():
                 weight.mul_(5)  # so that answers depend on more than the last word
         model.generation_config.eos_token_id = [1]
-        return model.eval(), Encoder(tokenizer("llama"), False, 160, 6)
+        return model.eval(), Encoder(tokenizer("llama"), DECODER, 160, 6)
     base = load_base(f"embedded:{request.param}")
-    return base.model.eval(), Encoder(base.tokenizer, base.seq2seq, 160, 6)
+    return base.model.eval(), Encoder(base.tokenizer, base.family, 160, 6)
 
 
 def test_packing() -> None:
@@ -109,7 +109,7 @@ def test_generation_stops_when_all_rows_have_ended(answering, monkeypatch) -> No
     long, rows = replace(encoder, max_new_tokens=20), make_task("topic", 4, 1).train
     monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(model.config.vocab_size)))
     generate(model, long, rows, 4)
-    common = 0 if encoder.seq2seq else 1  # one more step reads what the prompts begin with
+    common = 0 if not encoder.family.shares_prompts else 1  # one more step reads what the prompts begin with
     assert len(steps) == common + 1  # every token ends an answer
     monkeypatch.setattr(model.generation_config, "eos_token_id", [encoder.tokenizer.pad_token_id])
     steps.clear()
@@ -122,7 +122,7 @@ def reference_log_likelihood(model, encoder, row: Example, ids: list[int]) -> fl
     """From one plain forward pass over prompt and answer, without any cache or padding."""
     prompt = encoder.prompt(row)
     with torch.no_grad():
-        if encoder.seq2seq:
+        if not encoder.family.shares_prompts:
             logits = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([ids])).logits[0]
         else:
             logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
@@ -133,7 +133,7 @@ def test_what_prompts_begin_with_is_read_once(answering) -> None:
     model, encoder = answering
     tried(model, encoder)
     read: list[int] = []
-    reader = (model.get_encoder() if encoder.seq2seq else model).get_input_embeddings()
+    reader = (model.get_encoder() if not encoder.family.shares_prompts else model).get_input_embeddings()
     hook = reader.register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))
     rows = make_task("topic", 16, 1).train
     prompts = [encoder.prompt(row) for row in rows]
@@ -144,7 +144,7 @@ def test_what_prompts_begin_with_is_read_once(answering) -> None:
     batches = pack([len(ids) for ids in prompts], 1, 16, 8192)
     padded = sum(len(batch) * len(prompts[batch[0]]) for batch in batches)
     assert padded <= whole
-    if encoder.seq2seq:
+    if not encoder.family.shares_prompts:
         assert sum(read) == padded
     elif isinstance(model, MistralForCausalLM):
         assert sum(read) == padded + common  # looked at, and found to have a window
@@ -180,7 +180,9 @@ def test_any_kind_of_adapter(config, pico_folders, tmp_path, capsys) -> None:
     assert main([*arguments, "--predictions", str(tmp_path / "p.jsonl")]) == 0
     found = read_predictions(tmp_path / "p.jsonl")["topic"].predictions
     task = make_task("topic").subset(None, 6, 0)
-    encoder = Encoder(tokenizer("llama"), False, 96, longest_answer(Encoder(tokenizer("llama"), False, 96, 1), task))
+    encoder = Encoder(
+        tokenizer("llama"), DECODER, 96, longest_answer(Encoder(tokenizer("llama"), DECODER, 96, 1), task)
+    )
     alone = PeftModel.from_pretrained(load_base(pico_folders["llama"]).model, str(tmp_path / "adapter")).eval()
     for row, said in zip(task.test, found, strict=True):
         ids = torch.tensor([encoder.prompt(row)])
@@ -211,7 +213,7 @@ def test_options_with_a_shared_cache_score_as_whole_sequences(answering, size: i
 @pytest.mark.parametrize("family", FAMILIES)
 def test_leaving_out_labels_that_cannot_win_changes_nothing(family: str) -> None:
     """Labels whose first tokens are no hint of the whole, on a model of random weights."""
-    model, encoder = make_model(family).eval(), Encoder(tokenizer(family), family == "t5", 160, 6)
+    model, encoder = make_model(family).eval(), Encoder(tokenizer(family), KINDS[family], 160, 6)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(3)  # or all tokens would be about as likely
@@ -228,7 +230,7 @@ def test_leaving_out_labels_that_cannot_win_changes_nothing(family: str) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_end_of_sequence_counts_where_one_label_begins_with_another(family: str) -> None:
-    encoder = Encoder(tokenizer(family), family == "t5", 160, 6)
+    encoder = Encoder(tokenizer(family), KINDS[family], 160, 6)
     row, end = mixed_rows()[0], encoder.tokenizer.eos_token_id
     assert all(ids[-1] != end for ids in label_ids(encoder, row, ["positive", "negative", "a cat"]))
     assert all(ids[-1] == end for ids in label_ids(encoder, row, ["a cat", "a cat and a dog", "dog"]))
@@ -326,7 +328,7 @@ from tests.test_generation import mixed_rows
 state = process_state()
 for family in FAMILIES:
     base = load_base(f"embedded:{family}")
-    model, encoder = base.model.eval(), Encoder(base.tokenizer, base.seq2seq, 160, 6)
+    model, encoder = base.model.eval(), Encoder(base.tokenizer, base.family, 160, 6)
     calls = []
     model.register_forward_pre_hook(lambda *a: calls.append(1))
     for rows in (mixed_rows(), mixed_rows()[:1]):
@@ -383,7 +385,7 @@ def test_two_processes_share_the_rows_and_agree(forker, tmp_path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batched_generation_is_one_by_one_generation(family: str) -> None:
     model = load_base(f"embedded:{family}").model.eval()
-    encoder = Encoder(tokenizer(family), family == "t5", 64, 6)
+    encoder = Encoder(tokenizer(family), KINDS[family], 64, 6)
     rows = [*make_task("sentiment", 6, 1).train, *make_task("puzzle", 6, 1).train]
     together = generate(model, encoder, rows, batch_size=5)
     alone = [generate(model, encoder, [row], batch_size=1)[0] for row in rows]

@@ -17,7 +17,7 @@ from pm_llm.evaluation.generate import generate, takes_padding
 from pm_llm.evaluation.likelihood import choose_labels
 from pm_llm.tasks.base import Example
 from pm_llm.tasks.encoding import Encoder
-from tests.conftest import small_tasks, tokenizer
+from tests.conftest import DECODER, small_tasks, tokenizer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -88,7 +88,7 @@ def test_answers_do_not_depend_on_who_is_in_the_batch(kind: str, tmp_path) -> No
     if kind in ("GPT2Config", "LlamaConfig", "OPTConfig"):
         assert takes_padding(model, 0)
         assert takes_padding(model, 3)  # and many are answered at once
-    encoder = Encoder(t, False, 96, 6)
+    encoder = Encoder(t, DECODER, 96, 6)
     rows = [Example("the cat " + "eats fish " * (i % 7) + f"{i} ?", "yes") for i in range(24)]
     one, many = (generate(model, encoder, rows, size) for size in (1, 24))
     assert one == many

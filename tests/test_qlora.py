@@ -22,7 +22,7 @@ from pm_llm.fisher.measure import sum_fisher
 from pm_llm.starts.fresh import Fresh
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.encoding import Encoder
-from tests.conftest import FAMILIES, batch_of, features, tokenizer
+from tests.conftest import DECODER, FAMILIES, batch_of, features, tokenizer
 from tests.helpers.stops import stopping
 from tests.test_sequence import config_for
 
@@ -74,7 +74,7 @@ def test_a_run_leaves_the_base_as_it_was(family: str, pico_folders, tmp_path, ca
 def test_every_form_of_the_fisher_sees_a_quantised_base(family: str, pico_folders) -> None:
     """Row and column sums are those of the dense Fisher; the exact curvature is the same in every form."""
     base = load_base(pico_folders[family], load_in_4bit=True)
-    model = Fresh().prepare(base.model, None, LoraSection(r=4), base.seq2seq)
+    model = Fresh().prepare(base.model, None, LoraSection(r=4), base.family)
     task = Adapter.from_model(model, TASK)
     task = task.replace_factors({n: LowRank(torch.randn_like(x.B) / 10, x.A) for n, x in task.factors.items()})
     task.attach(model, TASK)
@@ -109,7 +109,7 @@ def test_evaluation_does_not_repack_the_base() -> None:
     """The embedded LLaMA has a layer that bitsandbytes cannot repack, where it does (CPUs with AVX512-BF16)."""
     base = load_base("embedded:llama", load_in_4bit=True)
     before = weights(base.model)
-    generate(base.model, Encoder(tokenizer("llama"), False, 64, 4), make_task("topic", 4, 1).train, 4)
+    generate(base.model, Encoder(tokenizer("llama"), DECODER, 64, 4), make_task("topic", 4, 1).train, 4)
     after = weights(base.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

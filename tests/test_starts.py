@@ -20,7 +20,7 @@ from pm_llm.starts.fresh import Fresh
 from pm_llm.starts.last import Last
 from pm_llm.starts.orthogonal import Orthogonal
 from pm_llm.starts.subspace import Subspace
-from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft, targets
+from tests.conftest import DECODER, FAMILIES, KINDS, batch_of, features, make_model, make_peft, targets
 
 
 def running_adapter(family: str) -> tuple[Adapter, torch.Tensor, dict]:
@@ -36,7 +36,7 @@ def running_adapter(family: str) -> tuple[Adapter, torch.Tensor, dict]:
 def test_a_task_starts_from_the_running_model(family: str, start) -> None:
     running, expected, batch = running_adapter(family)
     lora = LoraSection(r=4, lora_alpha=32, lora_dropout=0.1, target_modules=targets(family))
-    model = start.prepare(make_model(family), running, lora, family == "t5").eval()
+    model = start.prepare(make_model(family), running, lora, KINDS[family]).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, expected, atol=1e-6, rtol=1e-5)
     assert trainable_adapter(model) == TASK
@@ -53,13 +53,13 @@ def test_all_linear_layers_of_some_blocks(family: str, start, tmp_path) -> None:
     """PEFT refuses the word next to `layers_to_transform`; also beside an adapter, and when the result is loaded."""
     block = 1 if family == "llama" else 0
     lora = LoraSection(r=4, target_modules="all-linear", layers_to_transform=[block])
-    first = Fresh().prepare(make_model(family), None, lora, family == "t5")
+    first = Fresh().prepare(make_model(family), None, lora, KINDS[family])
     linear = [name for name, module in make_model(family).named_modules() if isinstance(module, Linear)]
     expected = {name for name in linear if f".{block}." in name}
     assert len(expected) == (7 if family == "llama" else 16)
     assert set(lora_layers(first)) == expected
     running = Adapter.from_model(first, TASK)
-    model = start.prepare(make_model(family), running, lora, family == "t5")
+    model = start.prepare(make_model(family), running, lora, KINDS[family])
     assert set(lora_layers(model)) == set(running.factors) == expected
     running.save(tmp_path)
     assert set(lora_layers(PeftModel.from_pretrained(make_model(family), tmp_path))) == expected
@@ -72,7 +72,7 @@ def test_last_and_orthogonal_begin_where_training_ended() -> None:
     lora = LoraSection(r=4, lora_alpha=32, target_modules=targets("llama"))
     found = {}
     for start in (Last(), Orthogonal()):
-        model = start.prepare(make_model("llama"), running, lora, False, last).eval()
+        model = start.prepare(make_model("llama"), running, lora, DECODER, last).eval()
         assert trainable_adapter(model) == TASK
         assert model.active_adapters == [TASK]
         assert all(layer.scaling[TASK] == pytest.approx(8.0) for layer in lora_layers(model).values())
@@ -89,7 +89,7 @@ def test_last_and_orthogonal_begin_where_training_ended() -> None:
         assert r.triu(1).abs().max() < 1e-4
         assert (r.diagonal() > 0).all()
     for start in (Last(), Orthogonal()):  # the first task has none: a fresh adapter
-        model = start.prepare(make_model("llama"), None, lora, False)
+        model = start.prepare(make_model("llama"), None, lora, DECODER)
         assert all(not x.B.any() for x in Adapter.from_model(model, TASK).factors.values())
 
 
@@ -99,7 +99,7 @@ def test_again_and_again(start) -> None:
     running, expected, batch = running_adapter("llama")
     model = make_model("llama")
     for _ in range(3):
-        model = start.prepare(model, running, LoraSection(r=4), False).eval()
+        model = start.prepare(model, running, LoraSection(r=4), DECODER).eval()
         with torch.no_grad():
             torch.testing.assert_close(model(**batch).logits, expected, atol=1e-6, rtol=1e-5)
         assert set(model.peft_config) <= {RUNNING, TASK}
@@ -142,7 +142,7 @@ def test_subspace_begins_at_the_running_model_and_leaves_the_base(family: str, i
         Subspace(init),
         LoraSection(r=8 if init == "eva" else 4, lora_alpha=8, target_modules=targets(family)),
     )
-    model = start.prepare(base, running, lora, family == "t5").eval()
+    model = start.prepare(base, running, lora, KINDS[family]).eval()
     seen = directions_of_inputs(model, family, 4) if init == "corda" else {}
     rows = [batch_of(family, [row]) for row in features(family, 4)]
     alone = SimpleNamespace(num_processes=1)
@@ -181,7 +181,7 @@ def test_corda_refuses_what_it_cannot_do_and_leaves_the_model_as_it_was() -> Non
     rows = [batch_of("llama", [row]) for row in features("llama", 4)]
     for given, expected in ((None, "cannot make 'corda'"), ([], "needs a row")):
         start = Subspace("corda")
-        model = start.prepare(make_model("llama"), None, LoraSection(r=4), False)
+        model = start.prepare(make_model("llama"), None, LoraSection(r=4), DECODER)
         model.train()
         if given is None:  # a state that is not a number
             model.get_base_model().model.embed_tokens.weight.data.fill_(float("nan"))
@@ -201,7 +201,7 @@ def test_subspace_refuses_what_it_cannot_do() -> None:
         Subspace("loftq")
     for init, rank in (("corda", 17), ("pissa", 17), ("pissa_niter_4", 17), ("olora", 17), ("eva", 33)):
         with pytest.raises(PmLlmError, match=f"{init} cannot give .* by 32, the rank {rank}"):
-            Subspace(init).prepare(make_model("llama"), None, LoraSection(r=rank), False)
+            Subspace(init).prepare(make_model("llama"), None, LoraSection(r=rank), DECODER)
     for constrain in ("perturb", "sparse", "null_space"):
         with pytest.raises(PmLlmError, match="begins at zero"):
             load_config(None, {"method": "inclora", "start": "subspace", "constrain": constrain}).check()
@@ -216,7 +216,7 @@ def test_olora_refuses_weights_that_lie_the_other_way() -> None:
     base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=8, n_layer=1, n_head=2))
     for target in ("c_proj", "c_attn"):
         with pytest.raises(PmLlmError, match=r"PEFT cannot make .olora. of .*Conv1D"):
-            Subspace("olora").prepare(base, None, LoraSection(r=2, target_modules=[target]), False)
+            Subspace("olora").prepare(base, None, LoraSection(r=2, target_modules=[target]), DECODER)
 
 
 @pytest.mark.parametrize(

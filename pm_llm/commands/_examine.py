@@ -201,8 +201,8 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     stages = load_tasks(config)
     scored(config, stages)
     tasks = len(stages)
-    model, seq2seq = empty_base(config.model)
-    layers: Any = lora_layers(add_task_adapter(model, config.lora, seq2seq, "task")).values()
+    model, family = empty_base(config.model)
+    layers: Any = lora_layers(add_task_adapter(model, config.lora, family, "task")).values()
     shapes = [(layer.out_features, layer.in_features, layer.r["task"]) for layer in layers]
     trained = sum((n + m) * r for n, m, r in shapes)
     method = config.parsed_method()

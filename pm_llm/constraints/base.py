@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from pm_llm.algebra.lowrank import LowRank
+from pm_llm.families.base import Family, Row
 from pm_llm.fisher.base import Fisher, Needs
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 UPDATE = ("before_pass", "before_update", "after_update")
 WHOLE = ("around", *UPDATE)
 ANEW = "it is about an adapter that begins anew"  # the usual reason
-Row = dict[str, list[int]]  # an encoded training row: `input_ids` and `labels`
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Live:
     """The adapter that is being trained, in a live model.
 
     `layers` are its layers by module name, `adapter` its name in them; `total` adds a tensor up over all processes;
-    `seq2seq` is whether the model is an encoder-decoder.
+    `family` says what the model's rows are.
     """
 
     layers: Mapping[str, Any]
     adapter: str
     total: Callable[[Tensor], Tensor] = lambda x: x
-    seq2seq: bool = False
+    family: Family = field(default_factory=Family)
 
     def sides(self, name: str) -> tuple[nn.Module, nn.Module]:
         """A module's `lora_A` and `lora_B`."""

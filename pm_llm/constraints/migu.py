@@ -55,7 +55,7 @@ class Migu(Constraint):
         with ExitStack() as stack:
             for name in live.layers:
                 for module in live.sides(name):
-                    stack.callback(module.register_forward_hook(hook(tokens(name, batch, live.seq2seq))).remove)
+                    stack.callback(module.register_forward_hook(hook(live.family.tokens(name, batch))).remove)
             yield
 
     def before_update(self, step: Step, live: Live) -> None:
@@ -65,17 +65,3 @@ class Migu(Constraint):
             gradient: Any = module.weight.grad
             if gradient is not None:
                 gradient *= kept[:, None].to(gradient)
-
-
-def tokens(name: str, batch: Mapping[str, Any], seq2seq: bool) -> Tensor | None:
-    """Which positions (batch, tokens) of a module's input are no padding; None: all.
-
-    In an encoder-decoder the decoder's are those of the labels, but for cross-attention's keys and values, which are
-    made from the encoder's output.
-    """
-    parts = name.split(".")
-    crossing = any("EncDec" in part or "encoder_attn" in part for part in parts)
-    of_encoder = "encoder" in parts or (crossing and parts[-1] in ("k", "v", "k_proj", "v_proj"))
-    if not of_encoder and seq2seq:  # the head's, too
-        return batch["labels"] != -100
-    return batch["attention_mask"].bool() if "attention_mask" in batch else None

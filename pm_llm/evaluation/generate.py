@@ -46,8 +46,7 @@ def generate(
             num_beams=1,
             pad_token_id=tokenizer.pad_token_id,
         )
-        if not encoder.seq2seq:
-            output = output[:, inputs["input_ids"].shape[1] :]
+        output = encoder.family.new_tokens(output, inputs)
         return [encoder.said(examples[i], prompts[i], ids) for i, ids in zip(batch, output.tolist(), strict=True)]
 
     with evaluating(model):
@@ -70,7 +69,7 @@ class Prompts:
     def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
         self.model, self.encoder, self.prompts = model, encoder, prompts
         self.common, self.cache, self.one_length = 0, None, False
-        if encoder.seq2seq or is_prompt_learning(model):
+        if not encoder.family.shares_prompts or is_prompt_learning(model):
             return
         self.one_length = not takes_padding(model, 0)
         common = common_prefix(prompts)
@@ -89,7 +88,7 @@ class Prompts:
         """
         rest = self.encoder.tokenizer.pad(
             {"input_ids": [self.prompts[i][self.common :] for i in rows]},
-            padding_side="right" if self.encoder.seq2seq else "left",
+            padding_side=self.encoder.family.padding_side,
             return_tensors="pt",
         ).to(self.model.device)
         ids, mask = rest["input_ids"], rest["attention_mask"]

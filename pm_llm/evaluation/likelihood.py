@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.batches import in_batches, pack
-from pm_llm.evaluation.generate import Prompts, evaluating, is_plain, is_prompt_learning
+from pm_llm.evaluation.generate import Prompts, evaluating, is_prompt_learning
 from pm_llm.tasks.base import Example
 from pm_llm.tasks.encoding import Encoder
 
@@ -116,8 +116,7 @@ def _read(
     longest = max((len(ids) for row in options for ids in row), default=0)
 
     def on_batch(batch: Sequence[int]) -> list[Any]:
-        reader = (EncoderDecoderReader if encoder.seq2seq else DecoderReader)(prompts, batch)
-        return work(reader, [options[i] for i in batch])
+        return work(encoder.family.reader(prompts, batch), [options[i] for i in batch])
 
     with evaluating(model):
         prompts = Prompts(model, encoder, [encoder.prompt(example) for example in examples])
@@ -145,68 +144,7 @@ class Reader:
         return ids.to(self.first.device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.first.device)
 
 
-class DecoderReader(Reader):
-    """Prompts in a decoder's key-value cache; where that forgets tokens, each answer is read with its prompt."""
-
-    def __init__(self, prompts: Prompts, rows: Sequence[int]) -> None:
-        self.model = prompts.model
-        inputs, cache = prompts.batch(rows)
-        self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
-        read = cache.get_seq_length() if cache is not None else 0
-        out = self.model(
-            input_ids=self.ids[:, read:],
-            attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, read:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.cache = out.past_key_values if is_plain(out.past_key_values) else None
-        self.first = out.logits[:, -1].float().log_softmax(-1)
-
-    def score(self, answers: Sequence[Ids]) -> Tensor:
-        ids, kept = self._right_padded(answers)
-        found = self.first.gather(1, ids[:, :1]).squeeze(1)
-        length = ids.shape[1] - 1
-        if not length:
-            return found
-        mask = torch.cat([self.mask, kept[:, :-1].to(self.mask.dtype)], dim=1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        if self.cache is None:
-            whole = torch.cat([self.ids, ids[:, :-1]], dim=1)
-            out = self.model(input_ids=whole, attention_mask=mask, position_ids=positions, logits_to_keep=length)
-        else:
-            out = self.model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask,
-                position_ids=positions[:, -length:],
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-            self.cache.crop(-length)  # back to the prompts
-        return found + _summed(out.logits, ids[:, 1:], kept[:, 1:])
-
-
-class EncoderDecoderReader(Reader):
-    """Prompts as an encoder's states."""
-
-    def __init__(self, prompts: Prompts, rows: Sequence[int]) -> None:
-        self.model = prompts.model
-        inputs, _ = prompts.batch(rows)
-        self.mask = inputs["attention_mask"]
-        self.states = self.model.get_encoder()(**inputs)
-        self.begin = torch.full_like(self.mask[:, :1], self.model.config.decoder_start_token_id)
-        self.first = self._decode(self.begin)[:, 0].float().log_softmax(-1)
-
-    def score(self, answers: Sequence[Ids]) -> Tensor:
-        ids, kept = self._right_padded(answers)
-        return _summed(self._decode(torch.cat([self.begin, ids[:, :-1]], dim=1)), ids, kept)
-
-    def _decode(self, ids: Tensor) -> Tensor:
-        return self.model(encoder_outputs=self.states, attention_mask=self.mask, decoder_input_ids=ids).logits
-
-
-def _summed(logits: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
+def summed(logits: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
     """The sum of the tokens' log-probabilities, shape (rows,)."""
     each = logits.float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
     return (each * kept).sum(-1)

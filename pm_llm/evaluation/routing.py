@@ -134,7 +134,7 @@ def _nearest_adapter(
 def _states(base: Base, encoder: Encoder, examples: Sequence[Example], size: int = 16) -> Tensor:
     """The mean last hidden state of each prompt, (prompts, width), of unit length."""
     model: Any = base.model
-    backbone = model.get_encoder() if base.seq2seq else model.base_model
+    backbone = base.family.prompt_reader(model)
     prompts = [encoder.prompt(example) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: list[Any] = [None] * len(prompts)

@@ -17,8 +17,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -32,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError, check_pattern, first_line, unknown_name
+from pm_llm.families.base import Family, family
 from pm_llm.system.processes import process_state
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -39,11 +38,11 @@ EMBEDDED = Path(__file__).parent.parent / "embedded"
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model: `seq2seq` is whether it is an encoder-decoder."""
+    """A loaded base model, its tokenizer and its family."""
 
     model: Any
     tokenizer: Any
-    seq2seq: bool
+    family: Family
 
 
 def resolve(name: str) -> str:
@@ -56,15 +55,15 @@ def resolve(name: str) -> str:
     return str(EMBEDDED / which)
 
 
-def is_seq2seq(config: Any) -> bool:
-    """Whether a model is an encoder-decoder. Raises PmLlmError if it is no language model that generates.
+def family_for(config: Any) -> Family:
+    """The family of a model's configuration. Raises PmLlmError if it is no language model that generates.
 
     BERT-like encoders are in transformers' causal list too (as decoders, after a change of their configuration);
     here they are refused.
     """
     kind = config.model_type
     if config.is_encoder_decoder and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        return True
+        return family("encoder_decoder")
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.is_encoder_decoder and not encoder:
         found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
@@ -74,29 +73,29 @@ def is_seq2seq(config: Any) -> bool:
                 f"a {kind!r} model keeps no key-value cache, which scoring goes on from. "
                 "Use a LLaMA-like or a T5-like model."
             )
-        return False
+        return family("decoder")
     raise PmLlmError(
         f"a {kind!r} model is neither a decoder nor an encoder-decoder that generates text. "
         "Use a LLaMA-like or a T5-like model."
     )
 
 
-def load_tokenizer(name: str) -> tuple[Any, bool]:
-    """A model's tokenizer, and whether the model is an encoder-decoder.
+def load_tokenizer(name: str) -> tuple[Any, Family]:
+    """A model's tokenizer, and its family.
 
     Raises:
         PmLlmError: If there is no such model, it cannot generate, or its answers could not end.
     """
     path = resolve(name)
     with _told(name):
-        seq2seq = is_seq2seq(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        kind = family_for(AutoConfig.from_pretrained(path, trust_remote_code=False))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise PmLlmError(f"the tokenizer of {name!r} has no end-of-sequence token, so answers could not end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    return tokenizer, seq2seq
+    return tokenizer, kind
 
 
 def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> Base:
@@ -110,12 +109,12 @@ def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> 
     Raises:
         PmLlmError: If there is no such model, it cannot generate, or bitsandbytes is missing.
     """
-    tokenizer, seq2seq = load_tokenizer(name)
+    tokenizer, kind = load_tokenizer(name)
     device, options = process_state().device, {}
     if load_in_4bit:
         options = {"quantization_config": _nf4(dtype), "device_map": {"": device}}
     with _told(name):
-        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        auto = kind.auto_class()
         model = auto.from_pretrained(resolve(name), dtype=getattr(torch, dtype), trust_remote_code=False, **options)
     if load_in_4bit:
         _keep_packing(model)
@@ -123,7 +122,7 @@ def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> 
         model = model.to(device)
     if Path(resolve(name)).is_dir():  # an adapter's configuration names its base: found from any folder
         model.name_or_path = str(Path(resolve(name)).resolve())
-    size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    size = int(model.get_input_embeddings().num_embeddings)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         number = getattr(tokenizer, token)
         if number is not None and number >= size:
@@ -141,16 +140,16 @@ def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> 
         eos_token_id=sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])}),
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    return Base(model, tokenizer, seq2seq)
+    return Base(model, tokenizer, kind)
 
 
-def empty_base(name: str) -> tuple[Any, bool]:
-    """A model of the right shapes without weights, and whether it is an encoder-decoder. Raises as `load_base`."""
+def empty_base(name: str) -> tuple[Any, Family]:
+    """A model of the right shapes without weights, and its family. Raises as `load_base`."""
     with _told(name):
         config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
-    seq2seq = is_seq2seq(config)
+    kind = family_for(config)
     with torch.device("meta"):
-        return (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_config(config), seq2seq
+        return kind.auto_class().from_config(config), kind
 
 
 def _nf4(dtype: str) -> BitsAndBytesConfig:
@@ -192,7 +191,7 @@ def _told(name: str) -> Iterator[None]:
         ) from error
 
 
-def lora_config(lora: LoraSection, targets: list[str] | str, seq2seq: bool) -> LoraConfig:
+def lora_config(lora: LoraSection, targets: list[str] | str, kind: Family) -> LoraConfig:
     """PEFT's configuration of a task's adapter."""
     return LoraConfig(
         r=lora.r,
@@ -203,18 +202,18 @@ def lora_config(lora: LoraSection, targets: list[str] | str, seq2seq: bool) -> L
         use_rslora=lora.use_rslora,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
-        task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
+        task_type=kind.task_type,
     )
 
 
-def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) -> PeftModel:
+def add_task_adapter(model: Any, lora: LoraSection, kind: Family, name: str) -> PeftModel:
     """A fresh adapter (B = 0) under `name`: on a base model, or next to the others of a PeftModel.
 
     Raises:
         PmLlmError: If `target_modules` matches nothing, is no pattern, or one next to `layers_to_transform`.
     """
-    targets = _targets(model, lora, seq2seq)
-    config = lora_config(lora, targets, seq2seq)
+    targets = _targets(model, lora, kind)
+    config = lora_config(lora, targets, kind)
     try:
         if not isinstance(model, PeftModel):
             return get_peft_model(model, config, adapter_name=name)
@@ -235,10 +234,10 @@ def add_task_adapter(model: Any, lora: LoraSection, seq2seq: bool, name: str) ->
         ) from error
 
 
-def _targets(model: Any, lora: LoraSection, seq2seq: bool) -> list[str] | str:
+def _targets(model: Any, lora: LoraSection, kind: Family) -> list[str] | str:
     """The names of the modules to adapt, or a pattern (or `all-linear`), as PEFT takes them. Raises PmLlmError on what
     it does not take."""
-    given = lora.target_modules or (["q", "v"] if seq2seq and _has_leaf(model, "q") else ["q_proj", "v_proj"])
+    given = lora.target_modules or kind.targets(model)
     if not isinstance(given, str) and len(given) > 1:
         return given
     (word,) = [given] if isinstance(given, str) else given  # a list of one is as a flag gives it
@@ -261,7 +260,3 @@ def _linear_names(model: Any) -> list[str]:
     linear = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and ".lora_" not in n}
     head = base.get_output_embeddings()
     return sorted({n.removesuffix(".base_layer").rpartition(".")[2] for n, m in linear.items() if m is not head})
-
-
-def _has_leaf(model: nn.Module, leaf: str) -> bool:
-    return any(name.rpartition(".")[2] == leaf for name, _ in model.named_modules())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pm_llm.adapters.live import lora_layers, trainable_adapter
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
+from pm_llm.families.base import family_of
 from pm_llm.fisher.base import Fisher, Layer, form_of
 from pm_llm.system.mapped import Zeros
 
@@ -140,21 +140,10 @@ def answer_loss(model: Any, batch: Batch) -> Tensor:
     Raises:
         PmLlmError: If an example has no answer token.
     """
-    seq2seq = model.config.is_encoder_decoder
-    labels = batch["labels"] if seq2seq else batch["labels"][:, 1:]
-    if not bool((labels != -100).any(dim=1).all()):
+    family = family_of(model)
+    if not bool((family.labels(batch) != -100).any(dim=1).all()):
         raise PmLlmError("an example has no answer token, so it has no Fisher. Check its completion.")
-    inputs = {key: value for key, value in batch.items() if key != "labels"}  # no loss of the model's own
-    if seq2seq:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-        logits = model(**inputs, use_cache=False).logits
-    else:
-        at = (labels != -100).any(dim=0).nonzero().squeeze(1)
-        labels = labels[:, at]
-        if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
-            logits = model(**inputs, use_cache=False, logits_to_keep=at).logits
-        else:
-            logits = model(**inputs, use_cache=False).logits[:, at]
+    logits, labels = family.answers(model, batch)
     return nn.functional.cross_entropy(
         logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="sum"
     )  # summed, not averaged: examples do not mix in the gradient

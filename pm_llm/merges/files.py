@@ -75,7 +75,7 @@ def write_task_vector(
         raise PmLlmError(f"--rank is {rank}; it must be at least 1.")
     with new_folder(out) as scratch:
         one, other = load_base(base), load_base(tuned)
-        model = add_task_adapter(one.model, LoraSection(r=1, target_modules=targets), one.seq2seq, TASK)
+        model = add_task_adapter(one.model, LoraSection(r=1, target_modules=targets), one.family, TASK)
         place = Adapter.from_model(model, TASK)
         found, error = task_vector(model.get_base_model(), other.model, lora_layers(model), rank)
         names, share = left_out(model.get_base_model(), other.model, lora_layers(model))

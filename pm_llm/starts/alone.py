@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.config import LoraSection
+from pm_llm.families.base import Family
 from pm_llm.starts.base import Start, train_further
 
 
@@ -19,6 +20,6 @@ class Alone(Start):
     stands_on = "base"
 
     def prepare(
-        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, family: Family, last: Adapter | None = None
     ) -> PeftModel:
-        return train_further(model, None, lora, seq2seq)
+        return train_further(model, None, lora, family)

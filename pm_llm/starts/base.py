@@ -9,6 +9,7 @@ from peft import PeftModel
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
 from pm_llm.config import LoraSection
+from pm_llm.families.base import Family
 from pm_llm.families.models import add_task_adapter
 from pm_llm.methods import STARTS
 
@@ -40,7 +41,7 @@ class Start:
         return next((name for name, where in STARTS.items() if where == place), type(self).__name__)
 
     def prepare(
-        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, family: Family, last: Adapter | None = None
     ) -> PeftModel:
         """`model` (a base model before the first task) with its adapters in place, active and trainable."""
         raise NotImplementedError
@@ -57,13 +58,13 @@ class Start:
         return update
 
 
-def train_further(model: PeftModel, adapter: Adapter | None, lora: LoraSection, seq2seq: bool) -> PeftModel:
+def train_further(model: PeftModel, adapter: Adapter | None, lora: LoraSection, family: Family) -> PeftModel:
     """`model` with one adapter, to be trained: a fresh one, or from where `adapter` is, at the same learning rate.
 
     The scaling matters: with Adam a step moves W by `scaling` times the learning rate, and an adapter here comes with
     its scaling folded in. Without unfolding it, every task but the first would train at another rate.
     """
-    model = add_task_adapter(model, lora, seq2seq, TASK)
+    model = add_task_adapter(model, lora, family, TASK)
     remove(model, RUNNING)
     if adapter is not None:
         scaling = {name: layer.scaling[TASK] for name, layer in lora_layers(model).items()}

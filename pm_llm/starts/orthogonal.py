@@ -11,6 +11,7 @@ from pm_llm.adapters.adapter import Adapter, check_rank
 from pm_llm.adapters.live import TASK, lora_layers
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import LoraSection
+from pm_llm.families.base import Family
 from pm_llm.starts.base import Start, train_further
 
 
@@ -26,11 +27,11 @@ class Orthogonal(Start):
     stands_on = "base"
 
     def prepare(
-        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, family: Family, last: Adapter | None = None
     ) -> PeftModel:
         if last is not None:
             last = last.replace_factors({name: _orthogonal(x) for name, x in last.factors.items()})
-        model = train_further(model, last, lora, seq2seq)
+        model = train_further(model, last, lora, family)
         check_rank(lora_layers(model), TASK, "start orthogonal: a basis")
         return model
 

@@ -20,6 +20,7 @@ from pm_llm.algebra.bases import leading
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
+from pm_llm.families.base import Family
 from pm_llm.families.models import add_task_adapter
 from pm_llm.fisher.inputs import pass_rows, second_moments
 from pm_llm.fisher.rows import ChosenRows
@@ -63,9 +64,9 @@ class Subspace(Start):
         self.offset = name != "eva"
 
     def prepare(
-        self, model: PeftModel, running: Adapter | None, lora: LoraSection, seq2seq: bool, last: Adapter | None = None
+        self, model: PeftModel, running: Adapter | None, lora: LoraSection, family: Family, last: Adapter | None = None
     ) -> PeftModel:
-        model = add_task_adapter(model, lora, seq2seq, TASK)
+        model = add_task_adapter(model, lora, family, TASK)
         check_rank(lora_layers(model), TASK, f"start subspace: {self.init}", outputs=self.offset)
         self._running, self._origin = running, {}
         if self.offset and self.init != "corda":

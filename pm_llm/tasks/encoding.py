@@ -9,6 +9,7 @@ from typing import Any
 
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
+from pm_llm.families.base import Family
 from pm_llm.tasks.base import SPLITS, Example, Task
 from pm_llm.tasks.chat_template import MARK, answer_of, problem_of, render
 from pm_llm.tasks.problems import Problems
@@ -20,14 +21,14 @@ class Encoder:
 
     Args:
         tokenizer: The model's tokenizer.
-        seq2seq: Whether the model is an encoder-decoder.
+        family: The model's.
         max_length: Longest input in tokens: prompt plus answer for a decoder, prompt for an encoder-decoder.
         max_new_tokens: Longest answer in tokens, with the end-of-sequence token.
         special_tokens: What the text of a special token in a row is, see :class:`pm_llm.tasks.base.Task`.
     """
 
     tokenizer: Any
-    seq2seq: bool
+    family: Family
     max_length: int
     max_new_tokens: int
     special_tokens: str | None = "text"
@@ -35,7 +36,7 @@ class Encoder:
     @property
     def prompt_budget(self) -> int:
         """Tokens a prompt may have; the same in training and generation, so that both see one frame."""
-        return self.max_length if self.seq2seq else self.max_length - self.max_new_tokens
+        return self.family.prompt_budget(self.max_length, self.max_new_tokens)
 
     def prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt, shortened where it is too long: the end of a framed row's body, the middle of a
@@ -101,9 +102,9 @@ class Encoder:
         eos = self.tokenizer.eos_token_id
         if self.is_chat(example):
             text = answer_of(self.tokenizer, example, self.bare(example.completion))[1]
-            ids = self._continued(text, split_special_tokens=False)
+            ids = self.family.answer_ids(self, text, split_special_tokens=False)
         else:
-            ids = self._continued(self._lead(example) + self.content(example, example.completion))
+            ids = self.family.answer_ids(self, self.family.lead(example) + self.content(example, example.completion))
         return ids if ids and ids[-1] == eos else [*ids, eos]
 
     def is_chat(self, example: Example) -> bool:
@@ -130,60 +131,40 @@ class Encoder:
     def said(self, example: Example, prompt: Sequence[int], output: Sequence[int]) -> str:
         """The text of generated tokens, as the right answer would be read."""
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-        front = "" if self.seq2seq else decode(prompt[-1:])  # by itself a first token may lose its blank
-        whole = decode([*([] if self.seq2seq else prompt[-1:]), *output])
+        before = self.family.seen_before(prompt)
+        front, whole = decode(before) if before else "", decode([*before, *output])
         text = whole[len(front) :] if whole.startswith(front) else decode(output)
         if self.is_chat(example):
             end = answer_of(self.tokenizer, example, MARK)[2]
             text = text.rstrip().removesuffix(end) if end else text
         if example.framed or not example.completion[:1].isspace():
             return text.strip()
-        return text.removeprefix(self._lead(example)).rstrip()
+        return text.removeprefix(self.family.lead(example)).rstrip()
 
     def unknown(self, example: Example) -> bool:
         """Whether the row holds characters that the vocabulary lacks, which are all one token to the model."""
         unknown = self.tokenizer.unk_token_id
         return unknown is not None and unknown in [*self.whole_prompt(example), *self.whole_answer(example)]
 
-    def _lead(self, example: Example) -> str:
-        """A decoder goes on from "...Answer:" with a space before the word."""
-        blank = example.prompt[-1:].isspace() or (example.completion[:1].isspace() and not example.framed)
-        return "" if self.seq2seq or not example.prompt or blank else " "
-
     def _encode(self, text: str, **how: Any) -> Any:
         return self.tokenizer(text, **{"split_special_tokens": self.special_tokens != "token", **how})
 
-    def _continued(self, text: str, **how: Any) -> list[int]:
-        """Token ids of a text that goes on from another. Some tokenizers (Llama 2's, Mistral's) put a blank before
-        every text: there it is encoded after something, which is then taken off."""
-        ids = self._encode(text, add_special_tokens=False, **how)["input_ids"]
-        if self.seq2seq or not _prepends(self.tokenizer):
-            return ids
-        for front in ("\n", ":", "a"):
-            before = self._encode(front, add_special_tokens=False, **how)["input_ids"]
-            both = self._encode(front + text, add_special_tokens=False, **how)["input_ids"]
-            if both[: len(before)] == before:
-                return both[len(before) :]
-        return ids
+    def ids(self, text: str, **how: Any) -> list[int]:
+        """Token ids of a text as it stands, without special tokens around it."""
+        return self._encode(text, add_special_tokens=False, **how)["input_ids"]
 
     def features(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
         """`input_ids` and `labels` of each example; a decoder's labels are -100 on the prompt."""
         rows = []
         for example in examples:
             prompt, answer = self.prompt(example), self.answer(example)
-            if self.seq2seq:
-                rows.append({"input_ids": prompt, "labels": answer})
-            else:
-                rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+            rows.append(self.family.row(prompt, answer))
         return rows
 
     def _render(self, example: Example, body: str) -> list[int]:
         if not self.is_chat(example):
             ids = self._encode(example.head + body + example.tail)["input_ids"]
-            # some tokenizers end every text with end of sequence: right for T5's encoder, wrong before an answer
-            if not self.seq2seq and ids and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]
-            return ids
+            return self.family.open_prompt(ids, self.tokenizer.eos_token_id)
         turns = [*(example.messages or ())]
         between = answer_of(self.tokenizer, example, self.bare(example.completion))[0]
         turns[-1] = {**turns[-1], "content": body}
@@ -213,13 +194,6 @@ class Encoder:
 
 
 @lru_cache
-def _prepends(tokenizer: Any) -> bool:
-    """Whether it puts a blank before a text: always (Llama 2), or where there is none (T5)."""
-    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
-    return one == two or len(two) > len(one)
-
-
-@lru_cache
 def _special(tokenizer: Any) -> tuple[str, ...]:
     return tuple(token for token in tokenizer.all_special_tokens if token)
 
@@ -233,17 +207,17 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
     """
     from pm_llm.families.models import load_tokenizer
 
-    tokenizer, seq2seq = load_tokenizer(config.model)
+    tokenizer, family = load_tokenizer(config.model)
     problems, encoders = Problems(drop=config.bad_rows == "drop"), {}
     bad: dict[int, Example] = {}  # by identity; held, so that it is not another's
     for task in tasks:
         rows = [*(task.whole or task.train), *task.validation, *task.test]  # what neighbours may train on, too
-        blind = Encoder(tokenizer, seq2seq, config.max_length, 1, task.special_tokens)
+        blind = Encoder(tokenizer, family, config.max_length, 1, task.special_tokens)
         wrong = {id(row): what for row in rows if (what := blind.wrong(row)) is not None}
         good = [row for row in task.whole or task.train if id(row) not in wrong]
         if good:
             encoder = encoder_for(
-                tokenizer, seq2seq, replace(task, train=good, whole=()), config.max_length, config.max_new_tokens
+                tokenizer, family, replace(task, train=good, whole=()), config.max_length, config.max_new_tokens
             )
             wrong |= encoder.too_long([row for row in rows if id(row) not in wrong])
             encoders[task.name] = encoder
@@ -280,13 +254,13 @@ def _tell_unknown(name: str, encoder: Encoder, rows: Sequence[Example], problems
         )
 
 
-def encoder_for(tokenizer: Any, seq2seq: bool, task: Task, max_length: int, max_new_tokens: int | None) -> Encoder:
+def encoder_for(tokenizer: Any, family: Family, task: Task, max_length: int, max_new_tokens: int | None) -> Encoder:
     """How a task's rows are rendered, by default with room for its longest training answer.
 
     Raises:
         PmLlmError: If the answers leave no room for prompts.
     """
-    encoder = Encoder(tokenizer, seq2seq, max_length, max_new_tokens or 1, task.special_tokens)
+    encoder = Encoder(tokenizer, family, max_length, max_new_tokens or 1, task.special_tokens)
     answer = max_new_tokens or longest_answer(encoder, task)
     encoder = replace(encoder, max_new_tokens=answer)
     if encoder.prompt_budget < 1:

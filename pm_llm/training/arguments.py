@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch.optim import SGD
-from transformers import Seq2SeqTrainingArguments, get_scheduler
-from trl import SFTConfig
+from transformers import get_scheduler
 
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError, first_line
+from pm_llm.families.base import Family
 from pm_llm.system.coerce import extra_value
 from pm_llm.system.processes import process_state
 
@@ -26,7 +26,7 @@ OURS = {
 }
 
 
-def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int, steps: int | None = None) -> Any:
+def training_arguments(config: RunConfig, family: Family, folder: Path, seed: int, steps: int | None = None) -> Any:
     """The Trainer's arguments for one task, of `steps` steps if given.
 
     Raises:
@@ -54,9 +54,8 @@ def training_arguments(config: RunConfig, seq2seq: bool, folder: Path, seed: int
         "dataloader_pin_memory": not cpu,
         "ddp_broadcast_buffers": False,  # no module here changes one, and those of OSFT are as large as weights
     }
-    if not seq2seq:
-        fields["max_length"] = None  # rows are cut inside their frame already
-    arguments_class = Seq2SeqTrainingArguments if seq2seq else SFTConfig
+    fields |= family.arguments()
+    arguments_class = family.arguments_class()
     hints = {f.name: f.type for f in dataclasses.fields(arguments_class)}
     extra = {key: extra_value(x, hints.get(key), f"train.extra.{key}") for key, x in config.train.extra.items()}
     try:

@@ -21,7 +21,7 @@ from pm_llm.training.arguments import training_arguments
 from pm_llm.training.checkpoints import Checkpoints
 from pm_llm.training.patches import original_forward
 from pm_llm.training.stopping import Stopping
-from pm_llm.training.trainers import AlreadyTrainedError, ContinualSeq2SeqTrainer, ContinualSFTTrainer
+from pm_llm.training.trainers import AlreadyTrainedError
 
 
 class SaveSteps(TrainerCallback):
@@ -52,11 +52,11 @@ def train(
             written.
         Stopped: After a signal, with a checkpoint of the step it came in.
     """
-    arguments = training_arguments(config, base.seq2seq, checkpoints.folder, seed, steps)
+    arguments = training_arguments(config, base.family, checkpoints.folder, seed, steps)
     newest = checkpoints.newest()
     if newest is not None:
         say(f"{label}: going on from {Path(newest).name}")
-    trainer_class = ContinualSeq2SeqTrainer if base.seq2seq else ContinualSFTTrainer
+    trainer_class = base.family.trainer_class()
     with stopping.gently() as stop, original_forward(model):
         try:
             trainer = trainer_class(

@@ -42,13 +42,10 @@ def rehearse(session: Session, rows: list[Row], constraints: Sequence[Constraint
             what = "scored"
             for task, encoder in _one_of_each_kind(session):
                 row = max(task.test, key=lambda row: len(encoder.prompt(row)))
-                first = encoder if encoder.seq2seq else replace(encoder, max_length=encoder.prompt_budget + 1)
-                answer_task(
-                    session.model,
-                    replace(first, max_new_tokens=1),
-                    replace(task, test=[row]),
-                    session.config.evaluation,
-                )
+                # one token is answered after the whole prompt
+                length = max(encoder.max_length - encoder.max_new_tokens + 1, encoder.prompt_budget)
+                short, one_row = replace(encoder, max_length=length, max_new_tokens=1), replace(task, test=[row])
+                answer_task(session.model, short, one_row, session.config.evaluation)
     except PmLlmError:
         raise
     except Exception as error:  # whatever a model's own code raises

@@ -26,6 +26,7 @@ from pm_llm.adapters.live import factors_of, lora_layers, scaled, set_active, st
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.base import UPDATE, WHOLE, Constraint, Live, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
+from pm_llm.families.base import family_of
 from pm_llm.system.sharding import is_sharded, whole
 from pm_llm.training.checkpoints import Checkpoints
 from pm_llm.training.patches import answers_only
@@ -102,8 +103,7 @@ class ConstraintMixin:
         if not isinstance(model, PeftModel):
             raise PmLlmError(f"the model is a {type(model).__name__}; give a PeftModel with a LoRA adapter.")
         self.adapter_name = trainable_adapter(model)
-        seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-        self.live = Live(dict(lora_layers(model)), self.adapter_name, self._total, seq2seq)
+        self.live = Live(dict(lora_layers(model)), self.adapter_name, self._total, family_of(model))
         if any(self.adapter_name in layer.lora_variant for layer in self.live.layers.values()):
             raise PmLlmError(
                 f"adapter {self.adapter_name!r} is a variant of LoRA (such as DoRA), whose update is not its scaling "

@@ -16,7 +16,7 @@ from pm_llm.presets import PRESETS
 from pm_llm.tasks.loading import BENCHMARKS, load_benchmark
 from pm_llm.tasks.order import pick_order
 from pm_llm.training.arguments import training_arguments
-from tests.conftest import ROOT, pm_llm
+from tests.conftest import KINDS, ROOT, pm_llm
 
 RECIPES = sorted(p for kind in ("*.yaml", "*.yml") for p in (ROOT / "recipes").rglob(kind))
 LAUNCHERS = sorted(p for kind in ("*.yaml", "*.yml") for p in (ROOT / "accelerate_configs").rglob(kind))
@@ -42,21 +42,21 @@ def test_recipe(path: Path, tmp_path) -> None:
             choice.build(kind)
     assert all(load_config(path, {"method": name}).parsed_method() == preset for name, preset in PRESETS.items())
     if config.model.startswith("embedded:"):
-        seq2seq = "t5" in config.model
+        kind = KINDS["t5" if "t5" in config.model else "llama"]
         assert Path(resolve(config.model), "model.safetensors").is_file()
     else:
-        seq2seq = KNOWN[config.model]
+        kind = KINDS["t5" if KNOWN[config.model] else "llama"]
     assert config.benchmark in BENCHMARKS
     targets = config.lora.target_modules or []
-    assert not set(targets) & ({"q_proj", "v_proj"} if seq2seq else {"q", "v"})
+    assert not set(targets) & ({"q_proj", "v_proj"} if kind is KINDS["t5"] else {"q", "v"})
     assert config.benchmark is not None
     benchmark = load_benchmark(config.benchmark)
     assert pick_order(config.order, benchmark.ORDERS, list(benchmark.TASKS))
     # what the sequence itself builds from it
-    arguments = training_arguments(config, seq2seq, tmp_path, 0)
+    arguments = training_arguments(config, kind, tmp_path, 0)
     assert arguments.learning_rate == config.train.learning_rate
     assert arguments.bf16 == (config.dtype == "bfloat16")
-    assert lora_config(config.lora, targets or ["q"], seq2seq).r == config.lora.r
+    assert lora_config(config.lora, targets or ["q"], kind).r == config.lora.r
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda p: p.name)

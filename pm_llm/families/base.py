@@ -1,0 +1,124 @@
+"""What a family is: all that depends on what a training row is for a kind of model, and on nothing else.
+
+A family says how a row's prompt and answer become tokens, which loss they are trained and measured by, which Trainer
+trains them, and how the model answers. Methods know nothing of it. A new family is a file beside this one and a line
+in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pm_llm.evaluation.generate import Prompts
+    from pm_llm.evaluation.likelihood import Reader
+    from pm_llm.tasks.base import Example
+    from pm_llm.tasks.encoding import Encoder
+
+FAMILIES = {
+    "decoder": "pm_llm.families.decoder:Decoder",
+    "encoder_decoder": "pm_llm.families.encoder_decoder:EncoderDecoder",
+}
+Row = dict[str, list[int]]  # an encoded training row: `input_ids` and `labels`
+Batch = Mapping[str, Tensor]
+
+
+class Family:
+    """One kind of model and its rows.
+
+    `task_type` is PEFT's word for it, `padding_side` where prompts are padded when they are answered, `shares_prompts`
+    whether tokens that prompts begin with in common can be read once, from a cache.
+    """
+
+    task_type: ClassVar[str]
+    padding_side: ClassVar[str]
+    shares_prompts: ClassVar[bool] = False
+
+    # ---- the model ----
+    def auto_class(self) -> Any:
+        """Of transformers, that loads the model."""
+        raise NotImplementedError
+
+    def targets(self, model: Any) -> list[str]:
+        """The modules that are adapted where the configuration names none."""
+        return ["q_proj", "v_proj"]
+
+    def prompt_reader(self, model: Any) -> Any:
+        """The part of the model that gives a prompt's hidden states, `last_hidden_state`."""
+        raise NotImplementedError
+
+    # ---- rows ----
+    def prompt_budget(self, max_length: int, max_new_tokens: int) -> int:
+        """How many tokens a prompt may have."""
+        raise NotImplementedError
+
+    def row(self, prompt: list[int], answer: list[int]) -> Row:
+        """A training row; labels are -100 where nothing is learnt."""
+        raise NotImplementedError
+
+    def lead(self, example: Example) -> str:
+        """What stands between prompt and answer."""
+        return ""
+
+    def open_prompt(self, ids: list[int], end: int) -> list[int]:
+        """A prompt's tokens, after which the answer comes; `end` is the end of sequence."""
+        return ids
+
+    def answer_ids(self, encoder: Encoder, text: str, **how: Any) -> list[int]:
+        """Token ids of an answer, of which the text is given with what leads to it."""
+        return encoder.ids(text, **how)
+
+    def seen_before(self, prompt: Sequence[int]) -> list[int]:
+        """The tokens of a prompt after which an answer's are decoded."""
+        return []
+
+    # ---- training ----
+    def trainer_class(self) -> Any:
+        """Of the Trainer, which takes a `constraint=`."""
+        raise NotImplementedError
+
+    def arguments_class(self) -> Any:
+        """Of that Trainer's arguments."""
+        raise NotImplementedError
+
+    def arguments(self) -> dict[str, Any]:
+        """What these are for every task."""
+        return {}
+
+    def tokens(self, module: str, batch: Batch) -> Tensor | None:
+        """Which positions (batch, tokens) of a module's input are no padding; None: all."""
+        return batch["attention_mask"].bool() if "attention_mask" in batch else None
+
+    # ---- the loss ----
+    def answers(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (batch, tokens, vocabulary) of positions at which answer tokens are said, and these tokens' ids
+        (batch, tokens), -100 where a row has none there."""
+        raise NotImplementedError
+
+    def labels(self, batch: Batch) -> Tensor:
+        """The ids (batch, tokens) of all positions at which something is said; -100 where nothing is learnt."""
+        raise NotImplementedError
+
+    # ---- answering ----
+    def new_tokens(self, output: Tensor, inputs: Batch) -> Tensor:
+        """What `generate` gives, without the prompt."""
+        return output
+
+    def reader(self, prompts: Prompts, rows: Sequence[int]) -> Reader:
+        """Some prompts, read, for the likelihoods of answers to them."""
+        raise NotImplementedError
+
+
+def family(name: str) -> Family:
+    """A family by its name in `FAMILIES`."""
+    module, _, attribute = FAMILIES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)()
+
+
+def family_of(model: Any) -> Family:
+    """That of a loaded model."""
+    return family("encoder_decoder" if model.config.is_encoder_decoder else "decoder")
