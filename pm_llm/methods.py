@@ -44,6 +44,7 @@ CONSTRAINTS = {
     "slow": "pm_llm.constraints.slow:Slow",
     "lori": "pm_llm.constraints.lori:Lori",
     "osft": "pm_llm.constraints.osft:Osft",
+    "anchor": "pm_llm.constraints.anchor:Anchor",
     "replay": "pm_llm.constraints.replay:Replay",
 }
 MERGES = {

@@ -24,8 +24,8 @@ from pm_llm.system.sharding import launched
 from pm_llm.tasks.base import Task, checked, distinct
 from pm_llm.tasks.encoding import encoders_for
 from pm_llm.tasks.loading import load_tasks, scored
+from pm_llm.training.constrained import refuse_sharding
 from pm_llm.training.stopping import Stopping
-from pm_llm.training.trainers import refuse_sharding
 
 
 class ContinualSequence:

@@ -19,7 +19,7 @@ from pm_llm.constraints.slow import Slow
 from pm_llm.constraints.sparse import Sparse
 from pm_llm.errors import PmLlmError
 from pm_llm.system.sharding import launched
-from pm_llm.training.trainers import refuse_sharding
+from pm_llm.training.constrained import refuse_sharding
 from tests.conftest import FAMILIES, make_peft
 from tests.invariants.step_script import make_trainer, one_step, weights
 from tests.test_subspaces import context_for

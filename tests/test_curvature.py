@@ -15,7 +15,7 @@ from pm_llm.constraints.curvature import Curvature
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.measure import sum_fisher
 from pm_llm.sequence import ContinualSequence
-from pm_llm.training.trainers import ConstraintMixin
+from pm_llm.training.constrained import ConstraintMixin
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.helpers.stops import stopping
 from tests.invariants.step_script import make_trainer, one_step

@@ -182,6 +182,18 @@ class Constraint:
         """What to add to the loss of an optimizer step (0-dim), from each module's live (s B, A); None: nothing."""
         return None
 
+    def loss(
+        self, step: Step, live: Live, inputs: Mapping[str, Any], outputs: Tensor, reference: Callable[[], Tensor]
+    ) -> Tensor | None:
+        """What to add to the loss at each answer token of a pass, shape (tokens,), in nats; None: nothing.
+
+        It becomes part of the step's mean over answer tokens, as the loss is. `inputs` are the model's inputs with
+        `labels`; `outputs` the logits (tokens, vocabulary) at the positions that say the answers' tokens, in the order
+        of the rows; `reference()` gives the same of the network with the task adapter off, in evaluation mode and
+        without gradient, by a forward pass of its own.
+        """
+        return None
+
     def observe(self, step: Step, loss: Tensor) -> None:
         """Take note of the loss (0-dim tensor, mean over answer tokens) of the pass that has just run."""
 
@@ -207,7 +219,7 @@ class Constraint:
     @classmethod
     def acts(cls) -> bool:
         """Whether it does anything to the adapter, or the loss, while a task is trained."""
-        return cls.fills("scale", "penalty", *WHOLE)
+        return cls.fills("scale", "penalty", "loss", *WHOLE)
 
     @classmethod
     def fills(cls, *hooks: str) -> bool:

@@ -8,7 +8,8 @@ in `FAMILIES`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -97,6 +98,17 @@ class Family:
     def answers(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (batch, tokens, vocabulary) of positions at which answer tokens are said, and these tokens' ids
         (batch, tokens), -100 where a row has none there."""
+        raise NotImplementedError
+
+    @contextmanager
+    def listening(self, model: Any) -> Iterator[list[Any]]:
+        """A context around a pass of the model; what :meth:`said` needs of it is put into the list."""
+        raise NotImplementedError
+        yield []
+
+    def said(self, model: Any, heard: list[Any], batch: Batch) -> Tensor:
+        """The logits (tokens, vocabulary) of a pass at the positions of :meth:`labels` that are not -100, row by row;
+        no part of the network below its head is run again."""
         raise NotImplementedError
 
     def labels(self, batch: Batch) -> Tensor:

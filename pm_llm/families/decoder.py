@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,25 @@ class Decoder(Family):
             logits = model(**inputs, use_cache=False).logits[:, at]
         return logits, labels[:, at]
 
+    @contextmanager
+    def listening(self, model: Any) -> Iterator[list[Any]]:
+        """To what comes out below the head: TRL's fused head makes no logits."""
+        heard: list[Any] = []
+        backbone = _backbone(model)
+        handle = backbone.register_forward_hook(lambda module, given, output: heard.append(output))
+        try:
+            yield heard
+        finally:
+            handle.remove()
+
+    def said(self, model: Any, heard: list[Any], batch: Batch) -> Tensor:
+        """The network with the answers' states in place of all below its head: so it is each model's own head."""
+        labels, (output,), backbone = self.labels(batch), heard, _backbone(model)
+        states = output.last_hidden_state[:, :-1][labels != -100]
+        with _instead(backbone, type(output)(last_hidden_state=states[None])):
+            found = model.get_base_model()(inputs_embeds=states[None], use_cache=False)
+        return found.logits[0]
+
     def new_tokens(self, output: Tensor, inputs: Batch) -> Tensor:
         return output[:, inputs["input_ids"].shape[1] :]
 
@@ -138,6 +158,24 @@ class DecoderReader(Reader):
             )
             self.cache.crop(-length)  # back to the prompts
         return found + summed(out.logits, ids[:, 1:], kept[:, 1:])
+
+
+def _backbone(model: Any) -> Any:
+    base = model.get_base_model()
+    return getattr(base, base.base_model_prefix)
+
+
+@contextmanager
+def _instead(module: Any, output: Any) -> Iterator[None]:
+    """Within the block, a module gives that output, whatever it is given."""
+    before = module.__dict__.get("forward")
+    module.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 @lru_cache

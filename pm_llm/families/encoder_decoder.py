@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,19 @@ class EncoderDecoder(Family):
         inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
         return model(**inputs, use_cache=False).logits, batch["labels"]
+
+    @contextmanager
+    def listening(self, model: Any) -> Iterator[list[Any]]:
+        heard: list[Any] = []
+        handle = model.get_base_model().register_forward_hook(lambda module, given, output: heard.append(output))
+        try:
+            yield heard
+        finally:
+            handle.remove()
+
+    def said(self, model: Any, heard: list[Any], batch: Batch) -> Tensor:
+        (output,) = heard
+        return output.logits[batch["labels"] != -100]
 
     def reader(self, prompts: Prompts, rows: Sequence[int]) -> Reader:
         return EncoderDecoderReader(prompts, rows)

@@ -19,9 +19,9 @@ from pm_llm.system.progress import TrainingBar, say
 from pm_llm.system.sharding import weights_only
 from pm_llm.training.arguments import training_arguments
 from pm_llm.training.checkpoints import Checkpoints
+from pm_llm.training.constrained import AlreadyTrainedError
 from pm_llm.training.patches import original_forward
 from pm_llm.training.stopping import Stopping
-from pm_llm.training.trainers import AlreadyTrainedError
 
 
 class SaveSteps(TrainerCallback):

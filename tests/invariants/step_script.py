@@ -11,6 +11,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 from trl import SFTConfig, SFTTrainer
 
 from pm_llm import ContinualSeq2SeqTrainer, ContinualSFTTrainer, Perturb
+from pm_llm.constraints.anchor import Anchor
 from pm_llm.system.processes import shut_down
 from tests.conftest import FAMILIES, features, make_peft, tokenizer
 
@@ -68,7 +69,8 @@ if __name__ == "__main__":
         trainer = make_trainer(family, out, batch, accumulation, Perturb(**ALWAYS))
         result = one_step(trainer)
         uneven = one_step(make_trainer(family, out, batch, accumulation, Perturb(**ALWAYS), **UNEVEN))
+        anchored = one_step(make_trainer(family, out, batch, accumulation, Anchor(5.0), **UNEVEN))
         if PartialState().is_main_process:
-            torch.save((result, uneven), f"{out}/{family}.pt")
+            torch.save((result, uneven, anchored), f"{out}/{family}.pt")
     del trainer
     shut_down()

@@ -8,6 +8,7 @@ from trl.trainer import utils as trl_utils
 
 from pm_llm import Perturb
 from pm_llm.adapters.live import lora_layers, set_active
+from pm_llm.constraints.anchor import Anchor
 from pm_llm.constraints.base import Constraint
 from tests.conftest import FAMILIES
 from tests.invariants.step_script import ALWAYS, UNEVEN, make_trainer, one_step, weights
@@ -49,8 +50,10 @@ def test_two_processes_change_nothing(forker, tmp_path) -> None:
     ended = launch(forker, [*command, str(tmp_path), "8", "1"], kill=300.0)
     assert ended.status == 0, ended.said
     for family in FAMILIES:
-        for options, (loss, gradient) in zip(({}, UNEVEN), torch.load(tmp_path / f"{family}.pt"), strict=True):
-            whole = one_step(make_trainer(family, str(tmp_path), 16, 1, Perturb(**ALWAYS), **options))
+        perturb, done = Perturb(**ALWAYS), torch.load(tmp_path / f"{family}.pt")
+        alone = ((perturb, {}), (perturb, UNEVEN), (Anchor(5.0), UNEVEN))
+        for (constraint, options), (loss, gradient) in zip(alone, done, strict=True):
+            whole = one_step(make_trainer(family, str(tmp_path), 16, 1, constraint, **options))
             assert whole[0] == pytest.approx(loss, rel=1e-4)
             assert_same(whole[1], gradient, atol=1e-6, rtol=1e-4)
 

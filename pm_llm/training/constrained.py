@@ -1,0 +1,376 @@
+"""Constraints around a Trainer's step."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from pm_llm.adapters.live import factors_of, lora_layers, scaled, set_active, stretched, trainable_adapter
+from pm_llm.algebra.lowrank import LowRank
+from pm_llm.constraints.base import UPDATE, WHOLE, Constraint, Live, Step
+from pm_llm.errors import NonFiniteLossError, PmLlmError
+from pm_llm.evaluation.generate import evaluating
+from pm_llm.families.base import family_of
+from pm_llm.system.sharding import is_sharded, whole
+from pm_llm.training.checkpoints import Checkpoints
+
+
+class AlreadyTrainedError(Exception):
+    """Training went on from the checkpoint of its last step: there is nothing left to do.
+
+    The Trainer looks at the number of steps after a step only, and would train one too many where the last step is not
+    at the end of an epoch.
+    """
+
+
+def refuse_sharding(constraints: Sequence[Constraint], sharded: bool, deepspeed: bool) -> None:
+    """Raise PmLlmError if a constraint needs what a process does not have.
+
+    Args:
+        constraints: The constraints.
+        sharded: Whether parameters are shared out (FSDP2, ZeRO-3).
+        deepspeed: Whether DeepSpeed runs the step.
+    """
+    # FSDP2 gathers A and B for a penalty; ZeRO-3 cannot, between a forward and its backward
+    hooks = ("penalty", "loss", *WHOLE) if deepspeed else ("loss", *WHOLE)
+    inside = [c for c in constraints if c.space == "factors" or c.fills(*hooks)]
+    if sharded and inside:
+        good = ["ddp.yaml"]
+        if not any(c.fills(*UPDATE) for c in inside):
+            good.append("zero2.yaml")
+        if deepspeed and not any(c.space == "factors" or c.fills("loss", *WHOLE) for c in inside):
+            good.append("fsdp2.yaml")
+        names = ", ".join(type(c).__name__ for c in inside)
+        raise PmLlmError(f"{names} needs the whole adapter in every process. Use {' or '.join(good)}.")
+    updating = [type(c).__name__ for c in constraints if c.fills(*UPDATE)]
+    if deepspeed and updating:
+        names = ", ".join(updating)
+        raise PmLlmError(f"{names} takes part in each optimizer step, which DeepSpeed makes by itself. Use ddp.yaml.")
+
+
+class _AfterUpdate(TrainerCallback):
+    """Lets constraints act when the optimizer has moved the parameters."""
+
+    def __init__(self, trainer: ConstraintMixin) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        for constraint in sorted(self.trainer.constraints, key=lambda c: not c.scales_update):
+            constraint.after_update(self.trainer.step, self.trainer.live)
+
+
+class ConstraintMixin:
+    """Puts constraints around the Trainer's step. Not a Trainer by itself.
+
+    The scale of the task adapter holds for the whole `training_step`, that is forward *and* backward: gradient
+    checkpointing runs the forward again inside the backward, and would otherwise see another scale.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        constraint: Constraint | Sequence[Constraint] = (),
+        checkpoints: Checkpoints | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.constraints = [constraint] if isinstance(constraint, Constraint) else list(constraint)
+        self.checkpoints = checkpoints
+        self._staging: Path | None = None  # where a checkpoint is being written
+        given = args[0] if args else kwargs.get("model")
+        trained = [(p, p.data) for p in given.parameters() if p.requires_grad] if isinstance(given, PeftModel) else []
+        super().__init__(*args, **kwargs)
+        for parameter, data in trained:  # of a 4-bit model TRL rounds the adapter to bfloat16, a checkpoint does not
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        if not isinstance(model, PeftModel):
+            raise PmLlmError(f"the model is a {type(model).__name__}; give a PeftModel with a LoRA adapter.")
+        self.adapter_name = trainable_adapter(model)
+        self.live = Live(dict(lora_layers(model)), self.adapter_name, self._total, family_of(model))
+        if any(self.adapter_name in layer.lora_variant for layer in self.live.layers.values()):
+            raise PmLlmError(
+                f"adapter {self.adapter_name!r} is a variant of LoRA (such as DoRA), whose update is not its scaling "
+                "times B A. Use plain LoRA or rsLoRA."
+            )
+        self._scaling = {name: self.live.scaling(name) for name in self.live.layers}
+        self._added: Tensor | float = 0.0  # to the loss of the last pass, by constraints
+        self._origin: list[Tensor] = []  # of A and B, where they are stretched away from where they began
+        if any(c.space == "factors" for c in self.constraints):
+            self._origin = [p.detach().clone() for p in factors_of(self.live.layers.values(), self.adapter_name)]
+        self.step = Step(seed=0, step=-1)  # of the last pass
+        self._unfinite: Tensor | None = None
+        self.add_callback(_AfterUpdate(self))  # type: ignore[attr-defined]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        for constraint in self.constraints:
+            if not (constraint.prepared or constraint.by_itself):
+                raise PmLlmError(
+                    f"constraint {type(constraint).__name__} was not told its task, without which it does nothing or "
+                    "the wrong thing. Train with ContinualSequence, which does so (also what `rows` and `steps` say), "
+                    "or call its prepare(Context(task, ...)) before each task."
+                )
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for constraint in self.constraints:
+                constraint.prepared = False
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        return super().get_batch_samples(self._once(epoch_iterator), num_batches, device)  # type: ignore[misc]
+
+    def _once(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, of an epoch's last only the rows that are left: with several processes, accelerate fills it up
+        with the epoch's first rows, which would count twice. What it filled up has no answer here."""
+        state = self.accelerator.gradient_state  # type: ignore[attr-defined]
+        for batch in batches:
+            if state.end_of_dataloader and state.remainder > 0:
+                labels = batch["labels"]
+                left = state.remainder - self.accelerator.process_index * len(labels)  # type: ignore[attr-defined]
+                labels[max(left, 0) :] = -100
+            yield batch
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:  # type: ignore[attr-defined]
+            raise AlreadyTrainedError
+        step = self.step = self._next_step()
+        self._check_sharding()
+        for constraint in self.constraints:
+            constraint.before_pass(step, self.live, lambda: self._gradient(inputs, num_items_in_batch))
+        factor = prod(c.scale(step) for c in self.constraints if c.space == "weights")
+        stretch = prod(c.scale(step) for c in self.constraints if c.space == "factors")
+        layers, name = self.live.layers.values(), self.adapter_name
+        with ExitStack() as stack:
+            stack.enter_context(scaled(layers, name, factor))
+            stack.enter_context(stretched(layers, name, self._origin, stretch))
+            for constraint in self.constraints:
+                stack.enter_context(constraint.around(step, self.live, inputs))
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        # the Trainer's loss is this pass's share of the step's mean
+        mean = (loss.detach() - self._added) * step.micro_steps
+        bad = ~torch.isfinite(mean)
+        self._unfinite = bad if self._unfinite is None else self._unfinite | bad
+        for constraint in self.constraints:
+            constraint.observe(step, mean)
+        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            for constraint in self.constraints:
+                constraint.before_update(step, self.live)
+        return loss
+
+    def _gradient(self, inputs: dict[str, Any], num_items_in_batch: Any) -> list[Tensor]:
+        """The gradient of a pass's loss with its penalties, for A and B of every module; the processes' mean."""
+        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model.train()
+        counts = {
+            key: deepcopy(getattr(self, key)) for key in ("_metrics", "_total_train_tokens") if hasattr(self, key)
+        }
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)  # type: ignore[attr-defined]
+        for key, value in counts.items():  # TRL's, of the step itself
+            setattr(self, key, value)
+        if self._counted(num_items_in_batch):  # a share of the step's: on the scale of the whole
+            loss = loss * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        found = torch.autograd.grad(loss, self.live.parameters(), materialize_grads=True)  # 0 where it does not reach
+        return [self._total(g) / self.accelerator.num_processes for g in found]  # type: ignore[attr-defined]
+
+    def _total(self, x: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return self.accelerator.reduce(x, "sum")  # type: ignore[attr-defined]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        with self._listening() as heard:
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        penalised, spoken = ([c for c in self.constraints if c.fills(hook)] for hook in ("penalty", "loss"))
+        if not (penalised or spoken) or not model.training:
+            return found
+        # the share of this pass, which the Trainer divides by the number of passes unless the loss counts tokens
+        passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        counted = self._counted(num_items_in_batch)
+        added = self._sum_of_penalties(penalised) / (passes if counted else 1)
+        if spoken:
+            added = added + self._terms(spoken, inputs, heard, num_items_in_batch)
+        self._added = added.detach() / (1 if counted else passes)
+        if isinstance(found, tuple):
+            return (found[0] + added, *found[1:])
+        return found + added
+
+    def _listening(self) -> Any:
+        if not any(c.fills("loss") for c in self.constraints):
+            return nullcontext([])
+        return self.live.family.listening(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
+
+    def _terms(
+        self, spoken: Sequence[Constraint], inputs: dict[str, Any], heard: list[Any], num_items_in_batch: Any
+    ) -> Tensor:
+        """What constraints add at the answers' tokens, as part of the step's mean over them."""
+        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        family, layers, name = self.live.family, self.live.layers.values(), self.live.adapter
+        outputs, labels = family.said(model, heard, inputs), family.labels(inputs)
+
+        @lru_cache(1)  # one pass for all of them
+        def reference() -> Tensor:
+            batch = {key: x for key, x in inputs.items() if isinstance(x, Tensor)}
+            with torch.no_grad(), scaled(layers, name, 0.0), evaluating(model):
+                logits, own = family.answers(model, batch)
+            return logits[own != -100]
+
+        found = [c.loss(self.step, self.live, inputs, outputs, reference) for c in spoken]
+        each = sum((x for x in found if x is not None), start=outputs.new_zeros(len(outputs), dtype=torch.float32))
+        if num_items_in_batch is None:
+            return each.sum() / (labels != -100).sum().clamp(min=1)
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
+        return each.sum() / num_items_in_batch * processes
+
+    def _counted(self, num_items_in_batch: Any) -> bool:
+        """Whether the loss counts the tokens of all passes of a step, and is not divided by their number."""
+        return bool(self.model_accepts_loss_kwargs) and num_items_in_batch is not None  # type: ignore[attr-defined]
+
+    def _check_sharding(self) -> None:
+        sharded = is_sharded(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # type: ignore[attr-defined]
+        refuse_sharding(self.constraints, sharded, deepspeed)
+
+    def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
+        """What the constraints add to a step's loss: of the update without the perturbation's scale in weights, but
+        with what is done to A and B themselves (perturb in factors, gaussian) while the pass lasts."""
+        live = {}
+        for name in self.live.layers:
+            a, b = map(whole, self.live.weights(name))
+            live[name] = LowRank(b.float() * self._scaling[name], a.float())
+        found = [c.penalty(live) for c in penalised]
+        return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._check_finite()
+        for constraint in self.constraints if self.model.training else ():  # type: ignore[attr-defined]
+            if not constraint.fills("logs"):
+                continue
+            sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state().items()}  # type: ignore[attr-defined]
+            if sums:
+                sums = self.accelerator.reduce(sums, "sum")  # type: ignore[attr-defined]
+            logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            with self._same_activation():
+                super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise PmLlmError(
+                f"the checkpoint is of an adapter with other sizes: {error} What is kept of the weights (constrain "
+                "osft) is measured and may come out otherwise on other hardware. Redo the task with --restart-from."
+            ) from error
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_finite()
+        step = self.state.global_step  # type: ignore[attr-defined]
+        try:
+            with self.checkpoints.writing(step) if self.checkpoints else nullcontext() as self._staging:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                self._drop_adapters()
+                sums = self._constraint_sums()
+                if sums:
+                    folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
+                    save_file(sums, folder / self._constraints_file())
+        finally:
+            self._staging = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        file = Path(checkpoint or "") / self._constraints_file()
+        if checkpoint is None or not file.is_file():
+            return
+        found = load_file(file)
+        self._origin = [found[f"origin.{j}"] for j in range(len(self._origin))]
+        for i, constraint in enumerate(self.constraints):
+            state: dict[str, dict[int, Tensor]] = defaultdict(dict)
+            for key in [key for key in found if key.startswith(f"{i}.")]:
+                name, _, place = key.removeprefix(f"{i}.").rpartition(".")
+                state[name][int(place)] = found[key]
+            constraint.load_state({name: [one[j] for j in range(len(one))] for name, one in state.items()})
+
+    def _drop_adapters(self) -> None:
+        """Keep only what training goes on from: of sharded models their own state, else the task adapter alone.
+
+        The frozen adapter is in the run already; and under FSDP each adapter's file gets the weights of all.
+        """
+        if self.checkpoints is None or not self.accelerator.is_main_process:  # type: ignore[attr-defined]
+            return
+        sharded = is_sharded(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
+        for file in Path(self._get_output_dir(None)).glob("checkpoint-*/*/adapter_config.json"):
+            if sharded or file.parent.name != self.adapter_name:
+                shutil.rmtree(file.parent)
+
+    def _constraint_sums(self) -> dict[str, Tensor]:
+        """What the constraints have summed up, each tensor under `constraint.name.number`, and the origin."""
+        states = [constraint.state() for constraint in self.constraints]
+        sums = {
+            f"{i}.{k}.{j}": x.contiguous() for i, s in enumerate(states) for k, v in s.items() for j, x in enumerate(v)
+        }
+        return sums | {f"origin.{j}": x for j, x in enumerate(self._origin)}
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.checkpoints is None:  # a checkpoint within a run is nothing to publish
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+
+    def _constraints_file(self) -> str:
+        return f"constraints-{self.accelerator.process_index}.safetensors"  # type: ignore[attr-defined]
+
+    def _load_best_model(self) -> None:
+        with self._same_activation():
+            super()._load_best_model()  # type: ignore[misc]
+
+    @contextmanager
+    def _same_activation(self) -> Iterator[None]:
+        """Transformers loads a checkpoint's adapters and leaves the first of them active and trainable."""
+        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        active = list(model.active_adapters)
+        try:
+            yield
+        finally:
+            set_active(model, active, trainable=self.adapter_name)
+
+    def _next_step(self) -> Step:
+        step = self.state.global_step  # type: ignore[attr-defined]
+        return Step(
+            seed=self.args.seed,  # type: ignore[attr-defined]
+            step=step,
+            steps=self.state.max_steps,  # type: ignore[attr-defined]
+            micro_step=self.step.micro_step + 1 if self.step.step == step else 0,
+            micro_steps=self.current_gradient_accumulation_steps,  # type: ignore[attr-defined]
+            rank=self.accelerator.process_index,  # type: ignore[attr-defined]
+            world_size=self.accelerator.num_processes,  # type: ignore[attr-defined]
+        )
+
+    def _check_finite(self) -> None:
+        """Every process must stop, or the others would wait for it for ever: the flag is reduced over them."""
+        if self._unfinite is None:
+            return
+        bad = self.accelerator.reduce(self._unfinite.float(), "sum")  # type: ignore[attr-defined]
+        self._unfinite = None
+        if bad.item() > 0:
+            raise NonFiniteLossError(
+                f"the training loss became NaN or infinite by step {self.state.global_step}. "  # type: ignore[attr-defined]
+                "Lower the learning rate, or train in float32 or bfloat16 (T5 overflows in float16). "
+                "The running adapter is untouched."
+            )
