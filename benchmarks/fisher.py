@@ -41,7 +41,7 @@ def state_rows(width: int) -> list[dict[str, Any]]:
             sums = torch.rand(width)
             one: Any = Factored(sums, sums.flip(0)) if form == "factored" else Dense(torch.rand(width, width))
             running = merger.fold(running, new, Fisher({"q": one}))
-        found[form] = sum(x.numel() * x.element_size() for x in merger.state().values())
+        found[form] = sum(x.numel() * x.element_size() for x in merger.state_dict().values())
     return [
         {"state of one module": form, "MiB": size / 2**20, "of dense, %": 100 * size / found["dense"]}
         for form, size in found.items()

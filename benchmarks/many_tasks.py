@@ -52,11 +52,11 @@ def main() -> None:
                 started = time.perf_counter()
                 merger, running = Merger("optimal", max_rank=32), None
                 if task:
-                    merger.load_state(load_file(folder / "curvature.safetensors"), task)
+                    merger.load_state_dict(load_file(folder / "curvature.safetensors"), task)
                     running = Adapter.load(folder / "running")
                 merged = merger.fold(running, new, fisher)
                 merged.save(folder / "next")
-                save_file(merger.state(), folder / "next" / "curvature.safetensors")
+                save_file(merger.state_dict(), folder / "next" / "curvature.safetensors")
                 seconds.append(time.perf_counter() - started)
             for file in (folder / "next").iterdir():
                 (folder / "running").mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,6 +68,16 @@ MERGES = {
     "optimal": "pm_llm.merges.optimal:Optimal",
 }
 REGISTRIES = {"start": STARTS, "constrain": CONSTRAINTS, "merge": MERGES}
+GROUPS = {"start": "pm_llm.starts", "constrain": "pm_llm.constraints", "merge": "pm_llm.merges"}
+
+
+def found(group: str) -> Iterator[importlib.metadata.EntryPoint]:
+    """The entry points of that group in the packages that are installed; nothing of them is imported."""
+    yield from importlib.metadata.entry_points(group=group)
+
+
+for _kind, _group in GROUPS.items():  # the project's own names stay its own
+    REGISTRIES[_kind].update({one.name: one.value for one in found(_group) if one.name not in REGISTRIES[_kind]})
 
 
 @dataclass(frozen=True)

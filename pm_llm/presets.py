@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from pm_llm.errors import unknown_name
-from pm_llm.methods import CONSTRAINTS, Choice, Method
+from pm_llm.errors import first_line, unknown_name
+from pm_llm.methods import CONSTRAINTS, Choice, Method, found
 
 
 def _preset(
@@ -68,8 +69,8 @@ def method_of(preset: str, start: Any = None, constrain: Any = None, merge: Any 
 
 def preset_of(name: str, words: dict[str, Any]) -> Method | None:
     """The preset that a run was, from its `method` and its three words as they were; None if these were others."""
-    found = PRESETS.get(name)
-    return found if found is not None and found.plain() == words else None
+    method = PRESETS.get(name)
+    return method if method is not None and method.plain() == words else None
 
 
 def keeps_rows(words: dict[str, Any]) -> bool | None:
@@ -83,8 +84,8 @@ def keeps_rows(words: dict[str, Any]) -> bool | None:
 
 def knows_task(name: str, words: dict[str, Any]) -> bool:
     """Whether the result of such a run is used with the task known."""
-    found = preset_of(name, words)
-    return found is not None and found.task_id
+    method = preset_of(name, words)
+    return method is not None and method.task_id
 
 
 # on what the tests run each preset; they take their parameters from here, and the table of methods its last columns
@@ -119,3 +120,10 @@ TESTED: dict[str, tuple[str, ...]] = {
         "joint",
     ),
 }
+
+
+for _one in found("pm_llm.presets"):  # of other packages; the project's own names stay its own
+    try:
+        PRESETS.setdefault(_one.name, _one.load())
+    except Exception as error:  # whatever another package's code raises
+        warnings.warn(f"the preset {_one.name!r} of {_one.value} cannot be loaded: {first_line(error)}", stacklevel=1)

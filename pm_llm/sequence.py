@@ -130,7 +130,7 @@ class ContinualSequence:
         if curvature is None and stages[-1]["remembers"]:
             self._replay(stages)
         else:
-            session.merger.load_state(curvature or {}, done)
+            session.merger.load_state_dict(curvature or {}, done)
         session.running = Adapter.load(self.run_dir.adapter)
         session.memories = self.run_dir.memories(done - 1, len(self.method.constrain))
         if session.start.begins == "last":

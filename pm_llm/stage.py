@@ -278,7 +278,7 @@ class Stage:
             if memory:
                 save_file(memory, folder / MEMORY)
 
-        on_main(lambda: session.run_dir.commit_stage(self.number, record, fill, session.merger.state()))
+        on_main(lambda: session.run_dir.commit_stage(self.number, record, fill, session.merger.state_dict()))
         return record
 
     # ---- what the steps stand on ----

@@ -9,14 +9,12 @@ import sys
 
 import pytest
 
-from pm_llm import ContinualSequence, methods
 from pm_llm.cli import main
 from pm_llm.commands.methods import choices, table
 from pm_llm.config import load_config
 from pm_llm.methods import REGISTRIES, Choice
 from pm_llm.presets import PRESETS, TESTED
-from tests.conftest import ROOT, small_tasks
-from tests.test_presets import KEYS
+from tests.conftest import ROOT, pm_llm
 
 
 def test_the_page_of_methods_is_what_the_command_prints(capsys) -> None:
@@ -44,27 +42,30 @@ def test_every_choice_has_a_source_and_is_where_the_registry_says() -> None:
             assert (sys.modules[module].__doc__ or "").partition(":")[2].strip(), (kind, name)
 
 
-def test_the_worked_example_runs(tmp_path, monkeypatch, pico_folders) -> None:
-    """File, line and test of docs/extend.md, as they stand there, and a run with it."""
-    file, line, test = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extend.md").read_text(), re.S)
-    path = re.match(r"# (\S+)\n", file)[1]
-    (tmp_path / path).parent.mkdir()
-    (tmp_path / path).write_text(file)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "my_pm_llm.py").write_text(f"{line}\nimport sys, pm_llm.cli\nsys.exit(pm_llm.cli.main())\n")
-    said = subprocess.run([sys.executable, "my_pm_llm.py", "methods"], cwd=tmp_path, capture_output=True, text=True)
+def test_the_worked_example_runs(tmp_path, pico_folders, monkeypatch) -> None:
+    """The package of docs/extend.md, as it stands there: installed, listed, trained with; and its own test."""
+    page = (ROOT / "docs/extend.md").read_text()
+    file, preset, test = re.findall(r"```python\n(.*?)```", page, re.S)
+    package, installed = tmp_path / "my_methods", tmp_path / "installed"
+    (package / "my_methods").mkdir(parents=True)
+    (package / "pyproject.toml").write_text(re.search(r"```toml\n(.*?)```", page, re.S)[1])
+    for text in (file, preset):
+        (package / re.match(r"# (\S+)\n", text)[1]).write_text(text)
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(installed), str(package)], check=True, capture_output=True)
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    said = pm_llm("methods")
     assert "| `median` | fresh | none | median | the median of the task vectors |" in said.stdout, said.stderr
-    try:
-        exec(line, {})
-        names: dict = {}
-        exec(test, names)
-        names["test_median_of_three_is_the_middle_one"]()
-        assert load_config(None, {"method": "median", "merge": {"name": "median", "scale": 0.5}}).check()
-        keys = {**KEYS, "model": pico_folders["llama"], "method": "median", "output_dir": str(tmp_path / "run")}
-        assert ContinualSequence(load_config(None, keys), small_tasks("sentiment", "topic", train=8, test=2)).run()
-    finally:
-        methods.MERGES.pop("median", None)
-        PRESETS.pop("median", None)
+    run = ["run", "--model", pico_folders["llama"], "--method", "median", "--output_dir", tmp_path / "run"]
+    keys = ["--benchmark", "embedded", "--order", "sentiment,topic", "--train.max_steps", "2"]
+    keys += ["--max_test_samples", "2", "--max_length", "96", "--merge", "{name: median, scale: 0.5}"]
+    ended = pm_llm(*run, *keys)
+        *run, *keys, "--max_test_samples", "2", "--max_length", "96", "--merge", "{name: median, scale: 0.5}"
+    )
+    assert ended.returncode == 0, ended.stderr
+    script = f"{test}\ntest_median_of_three_is_the_middle_one()\n"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+    monkeypatch.delenv("PYTHONPATH")
     assert main(["score", str(tmp_path / "run")]) == 0  # of what was said, whatever the method
     with pytest.raises(ValueError, match="unknown merge"):
         Choice.parse("median", "merge")
@@ -77,4 +78,4 @@ def test_the_page_names_the_hooks_there_are() -> None:
     block = page[page.index("| when | hooks |") : page.index("What a step does")]
     named = set(re.findall(r"`(\w+)`", block))
     hooks = {name for name, value in vars(Constraint).items() if callable(value) and not name.startswith("_")}
-    assert named == hooks - {"fills", "load_memory", "load_state", "prepare"}
+    assert named == hooks - {"fills", "load_memory", "prepare"}

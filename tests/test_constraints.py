@@ -149,7 +149,7 @@ def test_scales_that_cover_the_expected_coefficient() -> None:
     assert {perturb.scale(Step(0, step)) for step in range(50)} == {1.0}
     for step in range(50):
         perturb.observe(Step(0, step), torch.tensor(1.0))
-    assert perturb.logs({key: [float(x) for x in sums] for key, sums in perturb.state().items()}) == {}
+    assert perturb.logs({key: [float(x) for x in sums] for key, sums in perturb.state_dict().items()}) == {}
 
 
 def test_refresh_goes_up_before_it_goes_down(tmp_path) -> None:
@@ -349,7 +349,7 @@ def test_a_trainer_alone_refuses_what_was_not_told_its_task(name: str, tmp_path)
     else:
         with pytest.raises(PmLlmError, match=f"{type(constraint).__name__} was not told its task"):
             trainer.train()
-    assert constraint.by_itself == (name in {"gaussian", "lori", "perturb", "refresh", "slow", "sparse"})
+    assert constraint.by_itself == (name in {"anchor", "gaussian", "lori", "perturb", "refresh", "slow", "sparse"})
     assert not Perturb(scales="cover").by_itself
 
 

@@ -307,7 +307,7 @@ def test_state_of_every_form_goes_on_where_it_was(form: str) -> None:
         new = random_adapter(t)
         again = Merger("optimal", space=space)
         how = Trained("base" if space == "factors" else "running")
-        again.load_state({k: v.clone() for k, v in whole.state().items()}, whole.tasks)
+        again.load_state_dict({k: v.clone() for k, v in whole.state_dict().items()}, whole.tasks)
         other = again.fold(running, new, fisher(t, new), trained=how)
         running = whole.fold(running, new, fisher(t, new), trained=how)
         assert again.report == whole.report

@@ -119,9 +119,9 @@ def test_equal_fishers_give_one_over_t_and_joining_them_costs_nothing() -> None:
         assert merger.report.raw_coefficient == pytest.approx(1 / t, rel=1e-3)
         assert merger.report.curvature_errors["own"] < 1e-3
         again = Merger("optimal")
-        again.load_state({key: x.clone() for key, x in merger.state().items()}, merger.tasks)
-        assert again.state().keys() == merger.state().keys()
-        assert all(torch.equal(x, again.state()[key]) for key, x in merger.state().items())
+        again.load_state_dict({key: x.clone() for key, x in merger.state_dict().items()}, merger.tasks)
+        assert again.state_dict().keys() == merger.state_dict().keys()
+        assert all(torch.equal(x, again.state_dict()[key]) for key, x in merger.state_dict().items())
 
 
 def test_few_directions_keep_the_leading_ones_and_the_diagonal() -> None:

@@ -89,11 +89,11 @@ def test_what_cannot_be_is_refused() -> None:
     running = merger.fold(None, adapters[0], fishers[0])
     with pytest.raises(PmLlmError, match="probe"):
         merger.fold(running, adapters[1], fishers[1])
-    before = {key: x.clone() for key, x in merger.state().items()}
+    before = {key: x.clone() for key, x in merger.state_dict().items()}
     nowhere = SimpleNamespace(loss=lambda at: float("nan"))
     with pytest.raises(PmLlmError, match="loss between"):
         merger.fold(running, adapters[1], fishers[1], Trained(probe=nowhere))
-    assert all(torch.equal(x, merger.state()[key]) for key, x in before.items())  # as if nothing had been asked
+    assert all(torch.equal(x, merger.state_dict()[key]) for key, x in before.items())  # as if nothing had been asked
 
 
 @pytest.mark.parametrize("family", FAMILIES)

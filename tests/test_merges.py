@@ -201,7 +201,7 @@ def test_state_goes_on_where_it_was(rule: str) -> None:
     whole, running = Merger(rule, max_rank=3), None
     for t in range(4):
         again = Merger(rule, max_rank=3)
-        again.load_state({key: x.clone() for key, x in whole.state().items()}, whole.tasks)
+        again.load_state_dict({key: x.clone() for key, x in whole.state_dict().items()}, whole.tasks)
         if rule == "slao":
             again.max_rank = whole.max_rank = None
         other = again.fold(running, random_adapter(t), trained=Trained("base"))
@@ -260,7 +260,7 @@ def test_cofima_is_the_fisher_weighted_mean_of_each_entry() -> None:
         came, fishers = [random_adapter(t) for t in range(3)], [measured(10 + t) for t in range(3)]
         for new, fisher in zip(came, fishers, strict=True):
             again = Merger("cofima", weight=merger.rule.weight, past=past)
-            again.load_state({k: x.clone() for k, x in merger.state().items()}, merger.tasks)
+            again.load_state_dict({k: x.clone() for k, x in merger.state_dict().items()}, merger.tasks)
             merged = again.fold(running, new, fisher, trained=Trained("base"))
             if past == "last" and running is not None:
                 f, p = fisher.modules["one"], fishers[again.tasks - 2].modules["one"]

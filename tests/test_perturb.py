@@ -52,12 +52,12 @@ def test_curvature_of_a_quadratic() -> None:
         step = Step(0, i)
         c = perturb.scale(step)
         perturb.observe(step, torch.tensor(3 + 2 * (c - 1) + 2.5 * (c - 1) ** 2))
-    assert perturb.logs(perturb.state())["curvature"] == pytest.approx(5.0, rel=1e-3)
+    assert perturb.logs(perturb.state_dict())["curvature"] == pytest.approx(5.0, rel=1e-3)
 
 
 def test_no_curvature_before_all_signs_were_seen() -> None:
     perturb = Perturb()
-    assert perturb.logs(perturb.state()) == {}
+    assert perturb.logs(perturb.state_dict()) == {}
 
 
 @pytest.mark.parametrize("options", [{"epsilon": -0.1}, {"probability": 0.6}, {"epsilon": "half"}, {"decay": 1.0}])

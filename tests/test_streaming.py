@@ -54,7 +54,7 @@ def test_threads_and_mapped_files_change_no_bit(granularity: str, tmp_path) -> N
                 merger.zeros = mapped_files(tmp_path / "sums") if threads == 3 else None
                 running = merger.fold(running, new, fisher_of(new, t))
             assert torch.get_num_threads() == threads
-            found[threads] = running, merger.report, merger.state()
+            found[threads] = running, merger.report, merger.state_dict()
         finally:
             torch.set_num_threads(1)
     (a, first, one), (b, second, two) = found.values()
@@ -176,7 +176,7 @@ def test_fisher_truncation_loses_less_of_what_matters(form: str) -> None:
             if form == "dense":
                 fisher = Fisher.of({n: f.r[:, None] * f.c / f.r.sum() for n, f in fisher.modules.items()})
             exact = Merger("optimal")
-            exact.load_state(merger.state(), merger.tasks)
+            exact.load_state_dict(merger.state_dict(), merger.tasks)
             whole = exact.fold(running, new, fisher)
             running = merger.fold(running, new, fisher)
         lost = {n: lowrank.add(x, running.factors[n].scale(-1.0)) for n, x in whole.factors.items()}

@@ -205,15 +205,15 @@ class Constraint:
         """The optimizer has moved the parameters."""
 
     # ---- what is kept while training ----
-    def state(self) -> dict[str, list[Tensor]]:
+    def state_dict(self) -> dict[str, list[Tensor]]:
         """This process's sums; they are added over all processes before :meth:`logs` reads them."""
         return {}
 
-    def load_state(self, state: dict[str, list[Tensor]]) -> None:
-        """The inverse of :meth:`state`, when training goes on from a checkpoint."""
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        """The inverse of :meth:`state_dict`, when training goes on from a checkpoint."""
 
     def logs(self, state: dict[str, list[float]]) -> dict[str, float]:
-        """What to add to the Trainer's log line, from :meth:`state` summed over processes."""
+        """What to add to the Trainer's log line, from :meth:`state_dict` summed over processes."""
         return {}
 
     @classmethod

@@ -69,9 +69,9 @@ class GradientSubspace(Spans):
                 past = None if past is None else past.cpu()
                 self.bases[name] = extended(past, sketch.rows, self.share, int(self.most * d_in))
 
-    def state(self) -> dict[str, list[Tensor]]:
+    def state_dict(self) -> dict[str, list[Tensor]]:
         return {f"sketch.{name}": [s.rows] for name, s in self._sketches.items() if s.rows is not None}
 
-    def load_state(self, state: dict[str, list[Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         for key, (rows,) in state.items():
             self._sketches[key.removeprefix("sketch.")] = Sketch(self.size, rows)

@@ -64,8 +64,8 @@ class Lori(Constraint):
         for b, mask in zip(matrices, self._masks, strict=False):
             b.data *= mask
 
-    def state(self) -> dict[str, list[Tensor]]:
+    def state_dict(self) -> dict[str, list[Tensor]]:
         return {"masks": self._masks}
 
-    def load_state(self, state: dict[str, list[Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         self._masks = state.get("masks", [])

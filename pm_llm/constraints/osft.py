@@ -132,10 +132,10 @@ class Osft(Constraint):
         set_active(model, active, trainable=context.live.adapter)
         return {"osft_error": (lost / whole) ** 0.5 if whole else 0.0}
 
-    def state(self) -> dict[str, list[Tensor]]:
+    def state_dict(self) -> dict[str, list[Tensor]]:
         return {"weights": [p.data for *_, p in self._trained()]}
 
-    def load_state(self, state: dict[str, list[Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         for (*_, p), found in zip(self._trained(), state["weights"], strict=True):
             p.data = found.to(p.data)
 

@@ -97,10 +97,10 @@ class Perturb(Constraint):
         sums[0] = self.decay * sums[0] + (1 - self.decay) * loss
         sums[1] = self.decay * sums[1] + (1 - self.decay)
 
-    def state(self) -> dict[str, list[Tensor]]:
+    def state_dict(self) -> dict[str, list[Tensor]]:
         return {f"perturb{s:+d}": sums for s, sums in self._sums.items()}
 
-    def load_state(self, state: dict[str, list[Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         self._sums = {s: state[f"perturb{s:+d}"] for s in self._sums}
 
     def logs(self, state: dict[str, list[float]]) -> dict[str, float]:

@@ -141,8 +141,8 @@ class Merge:
         return {}
 
     def remembers(self, n: int, m: int, r: int, tasks: int, whole: int, form: str | None) -> int:
-        """How many numbers :meth:`state` has of an (n, m) matrix after so many tasks, at most; an adapter is of rank
-        r, a task's model of rank `whole`, the Fisher of that form."""
+        """How many numbers :meth:`state_dict` has of an (n, m) matrix after so many tasks, at most; an adapter is of
+        rank r, a task's model of rank `whole`, the Fisher of that form."""
         return 0
 
     def truncated(self, name: str, change: LowRank) -> None:
@@ -152,12 +152,12 @@ class Merge:
         """Relative errors of what is kept of past tasks."""
         return {}
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What the rule must remember of past tasks; constant in their number, but for `old_adapters`."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`state`; also of what it gave before the first fold, where a fold failed."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`; also of what it gave before the first fold, where a fold failed."""
 
 
 def check_space(rule: str, space: str) -> bool:

@@ -68,9 +68,9 @@ class Cofima(Merge):
         share = torch.where(total > 0, left / total.clamp(min=1e-300), torch.full_like(total, self.weight))
         return (before + share * (new - before)).to(new.dtype)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {f"{name}.{side}": getattr(f, side) for name, f in self.fishers.items() for side in ("B", "A")}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         names = {key.rpartition(".")[0] for key in state}
         self.fishers = {name: Factors(state[f"{name}.B"], state[f"{name}.A"]) for name in names}

@@ -129,7 +129,7 @@ class Merger:
         if running is not None and self.rule.needs_history and self.tasks == 0:
             raise PmLlmError(
                 f"merge rule {type(self.rule).__name__} has folded no task yet but got a running adapter. "
-                "Fold the first task with running=None, or call load_state with what an earlier Merger left."
+                "Fold the first task with running=None, or call load_state_dict with what an earlier Merger left."
             )
         fold = Fold(
             self.tasks + 1,
@@ -138,11 +138,11 @@ class Merger:
             None if fisher is None else Fisher.of(fisher),
             trained,
         )
-        before = self.rule.state()
+        before = self.rule.state_dict()
         try:
             return new.replace_factors(self._folded(fold))
         except BaseException:  # the same fold may be tried again
-            self.rule.load_state(before)
+            self.rule.load_state_dict(before)
             raise
 
     def _folded(self, fold: Fold) -> dict[str, LowRank]:
@@ -193,11 +193,11 @@ class Merger:
         change = lowrank.add(x, kept.scale(-1.0))
         return kept, max(0.0, lowrank.inner(change, change)), lowrank.inner(x, x)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Tensors to go on from; :attr:`tasks` is the other half."""
-        return self.rule.state()
+        return self.rule.state_dict()
 
-    def load_state(self, state: dict[str, Tensor], tasks: int) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], tasks: int) -> None:
         """Go on after `tasks` folds."""
-        self.rule.load_state(state)
+        self.rule.load_state_dict(state)
         self.tasks = tasks

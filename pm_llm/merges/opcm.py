@@ -62,14 +62,14 @@ class Opcm(Merge):
         self.scales[name] = size / self.norms[name]
         return total.scale(1 / self.scales[name])
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {
             f"{name}.{kind}": torch.tensor(value, dtype=torch.float64)
             for kind, values in (("norm", self.norms), ("scale", self.scales))
             for name, value in values.items()
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.norms = {key.removesuffix(".norm"): float(x) for key, x in state.items() if key.endswith(".norm")}
         self.scales = {key.removesuffix(".scale"): float(x) for key, x in state.items() if key.endswith(".scale")}
 

@@ -193,12 +193,12 @@ class Optimal(Merge):
         off = [abs(k / e - 1) for k, e in zip(kept, exact, strict=True) if e > 0]
         return {"own": max(off, default=0.0), "slope": sqrt(lost / whole) if lost > 0 else 0.0}
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {
             f"{key}.{name}": x.contiguous() for name, past in self.past.items() for key, x in past.tensors().items()
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in state.items():
             kind, _, name = key.partition(".")

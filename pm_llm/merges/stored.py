@@ -40,7 +40,7 @@ class Stored(Merge):
     def remembers(self, n: int, m: int, r: int, tasks: int, whole: int, form: str | None) -> int:
         return tasks * (n + m) * r
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {
             f"{t}.{side}.{name}": getattr(x, side).contiguous()
             for t, vectors in enumerate(self.vectors)
@@ -48,7 +48,7 @@ class Stored(Merge):
             for side in ("B", "A")
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         found: dict[int, Any] = defaultdict(lambda: defaultdict(dict))
         for key, tensor in state.items():
             t, side, name = key.split(".", 2)

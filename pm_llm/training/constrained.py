@@ -260,7 +260,7 @@ class ConstraintMixin:
         for constraint in self.constraints if self.model.training else ():  # type: ignore[attr-defined]
             if not constraint.fills("logs"):
                 continue
-            sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state().items()}  # type: ignore[attr-defined]
+            sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state_dict().items()}  # type: ignore[attr-defined]
             if sums:
                 sums = self.accelerator.reduce(sums, "sum")  # type: ignore[attr-defined]
             logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))
@@ -307,7 +307,7 @@ class ConstraintMixin:
             for key in [key for key in found if key.startswith(f"{i}.")]:
                 name, _, place = key.removeprefix(f"{i}.").rpartition(".")
                 state[name][int(place)] = found[key]
-            constraint.load_state({name: [one[j] for j in range(len(one))] for name, one in state.items()})
+            constraint.load_state_dict({name: [one[j] for j in range(len(one))] for name, one in state.items()})
 
     def _drop_adapters(self) -> None:
         """Keep only what training goes on from: of sharded models their own state, else the task adapter alone.
@@ -323,7 +323,7 @@ class ConstraintMixin:
 
     def _constraint_sums(self) -> dict[str, Tensor]:
         """What the constraints have summed up, each tensor under `constraint.name.number`, and the origin."""
-        states = [constraint.state() for constraint in self.constraints]
+        states = [constraint.state_dict() for constraint in self.constraints]
         sums = {
             f"{i}.{k}.{j}": x.contiguous() for i, s in enumerate(states) for k, v in s.items() for j, x in enumerate(v)
         }

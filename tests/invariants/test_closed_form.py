@@ -197,7 +197,7 @@ def test_state_goes_on_where_it_was() -> None:
     running = whole.fold(None, random_adapter(0), random_fisher(0))
     first.fold(None, random_adapter(0), random_fisher(0))
     second = Merger("optimal")
-    second.load_state(first.state(), first.tasks)
+    second.load_state_dict(first.state_dict(), first.tasks)
     a = whole.fold(running, random_adapter(1), random_fisher(1))
     b = second.fold(running, random_adapter(1), random_fisher(1))
     assert whole.report.raw_coefficient == second.report.raw_coefficient
