@@ -60,8 +60,6 @@ def test_the_worked_example_runs(tmp_path, pico_folders, monkeypatch) -> None:
     keys = ["--benchmark", "embedded", "--order", "sentiment,topic", "--train.max_steps", "2"]
     keys += ["--max_test_samples", "2", "--max_length", "96", "--merge", "{name: median, scale: 0.5}"]
     ended = pm_llm(*run, *keys)
-        *run, *keys, "--max_test_samples", "2", "--max_length", "96", "--merge", "{name: median, scale: 0.5}"
-    )
     assert ended.returncode == 0, ended.stderr
     script = f"{test}\ntest_median_of_three_is_the_middle_one()\n"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
