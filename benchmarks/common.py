@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pm_llm.system.coerce import read_yaml
 
 STATUS = Path("/proc/self/status")
 
@@ -39,7 +39,7 @@ def plain(rows: list[dict[str, Any]]) -> str:
 
 def keys_of(words: list[str]) -> dict[str, Any]:
     """Keys of the configuration from a command line's `--key value` pairs."""
-    return {key.removeprefix("--"): yaml.safe_load(value) for key, value in zip(words[::2], words[1::2], strict=True)}
+    return {key.removeprefix("--"): read_yaml(value) for key, value in zip(words[::2], words[1::2], strict=True)}
 
 
 @contextmanager

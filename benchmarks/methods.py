@@ -23,8 +23,9 @@ from typing import Any
 import guesses
 import records
 import trunk
-import yaml
 from common import keys_of
+
+from pm_llm.system.coerce import read_yaml
 
 # short enough for a core
 LAST_LAYERS = [24, 25, 26, 27, 28, 29]  # of SmolLM2
@@ -94,7 +95,7 @@ def main() -> None:
                 stage.session.config = whole
 
     methods = list(PRESETS) if given.methods == ["all"] else given.methods
-    variants = yaml.safe_load((Path(__file__).parent / "variants.yaml").read_text())
+    variants = read_yaml((Path(__file__).parent / "variants.yaml").read_text())
     found = []
     for order in given.orders or [ORDER if given.data_dir else None]:
         for seed in given.seeds:

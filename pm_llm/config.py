@@ -18,36 +18,38 @@ import yaml
 from pm_llm.errors import PmLlmError, check_number, check_pattern, unknown_name
 from pm_llm.methods import Choice, Method, Setting
 from pm_llm.presets import PRESETS, method_of
-from pm_llm.system.coerce import check_no_secrets, cleaned, convert
+from pm_llm.system.coerce import check_no_secrets, cleaned, convert, read_yaml
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a help text; lists and mappings get a fresh copy each."""
+def option(default: Any, help: str, **bounds: Any) -> Any:
+    """A dataclass field with a help text and what it may be; lists and mappings get a fresh copy each.
+
+    `bounds` are `choices` (a tuple), or `least`, `above`, `most` and `whole`, which hold where the value is not none.
+    """
+    metadata = {"help": help, **bounds}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-ALLOWED = {
-    "dtype": ("float32", "bfloat16"),
-    "bad_rows": ("error", "drop"),
-    "space": ("weights", "factors"),
-    "truncation": ("plain", "fisher"),
-    "fold_running": ("auto", "always", "never"),
-    "fisher.form": ("dense", "factored", "kronecker"),
-    "evaluate": ("seen", "final", "diagonal+final", "all"),
-    "fisher.storage": ("memory", "disk"),
-    "evaluation.mode": ("generate", "labels"),
-    "evaluation.split": ("test", "validation"),
-}
-AT_LEAST_ONE = (
-    *("max_rank", "max_train_samples", "max_test_samples", "max_length", "max_new_tokens", "repeat", "lora.r"),
-    *("fisher.samples", "fisher.batch_size", "evaluation.batch_size", "evaluation.batch_tokens"),
-    *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
-    *("train.logging_steps", "train.save_steps"),
-)
-ABOVE_ZERO = ("train.learning_rate", "lora.lora_alpha")
-NOT_NEGATIVE = ("train.warmup_steps", "train.weight_decay", "train.max_grad_norm")
+def check_bounds(section: Any, prefix: str = "") -> None:
+    """Raise PmLlmError if a field of a section, or of those in it, is not what it may be."""
+    for f in dataclasses.fields(section):
+        name, value, bounds = prefix + f.name, getattr(section, f.name), f.metadata
+        if dataclasses.is_dataclass(value):
+            check_bounds(value, f"{name}.")
+        elif "choices" in bounds and value not in bounds["choices"]:
+            raise PmLlmError(f"{name} is {value!r}; it must be {' or '.join(bounds['choices'])}.")
+        elif value is None:
+            continue
+        elif "above" in bounds and not bounds["above"] < value < inf:
+            raise PmLlmError(f"{name} is {value}; it must be a number above {bounds['above']}.")
+        elif {"most", "whole"} & bounds.keys() or (isinstance(value, float) and "least" in bounds):
+            check_number(name, value, bounds.get("least", -inf), bounds.get("most", inf), bounds.get("whole", False))
+        elif "least" in bounds and value < bounds["least"]:
+            raise PmLlmError(f"{name} is {value}; it must be at least {bounds['least']}.")
+
+
 MAX_RANK = 4096  # of an adapter: beyond the width of most layers
 SEEDS = 2**32  # how many numpy knows
 
@@ -56,9 +58,11 @@ SEEDS = 2**32  # how many numpy knows
 class LoraSection:
     """The task adapter, with PEFT's names."""
 
-    r: int = option(8, "Rank of each task's adapter.")
-    lora_alpha: int = option(16, "LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with rsLoRA).")
-    lora_dropout: float = option(0.0, "Dropout on the adapter's input while training.")
+    r: int = option(8, "Rank of each task's adapter.", least=1, most=MAX_RANK, whole=True)
+    lora_alpha: int = option(
+        16, "LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with rsLoRA).", above=0
+    )
+    lora_dropout: float = option(0.0, "Dropout on the adapter's input while training.", least=0, most=1)
     target_modules: list[str] | str | None = option(
         None, "Modules, a pattern for whole names, or all-linear; none: q and v projections."
     )
@@ -72,19 +76,21 @@ class LoraSection:
 class TrainSection:
     """Training of each task, with transformers' names."""
 
-    learning_rate: float = option(1e-3, "Peak learning rate.")
+    learning_rate: float = option(1e-3, "Peak learning rate.", above=0)
     num_train_epochs: float = option(1.0, "Passes over each task's rows (ignored with max_steps).")
     max_steps: int = option(-1, "Optimizer steps per task; -1: by num_train_epochs.")
-    per_device_train_batch_size: int = option(8, "Rows per process and forward pass.")
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
+    per_device_train_batch_size: int = option(8, "Rows per process and forward pass.", least=1)
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.", least=1)
     lr_scheduler_type: str = option("constant", "Learning-rate schedule within a task.")
-    warmup_steps: float = option(0.0, "Warm-up steps, or their share of the task if below 1.")
-    weight_decay: float = option(0.0, "Weight decay on the adapter.")
-    max_grad_norm: float = option(1.0, "Gradient clipping.")
+    warmup_steps: float = option(0.0, "Warm-up steps, or their share of the task if below 1.", least=0)
+    weight_decay: float = option(0.0, "Weight decay on the adapter.", least=0)
+    max_grad_norm: float = option(1.0, "Gradient clipping.", least=0)
     optim: str = option("adamw_torch", "Optimizer.")
     gradient_checkpointing: bool = option(False, "Trade compute for memory.")
-    logging_steps: int = option(10, "Steps between two log lines.")
-    save_steps: int = option(500, "Optimizer steps between two checkpoints within a task; one more at its end.")
+    logging_steps: int = option(10, "Steps between two log lines.", least=1)
+    save_steps: int = option(
+        500, "Optimizer steps between two checkpoints within a task; one more at its end.", least=1
+    )
     extra: dict[str, Any] = option(
         {}, "Other fields of TrainingArguments (e.g. report_to); what a run must decide itself is refused."
     )
@@ -98,11 +104,14 @@ class FisherSection:
         "factored",
         "Of the Fisher in the space of the weights, where the merge names none (pm_curvature's does): factored (row "
         "and column sums), dense (the whole diagonal), or kronecker (more than a diagonal).",
+        choices=("dense", "factored", "kronecker"),
     )
-    samples: int = option(128, "Training rows whose gradients are averaged.")
-    batch_size: int = option(4, "Rows per forward pass.")
+    samples: int = option(128, "Training rows whose gradients are averaged.", least=1)
+    batch_size: int = option(4, "Rows per forward pass.", least=1)
     storage: str = option(
-        "memory", "Where a dense or Kronecker Fisher's sums lie: memory, or disk (files mapped into memory)."
+        "memory",
+        "Where a dense or Kronecker Fisher's sums lie: memory, or disk (files mapped into memory).",
+        choices=("memory", "disk"),
     )
 
 
@@ -111,11 +120,15 @@ class EvaluationSection:
     """How the test rows are answered."""
 
     mode: str = option(
-        "generate", "generate: greedy answers; labels: the most likely option, where a task has labels."
+        "generate",
+        "generate: greedy answers; labels: the most likely option, where a task has labels.",
+        choices=("generate", "labels"),
     )
-    split: str = option("test", "Rows that are scored: test, or validation.")
-    batch_size: int = option(64, "At most this many prompts decoded together.")
-    batch_tokens: int = option(8192, "At most this many tokens, prompts with padding and answers, decoded together.")
+    split: str = option("test", "Rows that are scored: test, or validation.", choices=("test", "validation"))
+    batch_size: int = option(64, "At most this many prompts decoded together.", least=1)
+    batch_tokens: int = option(
+        8192, "At most this many tokens, prompts with padding and answers, decoded together.", least=1
+    )
 
 
 @dataclass
@@ -123,13 +136,15 @@ class RunConfig:
     """One run: a model, a sequence of tasks, a method."""
 
     model: str = option("embedded:llama", "Hub id or folder of the base model, or embedded:llama, embedded:t5.")
-    dtype: str = option("float32", "Weights and compute: float32 or bfloat16.")
+    dtype: str = option("float32", "Weights and compute: float32 or bfloat16.", choices=("float32", "bfloat16"))
     load_in_4bit: bool = option(False, "Base weights in 4 bits (NF4 by bitsandbytes); adapters keep full precision.")
     benchmark: str | None = option(None, "A benchmark: embedded, standard_cl, long_sequence, superni, trace.")
     order: Any = option(None, "An order of the benchmark by name, a list of task names, or random:SEED.")
-    repeat: int = option(1, "How many times the sequence is gone through.")
+    repeat: int = option(1, "How many times the sequence is gone through.", least=1)
     blur: float = option(0.0, "Share of each task's training rows that come from its neighbours in the sequence.")
-    bad_rows: str = option("error", "Rows that cannot be used: error (all are shown), or drop.")
+    bad_rows: str = option(
+        "error", "Rows that cannot be used: error (all are shown), or drop.", choices=("error", "drop")
+    )
     data_dir: str | None = option(
         None, "Folder with the benchmark's rows (none: the Hub), or that `tasks` are relative to."
     )
@@ -140,22 +155,42 @@ class RunConfig:
     start: Any = option(None, "Replaces the preset's start.")
     constrain: Any = option(None, "Replaces the preset's constraints: a name, a mapping, a list, or none.")
     merge: Any = option(None, "Replaces the preset's merge: a name, or a mapping with its options.")
-    space: str = option("weights", "What P&M perturbs and merges: weights, or factors (A and B, which continue).")
-    max_rank: int | None = option(64, "Rank the running adapter is truncated to; none: never, it grows.")
-    truncation: str = option("plain", "What truncation keeps: plain (the largest), or fisher (what matters to tasks).")
-    fold_running: str = option(
-        "auto", "Add the running adapter to the base weights while a task trains: auto (if it can be), always, never."
+    space: str = option(
+        "weights",
+        "What P&M perturbs and merges: weights, or factors (A and B, which continue).",
+        choices=("weights", "factors"),
     )
-    max_train_samples: int | None = option(None, "At most this many training rows a task.")
-    max_test_samples: int | None = option(None, "At most this many test rows a task.")
-    max_length: int = option(512, "Tokens of prompt and answer (T5: of the prompt); longer prompts are shortened.")
-    max_new_tokens: int | None = option(None, "Longest answer in tokens; none: the task's longest training answer.")
+    max_rank: int | None = option(64, "Rank the running adapter is truncated to; none: never, it grows.", least=1)
+    truncation: str = option(
+        "plain",
+        "What truncation keeps: plain (the largest), or fisher (what matters to tasks).",
+        choices=("plain", "fisher"),
+    )
+    fold_running: str = option(
+        "auto",
+        "Add the running adapter to the base weights while a task trains: auto (if it can be), always, never.",
+        choices=("auto", "always", "never"),
+    )
+    max_train_samples: int | None = option(None, "At most this many training rows a task.", least=1)
+    max_test_samples: int | None = option(None, "At most this many test rows a task.", least=1)
+    max_length: int = option(
+        512, "Tokens of prompt and answer (T5: of the prompt); longer prompts are shortened.", least=1
+    )
+    max_new_tokens: int | None = option(
+        None, "Longest answer in tokens; none: the task's longest training answer.", least=1
+    )
     lora: LoraSection = field(default_factory=LoraSection)
     train: TrainSection = field(default_factory=TrainSection)
     fisher: FisherSection = field(default_factory=FisherSection)
-    evaluate: str = option("seen", "Scored after each task: seen (tasks so far), final, diagonal+final, all.")
+    evaluate: str = option(
+        "seen",
+        "Scored after each task: seen (tasks so far), final, diagonal+final, all.",
+        choices=("seen", "final", "diagonal+final", "all"),
+    )
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
-    seed: int = option(0, "Seed of rows, initial adapters, batches and perturbations.")
+    seed: int = option(
+        0, "Seed of rows, initial adapters, batches and perturbations.", least=0, most=SEEDS - 1, whole=True
+    )
     output_dir: str = option("runs/default", "The run's folder.")
 
     def seed_of(self, number: int) -> int:
@@ -169,10 +204,7 @@ class RunConfig:
 
     def check(self) -> RunConfig:
         """This configuration. Raises PmLlmError on a value out of range or a choice that cannot be built."""
-        for name, allowed in ALLOWED.items():
-            value = _get(self, name)
-            if value not in allowed:
-                raise PmLlmError(f"{name} is {value!r}; it must be {' or '.join(allowed)}.")
+        check_bounds(self)
         if self.fuar is not None:
             if set(self.fuar) != {"kept", "updated", "acquired"} or not isinstance(self.fuar["kept"], list):
                 raise PmLlmError(f"fuar is {self.fuar!r}; it names kept (a list of tasks), updated and acquired.")
@@ -180,11 +212,6 @@ class RunConfig:
                 raise PmLlmError("fuar needs scores before training and after every task: set evaluate to all.")
         if not 0 <= self.blur < 1:
             raise PmLlmError(f"blur is {self.blur}; it is a share from 0 to below 1.")
-        for name in AT_LEAST_ONE:
-            value = _get(self, name)
-            if value is not None and value < 1:
-                raise PmLlmError(f"{name} is {value}; it must be at least 1.")
-        check_number("lora.r", self.lora.r, 1, MAX_RANK, whole=True)
         for pattern, rank in self.lora.rank_pattern.items():
             check_pattern("lora.rank_pattern", pattern)
             check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, MAX_RANK, whole=True)
@@ -192,14 +219,9 @@ class RunConfig:
             check_pattern("lora.alpha_pattern", pattern)
             if not alpha > 0:
                 raise PmLlmError(f"lora.alpha_pattern: {pattern!r} is {alpha}; it must be a number above 0.")
-        check_number("seed", self.seed, 0, SEEDS - 1, whole=True)
-        check_number("lora.lora_dropout", self.lora.lora_dropout, 0, 1)
         by_epochs = self.train.max_steps == -1
-        for name in (*ABOVE_ZERO, *(["train.num_train_epochs"] if by_epochs else [])):
-            if not 0 < _get(self, name) < inf:
-                raise PmLlmError(f"{name} is {_get(self, name)}; it must be a number above 0.")
-        for name in NOT_NEGATIVE:
-            check_number(name, _get(self, name), low=0)
+        if by_epochs and not 0 < self.train.num_train_epochs < inf:
+            raise PmLlmError(f"train.num_train_epochs is {self.train.num_train_epochs}; it must be a number above 0.")
         if not by_epochs and self.train.max_steps < 1:
             raise PmLlmError(f"train.max_steps is {self.train.max_steps}; it must be at least 1, or -1 for epochs.")
         check_no_secrets(self.plain())
@@ -238,7 +260,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise PmLlmError(f"cannot read the configuration {path}: {error.strerror}.") from error
         except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and 2024-02-30
@@ -297,9 +319,3 @@ def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
         else:
             built[key] = convert(value, hints[key], prefix + key)
     return cls(**built)
-
-
-def _get(config: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        config = getattr(config, name)
-    return config

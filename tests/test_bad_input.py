@@ -74,7 +74,7 @@ def test_unknown_yaml_key_names_the_nearest(tmp_path, run) -> None:
         (("--merge", "{name: optimal, granularty: module}"), ("granularty", "Did you mean 'granularity'?")),
         (("--constrain", "{name: perturb, epsilon: 2}"), ("epsilon is 2", "from 0.0 to 1.0")),
         (("--start", "frsh"), ("unknown start 'frsh'", "fresh")),
-        (("--lora.r", "0"), ("lora.r is 0", "at least 1")),
+        (("--lora.r", "0"), ("lora.r is 0", "from 1 to 4096")),
         (("--lora.r", "many"), ("lora.r is 'many'", "a whole number")),
         (("--dtype", "float16"), ("dtype is 'float16'", "bfloat16")),
         (("--benchmark", "standrd_cl"), ("unknown benchmark", "standard_cl")),
@@ -114,7 +114,7 @@ def test_numbers_with_an_exponent_in_extra(tmp_path) -> None:
     """YAML 1.1 takes `1e-6` for a text."""
     path = tmp_path / "mine.yaml"
     kwargs = "{min_lr: 2e-5, mode: 1e-6b}"
-    path.write_text(f"train: {{extra: {{adam_epsilon: 1e-6, lr_scheduler_kwargs: {kwargs}, run_name: 1e5}}}}\n")
+    path.write_text(f"train: {{extra: {{adam_epsilon: 1e-6, lr_scheduler_kwargs: {kwargs}, run_name: \"1e5\"}}}}\n")
     arguments = training_arguments(load_config(path), DECODER, tmp_path, 0)
     assert arguments.adam_epsilon == 1e-6
     assert arguments.lr_scheduler_kwargs == {"min_lr": 2e-5, "mode": "1e-6b"}

@@ -11,6 +11,7 @@ import yaml
 
 from pm_llm.config import RunConfig, load_config
 from pm_llm.errors import PmLlmError
+from pm_llm.system.coerce import read_yaml
 from pm_llm.system.quiet import quiet_libraries
 
 
@@ -60,6 +61,6 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
 
 def _yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except (yaml.YAMLError, ValueError):  # 2024-02-30 is taken for a date
         return text

@@ -8,6 +8,8 @@ import typing
 from math import isfinite
 from typing import Any
 
+import yaml
+
 from pm_llm.errors import PmLlmError
 
 NAMES: dict[Any, str] = {
@@ -94,20 +96,22 @@ def check_no_secrets(values: Any, where: str = "") -> None:
         )
 
 
-EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, in which `1e-3` is a number too, as in YAML 1.2."""
 
 
-def exponents(value: Any) -> Any:
-    """The same with each text like `1e-6`, which YAML 1.1 does not take for a number, as the number; also inside."""
-    if isinstance(value, dict):
-        return {key: exponents(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [exponents(x) for x in value]
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text says. Raises yaml.YAMLError, or ValueError for a date that there is not."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def extra_value(value: Any, hint: Any, key: str) -> Any:
-    """`value` for a field of another library: converted if plain, with :func:`exponents` if a mapping, or as it is.
+    """`value` for a field of another library: converted if that is of plain types, else as it is.
 
     Raises:
         PmLlmError: If the field is of plain types and `value` of none of them.
@@ -116,11 +120,11 @@ def extra_value(value: Any, hint: Any, key: str) -> Any:
     switch = isinstance(value, bool) and str in kinds  # `fsdp: true` is meant, though a text is annotated
     if kinds <= {bool, int, float, str, type(None)} and not switch:
         return convert(value, hint, key)
-    return exponents(value) if dict in kinds else value
+    return value
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the annotated type; an int is a float too, and YAML's `1e-3` (a string to YAML 1.1) is a number.
+    """`value` as the annotated type; an int is a float too.
 
     Raises:
         PmLlmError: If it is of no type that `hint` allows; `key` is what it is called.
@@ -133,10 +137,10 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return None
     for one in options:
         plain = typing.get_origin(one) or one
-        if plain is float and not isinstance(value, bool):
+        if plain is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             try:
                 number = float(value)
-            except (TypeError, ValueError):
+            except OverflowError:
                 continue
             if not isfinite(number):
                 continue
