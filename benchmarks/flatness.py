@@ -92,7 +92,7 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
 
     run = RunDir.open(path)
     results = run.results()
-    config = build(RunConfig, {**results["config"], "output_dir": str(path)}, "").check()
+    config = build(RunConfig, {**results.config, "output_dir": str(path)}, "").check()
     if config.parsed_method().start.name != "fresh":
         raise PmLlmError(f"{path}: its tasks do not start fresh, so their adapters are not the task vectors.")
     tasks = load_tasks(config)
@@ -120,7 +120,7 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
             }
         )
         if first:
-            rows[-1]["score"] = results["matrix"][0][0]
+            rows[-1]["score"] = results.matrix[0][0]
         running = Adapter.load(run.stage_adapter(i))
     return rows
 

@@ -107,7 +107,7 @@ def main() -> None:
                 if not (given.out / name / "results.json").exists():
                     ContinualSequence(config, watchers=[Faster()]).run()
                 run = open_run(given.out / name)
-                old = {**run.results["config"], "words": run.results["method"]}  # a preset may have changed
+                old = {**run.results.config, "words": run.results.method}  # a preset may have changed
                 new = {**config.plain(), "words": config.parsed_method().plain()}
                 differing = changes(old, new, rows=True)
                 if differing:

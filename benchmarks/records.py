@@ -45,16 +45,14 @@ RESULTS = (
 
 def record(name: str, order: str, seed: int, run: Any) -> dict[str, Any]:
     """What is kept of a finished run (a :class:`pm_llm.report.data.Run`); `rows` are each test row's numbers."""
-    from pm_llm.presets import knows_task
-
-    results = run.results
+    results = run.results.plain()
     config = {key: value for key, value in results["config"].items() if key not in PATHS}
     if config["method"] == "joint":  # of which `methods.py` trains the last stage alone to its end
         results = {key: results[key] for key in results if key not in ("backward_transfer", "plasticity", "losses")}
         results |= {"matrix": results["matrix"][-1:], "seconds": results["seconds"][-1:]}
     return {
         **{"name": name, "order": order, "seed": seed, "model": Path(results["config"]["model"]).name},
-        "task_id": knows_task(config["method"], results["method"]),
+        "task_id": run.results.facts.knows_task,
         "config": config,
         **{key: results[key] for key in RESULTS if key in results},
         "state_bytes": state_bytes(run.path),
@@ -81,9 +79,9 @@ def state_bytes(path: Path) -> int:
     from pm_llm.run.folder import ADAPTER, CURVATURE, MEMORY, STAGES, TASK_ADAPTER, RunDir
 
     run = RunDir.open(path)
-    state, words = run.state(), run.results()["method"]
+    state, words = run.state(), run.results().method
     method = Method().replaced(words["start"], words["constrain"], words["merge"])
-    stages = [run.path / STAGES / stage["folder"] for stage in state["stages"]]
+    stages = [run.path / STAGES / stage.folder for stage in state["stages"]]
     kept = [run.path / ADAPTER, stages[-1] / CURVATURE, stages[-1] / MEMORY]
     if method.start.name == "alone" and method.merge.name == "replace" and not method.constrain:
         kept = [stage / TASK_ADAPTER for stage in stages]  # a model of its own for each task
@@ -259,11 +257,13 @@ def _mean(runs: Sequence[dict[str, Any]], key: str, form: str) -> str:
     return format(fmean(one[key] for one in runs), form) if all(key in one for one in runs) else "-"
 
 
-def _results(one: dict[str, Any]) -> dict[str, Any]:
-    """A record with what the comparison of runs looks at besides."""
+def _results(one: dict[str, Any]) -> Any:
+    """A record as results, with what the comparison of runs looks at besides."""
+    from pm_llm.run.record import Results
+
     rows = [one["rows"][task] for task in one["tasks"]]
     more = {"scorers": [x["scorer"] for x in rows], "test_rows": [len(x["numbers"]) for x in rows]}
-    return {**one, "config": {**one["config"], "model": one["model"]}, **more}
+    return Results.of({**one, "config": {**one["config"], "model": one["model"]}, **more})
 
 
 def _shown(found: np.ndarray, sign: str) -> str:
@@ -277,6 +277,7 @@ def renewed(text: str, folder: Path) -> str:
     of NAME` that run's, with `, tasks of NAME,NAME ...` that of :func:`by_task`), or of plain rows."""
     from pm_llm.evaluation.matrix import Matrix
     from pm_llm.report.tables import compare
+    from pm_llm.run.record import Results
 
     def made(match: re.Match[str]) -> str:
         path, (kind, name, without) = folder / match[1], match.groups()[1:]
@@ -291,7 +292,7 @@ def renewed(text: str, folder: Path) -> str:
             found = compare([_results(one) for one in records], names=[one["name"] for one in records])
         elif kind == "matrix of":
             (one,) = (one for one in read(path) if one["name"] == name)
-            found = Matrix.from_results(one).table(one["coefficients"])
+            found = Matrix.from_results(Results.of(one)).table(one["coefficients"])
         else:
             found = table(read(path))
         return f"{match[0].partition(chr(10))[0]}\n{found}\n"
@@ -323,7 +324,7 @@ def main() -> None:
 
         for path in given.keep:
             run = open_run(path)
-            config = run.results["config"]
+            config = run.results.config
             add(given.into, record(path.name, str(config["order"] or "given"), config["seed"], run))
     else:
         found = [one for path in given.records for one in read(path)]

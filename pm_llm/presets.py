@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from pm_llm.errors import first_line, unknown_name
-from pm_llm.methods import CONSTRAINTS, Choice, Method, found
+from pm_llm.methods import Choice, Method, found
 
 
 def _preset(
@@ -65,27 +65,6 @@ def method_of(preset: str, start: Any = None, constrain: Any = None, merge: Any 
     if preset not in PRESETS:
         raise unknown_name("method", preset, PRESETS)
     return PRESETS[preset].replaced(start, constrain, merge)
-
-
-def preset_of(name: str, words: dict[str, Any]) -> Method | None:
-    """The preset that a run was, from its `method` and its three words as they were; None if these were others."""
-    method = PRESETS.get(name)
-    return method if method is not None and method.plain() == words else None
-
-
-def keeps_rows(words: dict[str, Any]) -> bool | None:
-    """Whether rows of past tasks were trained on again in such a run; None if a constraint is not known here."""
-    names = [one if isinstance(one, str) else one["name"] for one in words["constrain"]]
-    known = [one for one, name in zip(words["constrain"], names, strict=True) if name in CONSTRAINTS]
-    if Method().replaced(constrain=known).keeps_rows():
-        return True
-    return False if len(known) == len(names) else None
-
-
-def knows_task(name: str, words: dict[str, Any]) -> bool:
-    """Whether the result of such a run is used with the task known."""
-    method = preset_of(name, words)
-    return method is not None and method.task_id
 
 
 # on what the tests run each preset; they take their parameters from here, and the table of methods its last columns

@@ -15,7 +15,8 @@ from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.merges.merger import Merger
 from pm_llm.run.folder import TASK_ADAPTER, RunDir
 from pm_llm.run.going_on import take_up
-from pm_llm.run.record import gather_results, versions
+from pm_llm.run.record import StageRecord
+from pm_llm.run.results import gather_results, versions
 from pm_llm.stage import Session, Stage, Watcher
 from pm_llm.system.mapped import Zeros, mapped_files
 from pm_llm.system.processes import on_main, process_state
@@ -118,16 +119,16 @@ class ContinualSequence:
             self.watchers,
         )
 
-    def _go_on(self, stages: list[dict[str, Any]]) -> None:
+    def _go_on(self, stages: list[StageRecord]) -> None:
         """The session as it was after the finished stages; scores that the last one lacks are made."""
         session, done = self.session, len(stages)
         say(f"going on after task {done} of {len(self.tasks)} in {self.run_dir.path}")
-        before, now = stages[-1].get("versions", {}), versions()
+        before, now = stages[-1].versions, versions()
         others = [f"{name} {before[name]} then, {now[name]} now" for name in before if now.get(name) != before[name]]
         if others:
             say(f"versions differ: {', '.join(others)}; what follows may come out otherwise than it would have")
         curvature = self.run_dir.curvature()
-        if curvature is None and stages[-1]["remembers"]:
+        if curvature is None and stages[-1].remembers:
             self._replay(stages)
         else:
             session.merger.load_state_dict(curvature or {}, done)
@@ -137,9 +138,9 @@ class ContinualSequence:
             session.last = Adapter.load(self.run_dir.stage_adapter(done - 1, TASK_ADAPTER))
         session.prepare()
         session.activate(session.running)
-        session.evaluate(done - 1, stages[-1]["scores"])
+        session.evaluate(done - 1, stages[-1].scores)
 
-    def _replay(self, stages: list[dict[str, Any]]) -> None:
+    def _replay(self, stages: list[StageRecord]) -> None:
         """Let the merger remember the finished tasks, from their adapters and rows: a Fisher and a fold each.
 
         After a restart in the middle, since only the last stage's curvature is kept.
@@ -148,12 +149,12 @@ class ContinualSequence:
             PmLlmError: If another coefficient comes out than was used.
         """
         for number, record in enumerate(stages, start=1):
-            say(f"curvature of task {number} of {len(stages)}, {record['task']}, once more")
+            say(f"curvature of task {number} of {len(stages)}, {record.task}, once more")
             Stage(self.session, number).replay(Adapter.load(self.run_dir.stage_adapter(number - 1, TASK_ADAPTER)))
-            before, now = record["raw_coefficient"], self.session.merger.report.raw_coefficient
+            before, now = record.raw_coefficient, self.session.merger.report.raw_coefficient
             if abs(now - before) > 1e-2 * max(abs(before), 0.1):
                 raise PmLlmError(
-                    f"the curvature of task {record['task']!r} gives the coefficient {now:.4f} now and gave "
+                    f"the curvature of task {record.task!r} gives the coefficient {now:.4f} now and gave "
                     f"{before:.4f}. Restart from an earlier task, or run elsewhere."
                 )
             self.session.activate(Adapter.load(self.run_dir.stage_adapter(number - 1)))
@@ -161,4 +162,4 @@ class ContinualSequence:
     def _finish(self) -> dict[str, Any]:
         results = gather_results(self.run_dir.state(), self.method, self.columns)
         self.run_dir.write_results(results)
-        return results
+        return results.plain()

@@ -36,7 +36,8 @@ from pm_llm.merges.merger import Merger
 from pm_llm.methods import Method
 from pm_llm.run.folder import ADAPTER, LOG, MEMORY, TASK_ADAPTER, RunDir, jsonl
 from pm_llm.run.going_on import stage_key
-from pm_llm.run.record import stage_record
+from pm_llm.run.record import StageRecord
+from pm_llm.run.results import stage_record
 from pm_llm.starts.base import Start
 from pm_llm.system.mapped import Zeros
 from pm_llm.system.processes import Clock, on_main, process_state, total
@@ -162,7 +163,7 @@ class Stage:
         self.fisher: Fisher | None = None
         self.merged: Adapter
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> StageRecord:
         """Train the task, merge it, commit and score it; returns the stage's record."""
         self.start()
         if self.number == 1:
@@ -175,7 +176,7 @@ class Stage:
         self.clock.stop("prepare")
         self.merge()
         record = self.commit()
-        self.session.evaluate(self.number - 1, record["scores"])
+        self.session.evaluate(self.number - 1, record.scores)
         say(_line(self, len(self.session.tasks), record))
         return record
 
@@ -266,7 +267,7 @@ class Stage:
         session.last = self.new if session.start.begins == "last" else None
         self.clock.stop("merge")
 
-    def commit(self) -> dict[str, Any]:
+    def commit(self) -> StageRecord:
         """The stage becomes part of the run."""
         session, record = self.session, stage_record(self)
 
@@ -339,12 +340,12 @@ class Stage:
         return rows
 
 
-def _line(stage: Stage, tasks: int, record: dict[str, Any]) -> str:
-    scores = " ".join(f"{name} {found['score']:.1f}" for name, found in record["scores"].items()) or "(not scored)"
-    clipped = f" (raw {record['raw_coefficient']:.3f})" if record["clipped"] else ""
-    reports = "".join(f", {key} {x:.1e}" for key, x in record["constraint_reports"].items())
+def _line(stage: Stage, tasks: int, record: StageRecord) -> str:
+    scores = " ".join(f"{name} {found['score']:.1f}" for name, found in record.scores.items()) or "(not scored)"
+    clipped = f" (raw {record.raw_coefficient:.3f})" if record.clipped else ""
+    reports = "".join(f", {key} {x:.1e}" for key, x in record.constraint_reports.items())
     return (
-        f"[{stage.number}/{tasks}] {record['task']}: coefficient {record['coefficient']:.3f}{clipped}, rank "
-        f"{record['rank']}, truncation error {record['truncation_error']:.1e}{reports} | {scores} | "
+        f"[{stage.number}/{tasks}] {record.task}: coefficient {record.coefficient:.3f}{clipped}, rank "
+        f"{record.rank}, truncation error {record.truncation_error:.1e}{reports} | {scores} | "
         f"{time.monotonic() - stage.began_at:.0f} s"
     )

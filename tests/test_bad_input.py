@@ -114,7 +114,7 @@ def test_numbers_with_an_exponent_in_extra(tmp_path) -> None:
     """YAML 1.1 takes `1e-6` for a text."""
     path = tmp_path / "mine.yaml"
     kwargs = "{min_lr: 2e-5, mode: 1e-6b}"
-    path.write_text(f"train: {{extra: {{adam_epsilon: 1e-6, lr_scheduler_kwargs: {kwargs}, run_name: \"1e5\"}}}}\n")
+    path.write_text(f'train: {{extra: {{adam_epsilon: 1e-6, lr_scheduler_kwargs: {kwargs}, run_name: "1e5"}}}}\n')
     arguments = training_arguments(load_config(path), DECODER, tmp_path, 0)
     assert arguments.adam_epsilon == 1e-6
     assert arguments.lr_scheduler_kwargs == {"min_lr": 2e-5, "mode": "1e-6b"}

@@ -115,7 +115,7 @@ def test_methods_are_run_once_and_compared(tmp_path, monkeypatch, capsys) -> Non
     averages = records.averages(found)
     for name, run in zip(averages, runs, strict=True):
         expected = mean_interval(run.final)
-        assert expected.value == pytest.approx(run.results["average_accuracy"])
+        assert expected.value == pytest.approx(run.results.numbers["average_accuracy"])
         given = (expected.value, expected.low, expected.high)
         assert records.interval(averages[name]) == pytest.approx(given, abs=4)
     expected = difference(runs[1], runs[0])
@@ -190,8 +190,8 @@ def test_joint_trained_in_its_last_stage_alone_ends_the_same(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["methods", *words, "--max_train_samples", "16"])
     runpy.run_path(str(ROOT / "benchmarks/methods.py"), run_name="__main__")
     run = open_run("runs/joint-sentiment,topic-0")
-    plain = ContinualSequence(load_config(None, {**run.results["config"], "output_dir": "plain"}))
-    assert plain.run()["matrix"][-1] == run.results["matrix"][-1]
+    plain = ContinualSequence(load_config(None, {**run.results.config, "output_dir": "plain"}))
+    assert plain.run()["matrix"][-1] == run.results.matrix[-1]
     one, other = (load_file(f"{folder}/adapter/adapter_model.safetensors") for folder in (run.path, "plain"))
     assert all(torch.equal(x, other[name]) for name, x in one.items())
     assert "| - | - |" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| joint"))

@@ -16,9 +16,9 @@ import yaml
 
 from pm_llm.cli import main
 from pm_llm.config import load_config
-from pm_llm.presets import PRESETS
 from pm_llm.report.card import _serving, write_card
 from pm_llm.report.hub import is_hub_id, push_run
+from pm_llm.run.record import Results
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, pm_llm, small_tasks
 from tests.forks import Forker
@@ -159,7 +159,7 @@ def test_names_that_a_card_cannot_hold(finished_runs, tmp_path) -> None:
         results = json.load(file)
     names = {"sentiment": "law & order", "topic": "<b>a|b</b>"}
     results |= {key: [names[name] for name in results[key]] for key in ("tasks", "stages")}
-    card = write_card(results, "user/name", "gpt2", 4, None, tmp_path / "README.md")
+    card = write_card(Results.of(results), "user/name", "gpt2", 4, None, tmp_path / "README.md")
     head, _, body = card.removeprefix("---\n").partition("\n---\n")
     (index,) = yaml.safe_load(head)["model-index"]
     assert [one["dataset"]["type"] for one in index["results"]] == ["law-order", "b-a-b-b"]
@@ -209,16 +209,11 @@ def test_vllm_flag_is_an_allowed_rank() -> None:
 def test_a_card_says_whose_rows_were_trained_on(finished_runs, tmp_path) -> None:
     with open(f"{finished_runs['llama']}/results.json") as file:
         results = json.load(file)
-    for method, said in (("pm", "without keeping old data"), ("joint", "with rows of earlier tasks")):
-        found = {**results, "method": PRESETS[method].plain()}
+    for kept, said in ((False, "without keeping old data"), (True, "with rows of earlier tasks")):
+        found = Results.of({**results, "facts": {**results["facts"], "keeps_rows": kept}})
         card = write_card(found, "user/name", "gpt2", 4, None, tmp_path / "README.md")
         assert f"fine-tuned on 2 tasks one after the other, {said}:\nsentiment, topic." in card
-    own = {**PRESETS["seqlora"].plain(), "merge": "median", "constrain": ["mine"]}  # of a package not imported here
-    card = write_card({**results, "method": own}, "user/name", "gpt2", 4, None, tmp_path / "README.md")
-    assert "fine-tuned on 2 tasks one after the other:\nsentiment, topic." in card
-    own = {**PRESETS["joint"].plain(), "merge": "median"}
-    card = write_card({**results, "method": own}, "user/name", "gpt2", 4, None, tmp_path / "README.md")
-    assert "one after the other, with rows of earlier tasks:" in card
+    assert results["facts"] == {"is_preset": True, "keeps_rows": False, "knows_task": False}
 
 
 def test_adapters_for_one_task_each_are_not_pushed_as_one(pico_folders, tmp_path, capsys) -> None:

@@ -12,6 +12,7 @@ from pm_llm.cli import main
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import Matrix
+from pm_llm.run.record import Results
 from pm_llm.sequence import ContinualSequence
 from pm_llm.stage import Watcher
 from pm_llm.tasks.benchmarks.embedded import make_task
@@ -152,7 +153,7 @@ def test_probes_are_scored_and_never_trained(pico_folders, tmp_path, capsys) -> 
     assert results["test_rows"] == [4, 4, 4, 4]
     assert all(x is not None for row in results["matrix"] for x in row)
     assert results["untrained"].keys() == set(results["tasks"])
-    matrix = Matrix.from_results(results)
+    matrix = Matrix.from_results(Results.of(results))
     assert results["fuar"] == matrix.fuar(**roles)
     assert results["average_accuracy"] == pytest.approx((matrix.get(1, 0) + matrix.get(1, 1)) / 2)
     assert main(["report", str(tmp_path / "run")]) == 0

@@ -92,7 +92,7 @@ def test_restarting_from_a_task_repeats_it(preset: str, pico_folders, tmp_path) 
     config = sequence(preset, pico_folders["llama"], tmp_path / "run", **keys).config
     again = ContinualSequence(config, small_tasks("sentiment", "topic", train=12, test=2), restart_from="topic")
     assert len(again.run()["stages"]) == 2
-    assert again.run_dir.results()["matrix"] == whole["matrix"]
+    assert again.run_dir.results().matrix == whole["matrix"]
     assert all(torch.equal(x, before[name]) for name, x in load_file(file).items())
 
 

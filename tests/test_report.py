@@ -17,7 +17,6 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.intervals import interval, mean_interval, paired_difference, score_lines
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.evaluation.predictions import Predictions, read_predictions
-from pm_llm.presets import PRESETS
 from pm_llm.report.card import write_card
 from pm_llm.report.data import difference, open_run
 from pm_llm.report.page import write_report
@@ -153,7 +152,7 @@ def test_intervals_and_differences_of_runs(runs) -> None:
     assert sorted(pm.averages) == [0, 1, 2]
     assert sorted(average.averages) == [0, 2]  # after the second task the first was not scored
     assert difference(pm, seqlora).value == pytest.approx(
-        pm.results["average_accuracy"] - seqlora.results["average_accuracy"]
+        pm.results.numbers["average_accuracy"] - seqlora.results.numbers["average_accuracy"]
     )
 
 
@@ -237,12 +236,13 @@ def test_folders_that_are_no_whole_run(name: str, text: str, runs, tmp_path, cap
 
 
 def test_gap_closed_of_several_runs(runs) -> None:
-    pm, seqlora = (json.loads((runs[name] / "results.json").read_text()) for name in ("pm", "seqlora"))
-    other = {**seqlora, "average_accuracy": seqlora["average_accuracy"] + 10}
+    pm, seqlora = (RunDir.open(runs[name]).results() for name in ("pm", "seqlora"))
+    final = seqlora.numbers["average_accuracy"]
+    other = replace(seqlora, numbers={"average_accuracy": final + 10})
     header, rows = comparison([pm, seqlora, other], joint=90.0)
-    base = seqlora["average_accuracy"] + 5  # the mean of the two seeds
-    assert rows[0][header.index("gap closed")] == f"{(pm['average_accuracy'] - base) / (90 - base):.2f}"
-    assert "gap closed" not in comparison([pm, seqlora], joint=seqlora["average_accuracy"])[0]
+    base = final + 5  # the mean of the two seeds
+    assert rows[0][header.index("gap closed")] == f"{(pm.numbers['average_accuracy'] - base) / (90 - base):.2f}"
+    assert "gap closed" not in comparison([pm, seqlora], joint=final)[0]
     assert "gap closed" not in comparison([pm], joint=90.0)[0]
 
 
@@ -282,18 +282,17 @@ def test_a_gap_that_cannot_be_had_is_told(runs, tmp_path, capsys) -> None:
 def test_what_is_scored_otherwise_is_not_compared(change: dict, runs) -> None:
     pm, seqlora = (open_run(runs[name]) for name in ("pm", "seqlora"))
     key, value = next(iter(change.items()))
-    if key in seqlora.results:
-        other = {**seqlora.results, key: value}
+    if hasattr(seqlora.results, key):
+        other = replace(seqlora.results, **{key: value})
     else:
-        config = seqlora.results["config"]
+        config = seqlora.results.config
         value = {**config[key], **value} if isinstance(value, dict) else value
-        other = {**seqlora.results, "config": {**config, key: value}}
+        other = replace(seqlora.results, config={**config, key: value})
     header, rows = comparison([pm.results, seqlora.results, other], joint=90.0)
-    base = seqlora.results["average_accuracy"]
-    gap = f"{(pm.results['average_accuracy'] - base) / (90 - base):.2f}"
+    base = seqlora.results.numbers["average_accuracy"]
+    gap = f"{(pm.results.numbers['average_accuracy'] - base) / (90 - base):.2f}"
     assert [row[header.index("gap closed")] for row in rows] == [gap, "0.00", "-"]  # 90 is of the first's kind
-    joint = {**other, "average_accuracy": 90.0, "config": {**other["config"], "method": "joint"}}
-    joint["method"] = PRESETS["joint"].plain()
+    joint = replace(other, numbers={"average_accuracy": 90.0}, config={**other.config, "method": "joint"})
     header, rows = comparison([pm.results, seqlora.results, other, joint], joint=90.0)
     assert [row[header.index("gap closed")] for row in rows] == [gap, "0.00", "0.00", "1.00"]
     assert "gap closed" not in comparison([pm.results, other], joint=90.0)[0]
@@ -304,9 +303,9 @@ def test_what_is_scored_otherwise_is_not_compared(change: dict, runs) -> None:
 
 def test_how_a_run_was_scored_is_said_wherever_its_numbers_are(runs, tmp_path) -> None:
     run = open_run(runs["pm"])
-    evaluation = {**run.results["config"]["evaluation"], "mode": "labels", "split": "validation"}
-    config = {**run.results["config"], "evaluation": evaluation}
-    results = {**run.results, "config": config, "lower_is_better": True}
+    evaluation = {**run.results.config["evaluation"], "mode": "labels", "split": "validation"}
+    config = {**run.results.config, "evaluation": evaluation}
+    results = replace(run.results, config=config, lower_is_better=True)
     card = write_card(results, "user/name", "gpt2", 4, None, tmp_path / "README.md")
     page = write_report([replace(run, results=results)], tmp_path).read_text()
     for said in (card, page, describe(results)):
@@ -372,30 +371,22 @@ def test_a_model_for_each_task_is_judged_task_by_task(tmp_path, capsys) -> None:
     runs = {name: open_run(tmp_path / name) for name in words}
     results = {name: run.results for name, run in runs.items()}
     own = results["per_task"]
-    diagonal = [row[i] for i, row in enumerate(own["matrix"])]
-    assert own["matrix"][-1][:-1] != diagonal[:-1]  # the last one knows less of the others
-    assert own["average_accuracy"] == pytest.approx(sum(diagonal) / len(diagonal))
-    assert "backward_transfer" not in own
-    assert mean_interval(runs["per_task"].final).value == pytest.approx(own["average_accuracy"])
-    assert runs["per_task"].averages[len(diagonal) - 1].value == pytest.approx(own["average_accuracy"])
+    diagonal, final = [row[i] for i, row in enumerate(own.matrix)], own.numbers["average_accuracy"]
+    assert own.matrix[-1][:-1] != diagonal[:-1]  # the last one knows less of the others
+    assert final == pytest.approx(sum(diagonal) / len(diagonal))
+    assert "backward_transfer" not in own.numbers
+    assert mean_interval(runs["per_task"].final).value == pytest.approx(final)
+    assert runs["per_task"].averages[len(diagonal) - 1].value == pytest.approx(final)
     assert "average accuracy, each task by its own adapter: " in describe(own)
     header, rows = comparison(list(results.values()), joint=90.0)
-    low = results["seqlora"]["average_accuracy"]
-    gaps = [f"{(one['average_accuracy'] - low) / (90 - low):.2f}" for one in results.values()]
+    low = results["seqlora"].numbers["average_accuracy"]
+    gaps = [f"{(one.numbers['average_accuracy'] - low) / (90 - low):.2f}" for one in results.values()]
     assert [row[header.index("gap closed")] for row in rows] == gaps
     assert [row[header.index("backward transfer")] == "-" for row in rows] == [True, False, False, False]
     assert write_report(list(runs.values()), tmp_path / "report")
     capsys.readouterr()
     assert main(["score", str(tmp_path / "per_task")]) == 0
     assert "mean" not in capsys.readouterr().out  # of the last adapter on all tasks
-    old = own | {"average_accuracy": 1.0, "backward_transfer": 2.0}
-    run_dir = RunDir.open(tmp_path / "per_task")
-    with run_dir.locked():
-        run_dir.write_results(old)  # as by a version that did not tell
-    again = open_run(tmp_path / "per_task")
-    assert {key: again.results[key] for key in own} == own
-    assert "backward_transfer" not in again.results
-    assert again.final == runs["per_task"].final
 
 
 def test_a_task_that_recurs_is_known_by_its_last_stage() -> None:

@@ -30,6 +30,7 @@ def call(given: argparse.Namespace) -> int:
     """`pm-llm run`: train, then print the matrix and what follows from it."""
     config = config_of(given)
     from pm_llm.report.tables import describe
+    from pm_llm.run.record import Results
     from pm_llm.sequence import ContinualSequence
     from pm_llm.system.processes import shut_down
     from pm_llm.system.progress import say
@@ -42,13 +43,13 @@ def call(given: argparse.Namespace) -> int:
         say(f"{stop}; the same command goes on from here. Where that is: pm-llm status {sequence.run_dir.path}")
         return 128 + stop.number
     if sequence.state.is_main_process:
-        say("\n" + describe(results))
+        say("\n" + describe(Results.of(results)))
         folder = sequence.run_dir.path
         try:
             from pm_llm.report.figures import matrix_png
 
             with sequence.run_dir.locked():
-                sequence.run_dir.write("matrix.png", matrix_png(results))
+                sequence.run_dir.write("matrix.png", matrix_png(Results.of(results)))
         except ImportError:  # matplotlib is an extra; the results are there all the same
             say('for a picture of the matrix: pip install "pm_llm[report]"')
         say(f"\nadapter: {folder / 'adapter'}\nresults: {folder / 'results.json'}")

@@ -25,7 +25,6 @@ def call(given: argparse.Namespace) -> int:
     """`pm-llm score`: scores of saved predictions."""
     from pm_llm.evaluation.intervals import score_lines
     from pm_llm.evaluation.predictions import read_all
-    from pm_llm.presets import knows_task
     from pm_llm.run.folder import RunDir
 
     paths, tasks = [Path(given.predictions)], None
@@ -33,7 +32,7 @@ def call(given: argparse.Namespace) -> int:
         run_dir = RunDir.open(paths[0])
         state = run_dir.state()
         stages = state["stages"]
-        known = bool(stages) and knows_task(state["config"]["method"], stages[-1].get("words"))
+        known = bool(stages) and stages[-1].facts.knows_task
         tasks = [] if known else state["tasks"]  # no mean of what its result is not used for
         paths = run_dir.predictions(len(stages) - 1)
     found = read_all(paths)

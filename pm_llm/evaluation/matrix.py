@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.run.record import Results
 
 UNTRAINED = -1  # the stage before the first task
 # what can be said where only so much was measured (`evaluate`)
@@ -177,11 +178,11 @@ class Matrix:
         return cls(tasks, scores, list(stages))
 
     @classmethod
-    def from_results(cls, results: dict[str, Any]) -> Matrix:
-        """The matrix of a run's `results.json`."""
-        matrix = cls.from_rows(results["tasks"], results["matrix"], results["stages"])
-        matrix.lower_is_better = results["lower_is_better"]
-        for name, value in (results["untrained"] or {}).items():
+    def from_results(cls, results: Results) -> Matrix:
+        """The matrix of a run's results."""
+        matrix = cls.from_rows(results.tasks, results.matrix, results.stages)
+        matrix.lower_is_better = results.lower_is_better
+        for name, value in (results.untrained or {}).items():
             matrix.set(UNTRAINED, name, value)
         return matrix
 

@@ -61,14 +61,14 @@ def route(path: str, router: str = "nearest", prototypes: int = 64) -> Routed:
         raise PmLlmError(f"router is {router!r}; it must be {' or '.join(ROUTERS)}.")
     run_dir = RunDir.open(path)
     results = run_dir.results()
-    config: RunConfig = build(RunConfig, {**results["config"], "output_dir": path}, "").check()
+    config: RunConfig = build(RunConfig, {**results.config, "output_dir": path}, "").check()
     if config.parsed_method().start.name != "alone":
         raise PmLlmError(f"{path}: its adapters build on each other. Route a run with start alone, such as per_task.")
     tasks = distinct(load_tasks(config))
     encoders, fitting = encoders_for(config, tasks.values())
     tasks = {name: fitting(task) for name, task in tasks.items()}
     base = load_base(config.model, config.dtype, config.load_in_4bit)
-    folders = {name: run_dir.stage_adapter(i, TASK_ADAPTER) for i, name in enumerate(results["stages"])}
+    folders = {name: run_dir.stage_adapter(i, TASK_ADAPTER) for i, name in enumerate(results.stages)}
     run_dir.check([f"{folder.relative_to(run_dir.path).as_posix()}/" for folder in folders.values()])
     size = sum(file.stat().st_size for folder in folders.values() for file in folder.rglob("*"))
     if router == "arrow":

@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pm_llm import __version__
 from pm_llm.evaluation.matrix import Matrix
-from pm_llm.presets import keeps_rows
-from pm_llm.report.tables import how_scored, numbers, split_of, words
+from pm_llm.report.tables import how_scored, numbers, words
+from pm_llm.run.record import Results
 
 # the ranks vLLM's --max-lora-rank accepts
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,7 +27,7 @@ OURS = ("base_model", "library_name", "model-index", "model_name")  # what of th
 
 
 def write_card(
-    results: dict[str, Any],
+    results: Results,
     repo_id: str,
     base_model: str,
     rank: int,
@@ -39,7 +39,7 @@ def write_card(
     not say: licence, other metadata, and every text outside of the part that is marked as made here.
 
     Args:
-        results: The run's `results.json`.
+        results: The run's results.
         repo_id: Where it will be, `user/name`.
         base_model: Hub id (or path) of the base model.
         rank: The adapter's rank.
@@ -93,7 +93,7 @@ def shown_name(name: str) -> str:
     return name.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")
 
 
-def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardData:
+def _data(results: Results, repo_id: str, base_model: str) -> ModelCardData:
     matrix = Matrix.from_results(results)
     last = len(matrix.stages) - 1
     name = repo_id.rpartition("/")[2]
@@ -106,7 +106,7 @@ def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardDa
             metric_name=f"{scorer} after the last task{how_scored(results)}",
             metric_value=round(matrix.get(last, j), 2),
         )
-        for j, (task, scorer) in enumerate(zip(matrix.tasks, results["scorers"], strict=True))
+        for j, (task, scorer) in enumerate(zip(matrix.tasks, results.scorers, strict=True))
     ]
     return ModelCardData(
         base_model=base_model,
@@ -117,18 +117,18 @@ def _data(results: dict[str, Any], repo_id: str, base_model: str) -> ModelCardDa
     )
 
 
-def _body(results: dict[str, Any], repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:
+def _body(results: Results, repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:
     matrix = Matrix.from_results(results)
-    method = results["method"]
+    method = results.method
     said = ", ".join(f"{key}: {words(method[key])}" for key in ("start", "constrain", "merge"))
     coefficients = ", ".join(
-        f"{shown_name(task)} {c:.3f}" for task, c in zip(results["stages"], results["coefficients"], strict=True)
+        f"{shown_name(task)} {c:.3f}" for task, c in zip(results.stages, results.coefficients, strict=True)
     )
     shown_numbers = "\n".join(f"- {line}" for line in numbers(results))
-    scorers = ", ".join(sorted(set(results["scorers"])))
-    counts = ", ".join(f"{shown_name(t)} {n}" for t, n in zip(results["tasks"], results["test_rows"], strict=True))
+    scorers = ", ".join(sorted(set(results.scorers)))
+    counts = ", ".join(f"{shown_name(t)} {n}" for t, n in zip(results.tasks, results.test_rows, strict=True))
     auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
-    rows = {True: ", with rows of earlier tasks", False: ", without keeping old data", None: ""}[keeps_rows(method)]
+    rows = ", with rows of earlier tasks" if results.facts.keeps_rows else ", without keeping old data"
     return f"""# {repo_id.rpartition("/")[2]}
 
 One LoRA adapter (rank {rank}) for `{base_model}`, fine-tuned on {len(matrix.stages)} tasks one after the other{rows}:
@@ -136,7 +136,7 @@ One LoRA adapter (rank {rank}) for `{base_model}`, fine-tuned on {len(matrix.sta
 
 ## Method
 
-`{results["config"]["method"]}` ({said}) of pm_llm {__version__}. Merge coefficients: {coefficients}.
+`{results.preset}` ({said}) of pm_llm {__version__}. Merge coefficients: {coefficients}.
 
 ## Results
 
@@ -146,7 +146,7 @@ Scores after each task ({scorers}, rows: the task just trained){how_scored(resul
 
 {shown_numbers}
 
-{split_of(results).capitalize()} rows per task: {counts}.
+{results.split.capitalize()} rows per task: {counts}.
 
 ## Use
 
@@ -162,10 +162,10 @@ tokenizer = AutoTokenizer.from_pretrained("{base_model}")
 {_serving(repo_id, base_model, rank, task_type)}"""
 
 
-def _table(matrix: Matrix, results: dict[str, Any]) -> str:
+def _table(matrix: Matrix, results: Results) -> str:
     names = {name: shown_name(name) for name in [*matrix.tasks, *matrix.stages]}
     tasks, stages = [names[t] for t in matrix.tasks], [names[t] for t in matrix.stages]
-    return dataclasses.replace(matrix, tasks=tasks, stages=stages).table(results["coefficients"])
+    return dataclasses.replace(matrix, tasks=tasks, stages=stages).table(results.coefficients)
 
 
 def _serving(repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:

@@ -11,9 +11,8 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.intervals import Interval, interval, mean_interval, paired_difference
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.predictions import Predictions, read_all
-from pm_llm.presets import knows_task
-from pm_llm.report.tables import LABELS, mode_of
 from pm_llm.run.folder import RunDir
+from pm_llm.run.record import Results
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Run:
 
     path: Path
     name: str
-    results: dict[str, Any]
+    results: Results
     logs: list[list[dict[str, Any]]]
     predictions: dict[int, dict[str, Predictions]]  # stage (-1: untrained) -> task -> predictions
 
@@ -71,7 +70,7 @@ class Run:
 
     def _said(self, stage: int) -> list[Predictions]:
         """On every task trained by then; none where one is missing."""
-        known = knows_task(self.results["config"]["method"], self.results["method"])
+        known = self.results.facts.knows_task
         at = {self.matrix.tasks[j]: i if known else stage for j, i in self.matrix.learned(stage).items()}
         made = all(name in self.predictions.get(i, {}) for name, i in at.items())
         return [self.predictions[i][name] for name, i in at.items()] if made else []
@@ -81,12 +80,9 @@ def open_run(path: str | Path) -> Run:
     """A finished run. Raises PmLlmError if it is not finished or lacks a prediction."""
     run_dir = RunDir.open(path)
     results = run_dir.results()
-    method, folder = results["config"]["method"], run_dir.path.name
-    if knows_task(method, results["method"]):  # earlier versions wrote what the last model says of all
-        results = {key: x for key, x in results.items() if key not in LABELS}
-        results |= Matrix.from_results(results).with_task_known(results["config"]["evaluate"])
-    stages = range(len(results["stages"]))
-    scored = [*([UNTRAINED] if results["untrained"] else []), *stages]
+    method, folder = results.preset, run_dir.path.name
+    stages = range(len(results.stages))
+    scored = [*([UNTRAINED] if results.untrained else []), *stages]
     return Run(
         run_dir.path,
         method if method == folder else f"{method} ({folder})",
@@ -98,7 +94,7 @@ def open_run(path: str | Path) -> Run:
 
 def difference(a: Run, b: Run) -> Interval | None:
     """Final average of `a` minus that of `b`, paired by rows; None if they were not scored on the same, alike."""
-    if mode_of(a.results) != mode_of(b.results):
+    if a.results.mode != b.results.mode:
         return None
     try:
         x, y = ({one.task: one for one in run.final} for run in (a, b))

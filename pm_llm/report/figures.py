@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.report.data import Run
+from pm_llm.run.record import Results
 
 MANY = 8
 WIDTH = 4.8  # inches: the text stays readable where the page is as wide as a phone
@@ -20,18 +21,18 @@ STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "pm_llm", "font.size": 9, 
 STYLE |= {"axes.spines.right": False, "axes.grid": False, "text.parse_math": False}  # a name may hold dollar signs
 
 
-def matrix(results: dict[str, Any]) -> Figure:
+def matrix(results: Results) -> Figure:
     """The accuracy matrix as a heat map; lower scores are better where the scorer says so."""
     found = Matrix.from_results(results)
-    names = [*(["(untrained)"] if results["untrained"] else []), *found.stages]
-    first = UNTRAINED if results["untrained"] else 0
+    names = [*(["(untrained)"] if results.untrained else []), *found.stages]
+    first = UNTRAINED if results.untrained else 0
     nan = float("nan")
     rows = [[found.scores.get((first + i, j), nan) for j in range(len(found.tasks))] for i in range(len(names))]
     known = [x for row in rows for x in row if x == x]
-    top = max(known) if results["lower_is_better"] else 100
+    top = max(known) if results.lower_is_better else 100
     figure, axes = _new(max(WIDTH, 1.7 + 0.42 * len(found.tasks)), 1.3 + 0.34 * len(names))
     image = axes.imshow(
-        rows, vmin=0, vmax=top, cmap="viridis_r" if results["lower_is_better"] else "viridis", aspect="auto"
+        rows, vmin=0, vmax=top, cmap="viridis_r" if results.lower_is_better else "viridis", aspect="auto"
     )
     _name_columns(axes, range(len(found.tasks)), found.tasks)
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
@@ -45,7 +46,7 @@ def matrix(results: dict[str, Any]) -> Figure:
                 axes.text(
                     j,
                     i,
-                    f"{x:.1f}" if x < 10 and results["lower_is_better"] else f"{x:.0f}",
+                    f"{x:.1f}" if x < 10 and results.lower_is_better else f"{x:.0f}",
                     ha="center",
                     va="center",
                     color="white" if dark else "black",
@@ -73,10 +74,10 @@ def coefficients(runs: Sequence[Run]) -> Figure:
     """The merge coefficient of each task; where modules have their own, their range as a bar."""
     figure, axes = _new(WIDTH, 2.8, len(runs[0].matrix.stages))
     for k, (run, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True)):
-        values = run.results["coefficients"]
+        values = run.results.coefficients
         at = [i + (k - (len(runs) - 1) / 2) * 0.12 for i in range(len(values))]
         axes.plot(at, values, marker="o", linestyle="none", color=colour, label=run.name)
-        for x, modules in zip(at, run.results["module_coefficients"], strict=True):
+        for x, modules in zip(at, run.results.module_coefficients, strict=True):
             if modules and len(set(modules.values())) > 1:
                 axes.vlines(x, min(modules.values()), max(modules.values()), color=colour, linewidth=3, alpha=0.35)
     _name_stages(axes, runs)
@@ -88,7 +89,7 @@ def coefficients(runs: Sequence[Run]) -> Figure:
 
 def module_coefficients(run: Run) -> Figure | None:
     """Coefficients of single modules as a heat map; None where all modules share one."""
-    stages = run.results["module_coefficients"]
+    stages = run.results.module_coefficients
     if not any(modules and len(set(modules.values())) > 1 for modules in stages):
         return None
     names = sorted({name for modules in stages for name in modules or {}})
@@ -126,11 +127,11 @@ def curvature(runs: Sequence[Run]) -> Figure | None:
 
 def truncation(runs: Sequence[Run]) -> Figure | None:
     """Relative error of the truncation to the running rank, a line a run; None where nothing was truncated."""
-    if not any(max(run.results["truncation_errors"]) > 1e-6 for run in runs):
+    if not any(max(run.results.truncation_errors) > 1e-6 for run in runs):
         return None
     figure, axes = _new(WIDTH, 2.6, len(runs[0].matrix.stages))
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
-        axes.plot(run.results["truncation_errors"], marker="o", color=colour, label=run.name)
+        axes.plot(run.results.truncation_errors, marker="o", color=colour, label=run.name)
     _name_stages(axes, runs)
     axes.set_ylabel("relative truncation error")
     axes.set_ylim(bottom=0)
@@ -141,7 +142,7 @@ def truncation(runs: Sequence[Run]) -> Figure | None:
 def costs(run: Run) -> Figure:
     """Seconds of each stage's parts, stacked, and the peak of memory as a line."""
     figure, axes = _new(WIDTH, 2.9, len(run.matrix.stages))
-    stages = run.results["seconds"]
+    stages = run.results.seconds
     bottom = [0.0] * len(stages)
     for part, colour in zip(stages[0], COLOURS, strict=False):
         values = [seconds[part] for seconds in stages]
@@ -150,7 +151,7 @@ def costs(run: Run) -> Figure:
     _name_stages(axes, [run])
     axes.set_ylabel("seconds")
     right = axes.twinx()
-    right.plot([n / 2**30 for n in run.results["peak_memory_bytes"]], color="#000000", marker="_", linestyle=":")
+    right.plot([n / 2**30 for n in run.results.peak_memory_bytes], color="#000000", marker="_", linestyle=":")
     right.set_ylabel("peak memory, GiB (dotted)")
     right.set_ylim(bottom=0)
     right.spines["right"].set_visible(True)
@@ -158,7 +159,7 @@ def costs(run: Run) -> Figure:
     return figure
 
 
-def matrix_png(results: dict[str, Any]) -> bytes:
+def matrix_png(results: Results) -> bytes:
     """The heat map as a PNG file."""
     content = io.BytesIO()
     with matplotlib.rc_context(STYLE):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pm_llm.errors import PmLlmError
-from pm_llm.presets import knows_task
 from pm_llm.run.folder import STAGES, TASK_ADAPTER, RunDir
 from pm_llm.system.files import replace_bytes, sha256_of
 
@@ -59,14 +58,14 @@ def push_run(
         raise PmLlmError(f"{repo_id!r} is no repository name: {error}") from error
     if "/" not in repo_id:
         raise PmLlmError(f"{repo_id!r} names no user. Give user/name.")
-    if knows_task(results["config"]["method"], results["method"]) and len(results["stages"]) > 1:
+    if results.facts.knows_task and len(results.stages) > 1:
         raise PmLlmError(
             f"{run.path} has an adapter for each task, in {STAGES}/*/{TASK_ADAPTER}, and none for all of them: choose "
             "the ones to upload (`PeftModel.push_to_hub`), or run a method that ends in one adapter."
         )
     adapter = run.adapter
     config = json.loads((adapter / FILES[0]).read_text())
-    base = base_model or config.get("base_model_name_or_path") or results["config"]["model"]
+    base = base_model or config.get("base_model_name_or_path") or results.config["model"]
     if not is_hub_id(base) or (base_model is None and Path(base).exists()):
         raise PmLlmError(
             f"the base model is {base!r}, a folder of this machine, which nobody else can load. Name its id on the "
@@ -91,7 +90,7 @@ def push_run(
                     f"{repo_id} exists and is public. Make it private on the Hub, or leave out --private."
                 )
             commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(results['stages'])} tasks"
+                repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(results.stages)} tasks"
             )
         with run.locked():
             replace_bytes(run.path / FILES[2], card.encode())  # the user's to edit from here on

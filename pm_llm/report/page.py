@@ -19,7 +19,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.intervals import Interval
 from pm_llm.report import figures
 from pm_llm.report.data import Run, difference
-from pm_llm.report.tables import comparison, how_scored, split_of, words
+from pm_llm.report.tables import comparison, how_scored, words
 from pm_llm.system.files import replace_bytes, writing
 
 PAGE, FIGURES = "report.html", "figures"
@@ -110,14 +110,14 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
                 run,
                 _matrix_cells(run),
                 [p for p in pictures if p],
-                yaml.safe_dump(run.results["config"], sort_keys=False),
+                yaml.safe_dump(run.results.config, sort_keys=False),
             )
         )
     header, rows = comparison([run.results for run in runs], joint, [run.name for run in runs])
     finals = [run.averages.get(len(run.matrix.stages) - 1) for run in runs]
     differences = [None if run is runs[0] else difference(run, runs[0]) for run in runs]
     environment = Environment(loader=PackageLoader("pm_llm.report"), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"band": _band, "words": words, "how": how_scored, "split": split_of}
+    environment.filters |= {"band": _band, "words": words, "how": how_scored}
     return environment.get_template("report.html").render(
         runs=runs,
         header=header,
@@ -160,7 +160,7 @@ class Drawer:
 
 def _matrix_cells(run: Run) -> list[tuple[str, list[Interval | None], Interval | None]]:
     """(stage, a score a task, average) for the table with intervals."""
-    stages = [(-1, "(untrained)")] if run.results["untrained"] else []
+    stages = [(-1, "(untrained)")] if run.results.untrained else []
     stages += list(enumerate(run.matrix.stages))
     columns = range(len(run.matrix.tasks))
     return [(name, [run.intervals.get((i, j)) for j in columns], run.averages.get(i)) for i, name in stages]

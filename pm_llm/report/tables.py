@@ -7,53 +7,33 @@ from statistics import fmean
 from typing import Any
 
 from pm_llm.evaluation.matrix import Matrix, gap_closed
-from pm_llm.presets import knows_task, preset_of
-
-LABELS = {
-    "average_accuracy": "average accuracy",
-    "average_over_time": "average over time",
-    "backward_transfer": "backward transfer",
-    "forward_transfer": "forward transfer",
-    "forgetting": "forgetting",
-    "plasticity": "plasticity",
-    "fuar": "FUAR",
-}
+from pm_llm.run.record import NUMBERS, Results
 
 
-def describe(results: dict[str, Any]) -> str:
+def describe(results: Results) -> str:
     """The matrix with coefficients, and the numbers below it."""
-    lines = [f"method {results['config']['method']}{how_scored(results)}", ""]
-    lines += [Matrix.from_results(results).table(results["coefficients"]), ""]
+    lines = [f"method {results.preset}{how_scored(results)}", ""]
+    lines += [Matrix.from_results(results).table(results.coefficients), ""]
     return "\n".join(lines + numbers(results))
 
 
-def split_of(results: dict[str, Any]) -> str:
-    """The rows that were scored: `test` or `validation`."""
-    return str(results["config"].get("evaluation", {}).get("split", "test"))
-
-
-def mode_of(results: dict[str, Any]) -> str:
-    """How tasks with labels were scored: `generate` or `labels`."""
-    return str(results["config"].get("evaluation", {}).get("mode", "generate"))
-
-
-def how_scored(results: dict[str, Any]) -> str:
+def how_scored(results: Results) -> str:
     """What must be known to read a run's numbers, where it is not the usual; with brackets, or empty."""
-    said = ["validation rows"] if split_of(results) == "validation" else []
-    said += ["answers chosen among the labels"] if mode_of(results) == "labels" else []
-    said += ["lower is better"] if results["lower_is_better"] else []
+    said = ["validation rows"] if results.split == "validation" else []
+    said += ["answers chosen among the labels"] if results.mode == "labels" else []
+    said += ["lower is better"] if results.lower_is_better else []
     return f" ({'; '.join(said)})" if said else ""
 
 
-def numbers(results: dict[str, Any]) -> list[str]:
+def numbers(results: Results) -> list[str]:
     """A line for each number of a run; FUAR is None where nothing was gained."""
-    known = [(label, results[key]) for key, label in LABELS.items() if key in results]
-    if knows_task(results["config"]["method"], results["method"]):
+    known = [(label, results.numbers[key]) for key, label in NUMBERS.items() if key in results.numbers]
+    if results.facts.knows_task:
         known = [(f"{label}, each task by its own adapter", x) for label, x in known[:1]]
     return [f"{label}: nothing was gained" if x is None else f"{label}: {x:.2f}" for label, x in known]
 
 
-def compare(runs: Sequence[dict[str, Any]], joint: float | None = None, names: Sequence[str] = ()) -> str:
+def compare(runs: Sequence[Results], joint: float | None = None, names: Sequence[str] = ()) -> str:
     """A row a run, side by side, as Markdown."""
     header, rows = comparison(runs, joint, names)
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
@@ -61,50 +41,50 @@ def compare(runs: Sequence[dict[str, Any]], joint: float | None = None, names: S
 
 
 def comparison(
-    runs: Sequence[dict[str, Any]], joint: float | None = None, names: Sequence[str] = ()
+    runs: Sequence[Results], joint: float | None = None, names: Sequence[str] = ()
 ) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of methods: the numbers that runs have, and the gap closed where it can be had.
 
     That needs runs of `seqlora` (and of `joint`, or its number) of one model, on the same tasks, scored alike.
 
     Args:
-        runs: Their `results.json`.
+        runs: Their results.
         joint: Final average of joint training, scored as the first run was; by default that of the preset's runs.
         names: What to call the runs; by default, by their methods.
     """
-    keys = [key for key in LABELS if any(run.get(key) is not None for run in runs)]
+    keys = [key for key in NUMBERS if any(run.numbers.get(key) is not None for run in runs)]
     gaps = [_gap(run, runs, joint) for run in runs]
     shown = any(gap is not None for gap in gaps)
-    header = ["method", *(LABELS[key] for key in keys), *(["gap closed"] if shown else []), "coefficients"]
+    header = ["method", *(NUMBERS[key] for key in keys), *(["gap closed"] if shown else []), "coefficients"]
     rows = []
-    for run, name, gap in zip(runs, names or [run["config"]["method"] for run in runs], gaps, strict=True):
-        row = [name, *("-" if run.get(key) is None else f"{run[key]:.1f}" for key in keys)]
+    for run, name, gap in zip(runs, names or [run.preset for run in runs], gaps, strict=True):
+        row = [name, *("-" if run.numbers.get(key) is None else f"{run.numbers[key]:.1f}" for key in keys)]
         row += ["-" if gap is None else f"{gap:.2f}"] if shown else []
-        rows.append([*row, ", ".join(f"{c:.2f}" for c in run["coefficients"])])
+        rows.append([*row, ", ".join(f"{c:.2f}" for c in run.coefficients)])
     return header, rows
 
 
-def _scored(run: dict[str, Any]) -> tuple[Any, ...]:
+def _scored(run: Results) -> tuple[Any, ...]:
     """What two runs have in common whose final averages are of one kind, whatever their seeds."""
-    columns = zip(run["tasks"], run["scorers"], run["test_rows"], strict=True)
-    tasks = sorted(column for column in columns if column[0] in run["stages"])
-    return run["config"]["model"], split_of(run), mode_of(run), tasks
+    columns = zip(run.tasks, run.scorers, run.test_rows, strict=True)
+    tasks = sorted(column for column in columns if column[0] in run.stages)
+    return run.config["model"], run.split, run.mode, tasks
 
 
-def _gap(run: dict[str, Any], runs: Sequence[dict[str, Any]], joint: float | None) -> float | None:
+def _gap(run: Results, runs: Sequence[Results], joint: float | None) -> float | None:
     alike = [one for one in runs if _scored(one) == _scored(run)]
     given = joint if _scored(run) == _scored(runs[0]) else None
-    final, lower = run.get("average_accuracy"), _final(alike, "seqlora")
+    final, lower = run.numbers.get("average_accuracy"), _final(alike, "seqlora")
     upper = _final(alike, "joint") if given is None else given
     if final is None or lower is None or upper is None or lower == upper:
         return None
     return gap_closed(final, lower, upper)
 
 
-def _final(runs: Sequence[dict[str, Any]], preset: str) -> float | None:
+def _final(runs: Sequence[Results], preset: str) -> float | None:
     """The mean final average of the runs of a preset as it is; None if there is none."""
-    its_runs = [run for run in runs if run["config"]["method"] == preset and preset_of(preset, run["method"])]
-    found = [run["average_accuracy"] for run in its_runs]
+    its_runs = [run for run in runs if run.preset == preset and run.facts.is_preset]
+    found = [x for run in its_runs if (x := run.numbers.get("average_accuracy")) is not None]
     return fmean(found) if found else None
 
 

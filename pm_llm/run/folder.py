@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pm_llm.errors import PmLlmError
+from pm_llm.run.record import Results, StageRecord
 from pm_llm.system.files import (
     damaged,
     digests,
@@ -48,8 +49,7 @@ STATE, RESULTS, STAGES, UNTRAINED, WORK = "state.json", "results.json", "stages"
 SUMS = "sums"  # in work: a Fisher's sums in mapped files
 OWN = (STATE, RESULTS, ADAPTER, UNTRAINED, WORK, "config.yaml", "matrix.png", "report.html", "README.md", "figures")
 OURS = re.compile(r"\d{2,}-.*|\.\d{2,}-.*\.tmp")  # folders that a run makes in stages and work
-FORMAT = 2  # of the folder; 1 had none written
-STAGE_KEYS = {"task", "folder", "scores", "seconds", "coefficient", "raw_coefficient", "peak_memory_bytes"}
+FORMAT = 3  # of the folder; 1 had none written, 2 did not say what was true of the method
 KEYS = {"tasks", "config", "rows", "stages", "untrained", "files", "restarted"}
 
 
@@ -142,18 +142,18 @@ class RunDir:
             self.sweep()
             self._record_config(config)
 
-    def restart(self, stage: int, token: str, config: dict[str, Any]) -> None:
-        """Forget stage `stage` (from 0) and those after it; `token` stands for the command that wants it, `config` are
-        its settings, so that the same command goes on if it is stopped here."""
+    def restart(self, number: int, token: str, config: dict[str, Any]) -> None:
+        """Forget stage `number` (from 0) and those after it. `token` stands for the command that wants it and `config`
+        are its settings, so that the same command goes on if it is stopped here."""
         state = self.state()
-        folders = {entry["folder"] for entry in state["stages"][stage:]}
+        folders = {stage.folder for stage in state["stages"][number:]}
         files = {
             name: known
             for name, known in state["files"].items()
             if _is_kept(name) and not (name.startswith(f"{STAGES}/") and name.split("/")[1] in folders)
         }
         with writing(self.path):
-            stages = state["stages"][:stage]
+            stages = state["stages"][:number]
             self._write_state({**state, "config": config, "stages": stages, "files": files, "restarted": token})
             self._clear_work()
             self.sweep()
@@ -169,7 +169,7 @@ class RunDir:
     def sweep(self) -> None:
         """Remove what a killed process left half-done, and let `adapter` point to the last stage's."""
         state = self.state()
-        stages = [entry["folder"] for entry in state["stages"]]
+        stages = [stage.folder for stage in state["stages"]]
         (self.path / STAGES).mkdir(exist_ok=True)
         if not (self.path / ADAPTER).is_symlink():  # what a copy may have made of the link
             _remove(self.path / ADAPTER)
@@ -206,8 +206,12 @@ class RunDir:
     def state(self) -> dict[str, Any]:
         """`tasks`, `config`, `rows`, `stages`, `untrained`, `files`. Raises PmLlmError if the file is damaged."""
         found = self._json(STATE)
-        if "digest" not in found and {"tasks", "stages", "versions"} <= found.keys():
-            raise PmLlmError(f"{self.path} holds a run of an older pm_llm, which cannot go on. Run in another folder.")
+        first = "digest" not in found and {"tasks", "stages", "versions"} <= found.keys()
+        if first or (isinstance(found.get("format"), int) and found["format"] < FORMAT):
+            raise PmLlmError(
+                f"{self.path} holds a run of an older pm_llm, which this one neither goes on with nor reads. Run in "
+                f"another folder. The adapters in {self.path / STAGES} are ordinary PEFT adapters still."
+            )
         if isinstance(found.get("format"), int) and found["format"] > FORMAT:
             raise PmLlmError(
                 f"{self.path} is of format {found['format']}, of a newer pm_llm; this one knows up to {FORMAT}. "
@@ -215,8 +219,9 @@ class RunDir:
             )
         digest = found.pop("digest", None)
         try:
-            good = digest == sha256_of(found) and found.keys() >= KEYS and all(map(_is_inside, _names(found)))
-            good = good and all(entry.keys() >= STAGE_KEYS for entry in found["stages"])
+            good = digest == sha256_of(found) and found.keys() >= KEYS
+            found["stages"] = [StageRecord.of(stage) for stage in found["stages"]]
+            good = good and all(map(_is_inside, _names(found)))
         except (KeyError, TypeError, AttributeError):
             good = False
         if not good:
@@ -226,12 +231,12 @@ class RunDir:
             )
         return found
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> Results:
         """`results.json`. Raises PmLlmError if the run is not finished, or the file is damaged."""
         if RESULTS not in self.state()["files"]:
             raise PmLlmError(f"{self.path} has no results.json: the run is not finished. Run the same command again.")
         self.check([RESULTS])
-        return self._json(RESULTS)
+        return Results.of(self._json(RESULTS))
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -257,7 +262,7 @@ class RunDir:
         stages = self.state()["stages"]
         if not stages:
             return None
-        target, link = Path(STAGES) / stages[-1]["folder"] / ADAPTER, self.path / ADAPTER
+        target, link = Path(STAGES) / stages[-1].folder / ADAPTER, self.path / ADAPTER
         return None if link.is_symlink() and link.readlink() == target else target.as_posix()
 
     def check(self, names: Sequence[str]) -> None:
@@ -276,14 +281,14 @@ class RunDir:
     def remedy(self, found: dict[str, str]) -> str:
         """What to do about damaged files."""
         state = self.state()
-        folders = [entry["folder"] for entry in state["stages"]]
+        folders = [stage.folder for stage in state["stages"]]
         stages = [folders.index(name.split("/")[1]) for name in found if name.startswith(f"{STAGES}/")]
         if any(name.startswith(f"{UNTRAINED}/") for name in found):
             stages.append(0)
         if stages:
             return (
                 "Put it back from a copy, or run the same command with "
-                f"--restart-from {min(stages) + 1} (task {state['stages'][min(stages)]['task']!r})."
+                f"--restart-from {min(stages) + 1} (task {state['stages'][min(stages)].task!r})."
                 if folders
                 else "Put it back from a copy, or run in another folder."
             )
@@ -306,7 +311,7 @@ class RunDir:
         stages = state["stages"]
         if not stages:
             raise PmLlmError(f"{self.path} holds no adapter yet: no task is finished.")
-        folder = f"{STAGES}/{stages[-1]['folder']}/{ADAPTER}"
+        folder = f"{STAGES}/{stages[-1].folder}/{ADAPTER}"
         self.check([f"{folder}/"])
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if f"{folder}/{name}" not in state["files"] or (self.path / folder / name).is_symlink():
@@ -315,18 +320,18 @@ class RunDir:
 
     def stage_adapter(self, stage: int, which: str = ADAPTER) -> Path:
         """An adapter of stage `stage` (from 0): merged, or as trained (`task_adapter`)."""
-        return self.path / STAGES / self.state()["stages"][stage]["folder"] / which
+        return self.path / STAGES / self.state()["stages"][stage].folder / which
 
     def curvature(self) -> dict[str, Tensor] | None:
         """What the merge rule remembers after the last stage; None where it is not on disk."""
         state = self.state()
-        name = f"{STAGES}/{state['stages'][-1]['folder']}/{CURVATURE}"
+        name = f"{STAGES}/{state['stages'][-1].folder}/{CURVATURE}"
         return load_file(self.path / name) if name in state["files"] else None
 
     def memories(self, stage: int, count: int) -> list[dict[str, Tensor]]:
         """What each of `count` constraints remembers after stage `stage` (from 0)."""
         state = self.state()
-        name = f"{STAGES}/{state['stages'][stage]['folder']}/{MEMORY}"
+        name = f"{STAGES}/{state['stages'][stage].folder}/{MEMORY}"
         found = load_file(self.path / name) if name in state["files"] else {}
         memories: list[dict[str, Tensor]] = [{} for _ in range(count)]
         for key, tensor in found.items():
@@ -341,7 +346,7 @@ class RunDir:
             PmLlmError: If one is damaged.
         """
         state = self.state()
-        names = (state["untrained"] or {}) if stage < 0 else state["stages"][stage]["scores"]
+        names = (state["untrained"] or {}) if stage < 0 else state["stages"][stage].scores
         files = [entry["predictions"] for entry in names.values()]
         if files:
             self.check(files)
@@ -349,7 +354,7 @@ class RunDir:
 
     def log(self, stage: int) -> list[dict[str, Any]]:
         """The training log of stage `stage` (from 0). Raises PmLlmError if it is damaged."""
-        name = f"{STAGES}/{self.state()['stages'][stage]['folder']}/{LOG}"
+        name = f"{STAGES}/{self.state()['stages'][stage].folder}/{LOG}"
         self.check([name])
         return [json.loads(line) for line in (self.path / name).read_text("utf-8").split("\n") if line]
 
@@ -359,10 +364,10 @@ class RunDir:
 
     # ---- writing; the caller has the lock ----
     def commit_stage(
-        self, number: int, entry: dict[str, Any], fill: Callable[[Path], None], curvature: dict[str, Tensor]
+        self, number: int, record: StageRecord, fill: Callable[[Path], None], curvature: dict[str, Tensor]
     ) -> None:
         """Make stage `number` (from 1) part of the run: its folder as `fill` fills it, then state, then the link."""
-        name = _folder(number, entry["task"])
+        name = _folder(number, record.task)
         temporary, folder = self.path / STAGES / f".{name}.tmp", self.path / STAGES / name
         with writing(self.path, leftover=temporary):
             _remove(temporary)
@@ -373,22 +378,23 @@ class RunDir:
             rename_tree(temporary, folder)
             state = self.state()
             old = [file for file in state["files"] if file.endswith(f"/{CURVATURE}")]
-            state["stages"].append({"folder": name, **entry, "remembers": bool(curvature)})
+            record.folder, record.remembers = name, bool(curvature)
+            state["stages"].append(record)
             state["files"] = {k: x for k, x in state["files"].items() if k not in old}
             state["files"] |= digests(self.path, [path for path in folder.rglob("*") if path.is_file()])
             self._write_state(state)
             replace_link(self.path / ADAPTER, Path(STAGES) / name / ADAPTER)
             for file in old:
                 (self.path / file).unlink(missing_ok=True)
-            _remove(self.work(number, entry["task"]))
+            _remove(self.work(number, record.task))
 
     def commit_score(
         self, stage: int, task: str, score: float, lines: list[dict[str, Any]], seconds: float, peak_memory: int
     ) -> None:
         """Keep what stage `stage` (from 0; -1: the untrained model) answers on a task, its score, and what it took."""
         state = self.state()
-        scores = (state["untrained"] or {}) if stage < 0 else state["stages"][stage]["scores"]
-        above = Path(UNTRAINED) if stage < 0 else Path(STAGES) / state["stages"][stage]["folder"] / "predictions"
+        scores = (state["untrained"] or {}) if stage < 0 else state["stages"][stage].scores
+        above = Path(UNTRAINED) if stage < 0 else Path(STAGES) / state["stages"][stage].folder / "predictions"
         name = (above / f"{_folder(len(scores) + 1, task)}.jsonl").as_posix()
         with writing(self.path):
             (self.path / above).mkdir(exist_ok=True)
@@ -397,11 +403,10 @@ class RunDir:
             if stage < 0:
                 state["untrained"] = scores
             else:
-                entry = state["stages"][stage]
-                entry["seconds"]["evaluate"] += seconds
-                entry["peak_memory_bytes"]["evaluate"] = max(
-                    peak_memory, entry["peak_memory_bytes"].get("evaluate", 0)
-                )
+                record: StageRecord = state["stages"][stage]
+                record.seconds["evaluate"] += seconds
+                most = record.peak_memory_bytes.get("evaluate", 0)
+                record.peak_memory_bytes["evaluate"] = max(peak_memory, most)
             state["files"] |= digests(self.path, [self.path / name])
             self._write_state(state)
 
@@ -428,16 +433,17 @@ class RunDir:
             state["files"] |= digests(self.path.absolute(), [path.absolute() for path in files])
             self._write_state(state)
 
-    def write_results(self, results: dict[str, Any]) -> None:
+    def write_results(self, results: Results) -> None:
         """Replace `results.json`; the run is finished."""
         self._clear_work()
-        self.write(RESULTS, json.dumps(results, indent=1), restarted=None)
+        self.write(RESULTS, json.dumps(results.plain(), indent=1), restarted=None)
 
     def _record_config(self, config: dict[str, Any]) -> None:
         self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def _write_state(self, state: dict[str, Any]) -> None:
-        state = json.loads(json.dumps({**state, "format": FORMAT}))  # as it will be read
+        stages = [stage.plain() for stage in state["stages"]]
+        state = json.loads(json.dumps({**state, "stages": stages, "format": FORMAT}))  # as it will be read
         replace_bytes(self.path / STATE, json.dumps({**state, "digest": sha256_of(state)}, indent=1).encode())
 
 
@@ -465,9 +471,9 @@ def _is_kept(name: str) -> bool:
 
 def _names(state: dict[str, Any]) -> list[str]:
     """All paths that a state names."""
-    scores = [state["untrained"] or {}, *(entry["scores"] for entry in state["stages"])]
+    scores = [state["untrained"] or {}, *(stage.scores for stage in state["stages"])]
     predictions = [one["predictions"] for found in scores for one in found.values()]
-    return [*state["files"], *(entry["folder"] for entry in state["stages"]), *predictions]
+    return [*state["files"], *(stage.folder for stage in state["stages"]), *predictions]
 
 
 def _is_inside(name: str) -> bool:

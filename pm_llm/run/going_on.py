@@ -10,6 +10,7 @@ from typing import Any
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.run.folder import RunDir
+from pm_llm.run.record import StageRecord
 from pm_llm.system.files import sha256_of
 from pm_llm.tasks.base import Example, Task
 
@@ -79,15 +80,15 @@ def take_up(
             return
     else:
         differences = _differences(state, kept, new, restarted=token is not None)
-        if not differences and "words" in kept[-1]:  # a method of the same name, of another version of pm_llm
-            differences = changes(kept[-1]["words"], config.parsed_method().plain())
+        if not differences and kept:  # a method of the same name, of another version of pm_llm
+            differences = changes(kept[-1].words, config.parsed_method().plain())
         if differences:
             raise PmLlmError(
                 f"{run_dir.path} holds a run with another configuration ({'; '.join(differences)}). Run as before, "
                 "choose another output_dir, or delete the folder. What has not run yet may change: tasks that follow, "
                 "and with --restart-from TASK the `train` section."
             )
-    run_dir.check([f"stages/{entry['folder']}/" for entry in kept] + ["untrained/"])
+    run_dir.check([f"stages/{record.folder}/" for record in kept] + ["untrained/"])
     if token is not None:
         run_dir.restart(stage, token, plain)
     run_dir.go_on(plain, rows, names)
@@ -116,7 +117,7 @@ def stage_key(config: RunConfig, number: int, rows: str, processes: int) -> str:
 
 
 def _differences(
-    state: dict[str, Any], kept: Sequence[dict[str, Any]], new: dict[str, Any], restarted: bool
+    state: dict[str, Any], kept: Sequence[StageRecord], new: dict[str, Any], restarted: bool
 ) -> list[str]:
     """What differs in what has run: settings, rows trained on, rows scored on."""
     found = changes(state["config"], new["config"], stages_only=restarted)
@@ -127,7 +128,7 @@ def _differences(
     for i, (old, now) in enumerate(zip(state["rows"]["train"][:count], rows["train"], strict=False)):
         if old != now:
             found.append(f"training rows of task {new['tasks'][i]!r}")
-    scored = {name for entry in kept for name in entry["scores"]} | set(state["untrained"] or {})
+    scored = {name for record in kept for name in record.scores} | set(state["untrained"] or {})
     found += [
         f"test rows of task {name!r}"
         for name in sorted(scored)

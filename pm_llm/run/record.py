@@ -1,108 +1,140 @@
-"""What is recorded of a stage when it is committed, and of a run when it is finished (`results.json`)."""
+"""What is written down of a stage when it is committed, and of a run when it is finished: everything reads these."""
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from pm_llm.evaluation.matrix import UNTRAINED, Matrix
-from pm_llm.evaluation.scorers import SCORERS
-from pm_llm.methods import Method
-from pm_llm.run.going_on import changes
-from pm_llm.system.processes import process_state
-from pm_llm.tasks.base import Task
-
-if TYPE_CHECKING:
-    from pm_llm.stage import Stage
-
-
-VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
-
-
-def versions() -> dict[str, str]:
-    """Those of the packages that decide what comes out."""
-    return {name: importlib.metadata.version(name) for name in VERSIONS}
+# numbers of a run, by what they are called in `results.json`, with how they are shown
+NUMBERS = {
+    "average_accuracy": "average accuracy",
+    "average_over_time": "average over time",
+    "backward_transfer": "backward transfer",
+    "forward_transfer": "forward transfer",
+    "forgetting": "forgetting",
+    "plasticity": "plasticity",
+    "fuar": "FUAR",
+}
+Losses = Sequence[float]  # before and after training, in nats an example
 
 
-def stage_record(stage: Stage) -> dict[str, Any]:
-    """What a stage did, when it is merged; its scores are added as they are made."""
-    session, report, fisher = stage.session, stage.session.merger.report, stage.fisher
-    return {
-        "task": stage.task.name,
-        "seed": stage.seed,
-        "config": {key: value for key, value in session.config.plain().items() if key != "output_dir"},
-        "words": session.method.plain(),
-        "versions": versions(),
-        "processes": process_state().num_processes,
-        "coefficient": report.coefficient,
-        "raw_coefficient": report.raw_coefficient,
-        "clipped": report.clipped,
-        "coefficients": report.coefficients,
-        "raw_coefficients": report.raw_coefficients,
-        "truncation_error": report.truncation_error,
-        "rank": report.rank,
-        "curvature": next((log["curvature"] for log in reversed(stage.logs) if "curvature" in log), None),
-        "curvature_errors": report.curvature_errors,
-        "constraint_reports": stage.reports,
-        "losses": fisher.losses if fisher is not None else None,
-        "exact_curvature": fisher.exact if fisher is not None else None,
-        "seconds": {**stage.clock.seconds, "evaluate": 0.0},
-        "peak_memory_bytes": stage.clock.peak_memory,
-        "scores": {},
-    }
+@dataclass(frozen=True)
+class Facts:
+    """What is true of a method as it was run, whatever a name stands for later.
 
-
-def gather_results(run: dict[str, Any], method: Method, columns: Mapping[str, Task]) -> dict[str, Any]:
-    """The matrix, what follows from it, and what each stage did.
-
-    Args:
-        run: The run folder's state.
-        method: The method. One whose result is used with the task known has the average over each task's own stage.
-        columns: All that was scored, by name.
-
-    Raises:
-        MissingScoreError: If a score is missing that the configuration's numbers need.
+    `is_preset` says whether its three words were its preset's own, `keeps_rows` whether rows of past tasks were
+    trained on again, `knows_task` whether its result is used with the task known (an adapter for each).
     """
-    config, stages, scorers = run["config"], run["stages"], [task.scorer for task in columns.values()]
-    matrix = Matrix(
-        list(columns), stages=[stage["task"] for stage in stages], lower_is_better=SCORERS[scorers[0]].lower_is_better
-    )
-    for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage["scores"] for stage in stages)]:
-        for name, found in scores.items():
-            matrix.set(number, name, found["score"])
-    untrained = {name: found["score"] for name, found in run["untrained"].items()} if run["untrained"] else None
-    return {
-        "config": config,
-        "method": method.plain(),
-        "versions": stages[-1]["versions"],
-        "tasks": matrix.tasks,
-        "stages": matrix.stages,
-        "stage_settings": [_own(stage, run) for stage in stages],
-        "scorers": scorers,
-        "lower_is_better": matrix.lower_is_better,
-        "test_rows": [len(task.test) for task in columns.values()],
-        "matrix": matrix.rows(),
-        "untrained": untrained,
-        "coefficients": [stage["coefficient"] for stage in stages],
-        "raw_coefficients": [stage["raw_coefficient"] for stage in stages],
-        "module_coefficients": [stage["coefficients"] for stage in stages],
-        "truncation_errors": [stage["truncation_error"] for stage in stages],
-        "ranks": [stage["rank"] for stage in stages],
-        "curvatures": [stage["curvature"] for stage in stages],
-        "curvature_errors": [stage["curvature_errors"] for stage in stages],
-        "exact_curvatures": [stage["exact_curvature"] for stage in stages],
-        "constraint_reports": [stage.get("constraint_reports", {}) for stage in stages],
-        "losses": [stage["losses"] for stage in stages],
-        "seconds": [stage["seconds"] for stage in stages],
-        "peak_memory_bytes": [max(stage["peak_memory_bytes"].values()) for stage in stages],
-        **(matrix.with_task_known(config["evaluate"]) if method.task_id else matrix.summary(config["evaluate"])),
-        **({"fuar": matrix.fuar(**config["fuar"])} if config["fuar"] else {}),
-    }
+
+    is_preset: bool = True
+    keeps_rows: bool = False
+    knows_task: bool = False
 
 
-def _own(stage: dict[str, Any], run: dict[str, Any]) -> list[str]:
-    """In what a stage's settings and versions differ from the run's last: `key: the last's -> its own`."""
-    versions, own = run["stages"][-1]["versions"], stage["versions"]
-    found = [f"{name}: {versions[name]} -> {own[name]}" for name in own if own[name] != versions.get(name)]
-    return changes(run["config"], stage["config"]) + found
+@dataclass
+class StageRecord:
+    """What a stage did.
+
+    `words` are the method's three, `config` the run's keys as they were; coefficients are of the model (a mean) and of
+    each module, raw before clipping; `seconds` and `peak_memory_bytes` are by part of the stage; `scores` holds for
+    each task that was scored `score` and the file of `predictions`. `folder` is the stage's in the run, `remembers`
+    says whether the merge keeps something from task to task.
+    """
+
+    task: str
+    seed: int
+    config: dict[str, Any]
+    words: dict[str, Any]
+    facts: Facts
+    versions: dict[str, str]
+    processes: int
+    coefficient: float
+    raw_coefficient: float
+    clipped: bool
+    coefficients: dict[str, float]
+    raw_coefficients: dict[str, float]
+    truncation_error: float
+    rank: int
+    curvature: float | None
+    curvature_errors: dict[str, float]
+    constraint_reports: dict[str, float]
+    losses: Losses | None
+    exact_curvature: float | None
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folder: str = ""
+    remembers: bool = False
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> StageRecord:
+        """From JSON. Raises TypeError if a key is missing or not known."""
+        return cls(**{**found, "facts": Facts(**found["facts"])})
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class Results:
+    """What came out of a finished run: a list has an element a stage, or a column a scored task.
+
+    `method` are the three words, `stage_settings` in what a stage's settings differ from the run's last, `numbers`
+    those of `NUMBERS` that were measured (FUAR is None where nothing was gained).
+    """
+
+    config: dict[str, Any]
+    method: dict[str, Any]
+    tasks: list[str]
+    stages: list[str]
+    matrix: list[list[float | None]]
+    coefficients: list[float]
+    lower_is_better: bool = False
+    untrained: dict[str, float] | None = None
+    scorers: list[str] = field(default_factory=list)
+    test_rows: list[int] = field(default_factory=list)
+    facts: Facts = field(default_factory=Facts)
+    versions: dict[str, str] = field(default_factory=dict)
+    stage_settings: list[list[str]] = field(default_factory=list)
+    raw_coefficients: list[float] = field(default_factory=list)
+    module_coefficients: list[dict[str, float]] = field(default_factory=list)
+    truncation_errors: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    curvatures: list[float | None] = field(default_factory=list)
+    curvature_errors: list[dict[str, float]] = field(default_factory=list)
+    exact_curvatures: list[float | None] = field(default_factory=list)
+    constraint_reports: list[dict[str, float]] = field(default_factory=list)
+    losses: list[Losses | None] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    peak_memory_bytes: list[int] = field(default_factory=list)
+    numbers: dict[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Results:
+        """From JSON, in which the numbers stand beside the rest; what is not known is left out."""
+        known = {f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found and f.name != "numbers"}
+        numbers = {key: found[key] for key in NUMBERS if key in found}
+        return cls(**{**known, "facts": Facts(**found.get("facts", {})), "numbers": numbers})
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        found = dataclasses.asdict(self)
+        return {**found, **found.pop("numbers")}
+
+    @property
+    def preset(self) -> str:
+        """The method's name in the configuration; its words may have been replaced, see :class:`Facts`."""
+        return str(self.config["method"])
+
+    @property
+    def split(self) -> str:
+        """The rows that were scored: `test` or `validation`."""
+        return str(self.config.get("evaluation", {}).get("split", "test"))
+
+    @property
+    def mode(self) -> str:
+        """How tasks with labels were scored: `generate` or `labels`."""
+        return str(self.config.get("evaluation", {}).get("mode", "generate"))

@@ -34,13 +34,13 @@ def describe_run(path: str | Path) -> str:
         if i < done:
             stage = state["stages"][i]
             asked = asked_for(evaluate, state["tasks"], columns, i)
-            missing = [task for task in asked if task not in stage["scores"]]
+            missing = [task for task in asked if task not in stage.scores]
             what = f"trained, scored on {len(asked) - len(missing)} of {len(asked)}" if missing else "done"
             if missing and i == done - 1:
                 todo.append(f"score task {i + 1} ({name}) on {', '.join(missing)}")
-            seconds = stage["seconds"]
+            seconds = stage.seconds
             numbers = [seconds["train"], seconds["fisher"] + seconds["merge"], seconds["evaluate"]]
-            cells = [what, f"{stage['coefficient']:.3f}", *(f"{x:.1f}" for x in numbers)]
+            cells = [what, f"{stage.coefficient:.3f}", *(f"{x:.1f}" for x in numbers)]
         else:
             step = _checkpoint(run_dir.work(i + 1, name))
             cells = ["waiting" if step is None else f"checkpoint at step {step}", "", "", "", ""]
@@ -76,13 +76,13 @@ def _checkpoint(folder: Path) -> str | None:
 def _added(state: dict[str, Any]) -> list[str]:
     """What the method adds to plain LoRA training, measured."""
     stages, files = state["stages"], state["files"]
-    train = sum(stage["seconds"]["train"] for stage in stages)
-    extra = sum(stage["seconds"]["fisher"] + stage["seconds"]["merge"] for stage in stages)
-    last = f"{STAGES}/{stages[-1]['folder']}"
+    train = sum(stage.seconds["train"] for stage in stages)
+    extra = sum(stage.seconds["fisher"] + stage.seconds["merge"] for stage in stages)
+    last = f"{STAGES}/{stages[-1].folder}"
     memory = sum(files[f"{last}/{name}"]["size"] for name in (CURVATURE, MEMORY) if f"{last}/{name}" in files)
     adapter = sum(known["size"] for name, known in files.items() if name.startswith(f"{last}/{ADAPTER}/"))
     peaks = {
-        part: max(stage["peak_memory_bytes"].get(part, 0) for stage in stages)
+        part: max(stage.peak_memory_bytes.get(part, 0) for stage in stages)
         for part in ("train", "fisher", "merge", "evaluate")
     }
     return [

@@ -1,0 +1,117 @@
+"""Gathering what is recorded: of a stage when it is committed, of a run when it is finished."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix
+from pm_llm.evaluation.scorers import SCORERS
+from pm_llm.methods import Method
+from pm_llm.presets import PRESETS
+from pm_llm.run.going_on import changes
+from pm_llm.run.record import Facts, Results, StageRecord
+from pm_llm.system.processes import process_state
+from pm_llm.tasks.base import Task
+
+if TYPE_CHECKING:
+    from pm_llm.stage import Stage
+
+
+VERSIONS = ("pm_llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Those of the packages that decide what comes out."""
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
+def stage_record(stage: Stage) -> StageRecord:
+    """What a stage did, when it is merged; its scores are added as they are made."""
+    session, report, fisher = stage.session, stage.session.merger.report, stage.fisher
+    return StageRecord(
+        task=stage.task.name,
+        seed=stage.seed,
+        config={key: value for key, value in session.config.plain().items() if key != "output_dir"},
+        words=session.method.plain(),
+        facts=facts(session.config.method, session.method),
+        versions=versions(),
+        processes=process_state().num_processes,
+        coefficient=report.coefficient,
+        raw_coefficient=report.raw_coefficient,
+        clipped=report.clipped,
+        coefficients=report.coefficients,
+        raw_coefficients=report.raw_coefficients,
+        truncation_error=report.truncation_error,
+        rank=report.rank,
+        curvature=next((log["curvature"] for log in reversed(stage.logs) if "curvature" in log), None),
+        curvature_errors=report.curvature_errors,
+        constraint_reports=stage.reports,
+        losses=fisher.losses if fisher is not None else None,
+        exact_curvature=fisher.exact if fisher is not None else None,
+        seconds={**stage.clock.seconds, "evaluate": 0.0},
+        peak_memory_bytes=stage.clock.peak_memory,
+    )
+
+
+def facts(name: str, method: Method) -> Facts:
+    """What is true of a method that is run under the name of a preset."""
+    return Facts(PRESETS[name].plain() == method.plain(), method.keeps_rows(), method.task_id)
+
+
+def gather_results(run: dict[str, Any], method: Method, columns: Mapping[str, Task]) -> Results:
+    """The matrix, what follows from it, and what each stage did.
+
+    Args:
+        run: The run folder's state.
+        method: The method. One whose result is used with the task known has the average over each task's own stage.
+        columns: All that was scored, by name.
+
+    Raises:
+        MissingScoreError: If a score is missing that the configuration's numbers need.
+    """
+    config, scorers = run["config"], [task.scorer for task in columns.values()]
+    stages: list[StageRecord] = run["stages"]
+    matrix = Matrix(
+        list(columns), stages=[stage.task for stage in stages], lower_is_better=SCORERS[scorers[0]].lower_is_better
+    )
+    for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage.scores for stage in stages)]:
+        for name, found in scores.items():
+            matrix.set(number, name, found["score"])
+    measured = matrix.with_task_known if method.task_id else matrix.summary
+    fuar = {"fuar": matrix.fuar(**config["fuar"])} if config["fuar"] else {}
+    return Results(
+        config=config,
+        method=method.plain(),
+        facts=facts(config["method"], method),
+        versions=stages[-1].versions,
+        tasks=matrix.tasks,
+        stages=list(matrix.stages),
+        stage_settings=[_own(stage, run) for stage in stages],
+        scorers=scorers,
+        lower_is_better=matrix.lower_is_better,
+        test_rows=[len(task.test) for task in columns.values()],
+        matrix=matrix.rows(),
+        untrained={name: x["score"] for name, x in run["untrained"].items()} if run["untrained"] else None,
+        coefficients=[stage.coefficient for stage in stages],
+        raw_coefficients=[stage.raw_coefficient for stage in stages],
+        module_coefficients=[stage.coefficients for stage in stages],
+        truncation_errors=[stage.truncation_error for stage in stages],
+        ranks=[stage.rank for stage in stages],
+        curvatures=[stage.curvature for stage in stages],
+        curvature_errors=[stage.curvature_errors for stage in stages],
+        exact_curvatures=[stage.exact_curvature for stage in stages],
+        constraint_reports=[stage.constraint_reports for stage in stages],
+        losses=[stage.losses for stage in stages],
+        seconds=[stage.seconds for stage in stages],
+        peak_memory_bytes=[max(stage.peak_memory_bytes.values()) for stage in stages],
+        numbers={**measured(config["evaluate"]), **fuar},
+    )
+
+
+def _own(stage: StageRecord, run: dict[str, Any]) -> list[str]:
+    """In what a stage's settings and versions differ from the run's last: `key: the last's -> its own`."""
+    last, own = run["stages"][-1].versions, stage.versions
+    found = [f"{name}: {last[name]} -> {own[name]}" for name in own if own[name] != last.get(name)]
+    return changes(run["config"], stage.config) + found
