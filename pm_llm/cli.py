@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     quiet_notices()
     try:
-        return given.call(given)
+        found: int = given.call(given)
+        return found
     except PmLlmError as error:
         print(f"pm-llm: error: {error}", file=sys.stderr)
         return 2

@@ -247,7 +247,8 @@ class RunConfig:
             return value.plain() if isinstance(value, Choice) else value
 
         words = {name: word(getattr(self, name)) for name in ("start", "constrain", "merge")}
-        return json.loads(json.dumps({**dataclasses.asdict(self), **words}, default=str))
+        found: dict[str, Any] = json.loads(json.dumps({**dataclasses.asdict(self), **words}, default=str))
+        return found
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -284,7 +285,8 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
         if not isinstance(target, dict):
             raise PmLlmError(f"{section!r} is {target!r}, so {key!r} cannot be set.")
         target[name] = value
-    return build(RunConfig, values, "")
+    found: RunConfig = build(RunConfig, values, "")
+    return found
 
 
 def flags() -> list[tuple[str, str]]:
@@ -298,7 +300,7 @@ def flags() -> list[tuple[str, str]]:
     return rows
 
 
-def _help(f: dataclasses.Field, nothing: str = "none") -> str:
+def _help(f: dataclasses.Field[Any], nothing: str = "none") -> str:
     default = f.default_factory() if callable(f.default_factory) else f.default
     shown = nothing if default is None else default
     return f"{f.metadata['help']} (default: {shown})"

@@ -86,7 +86,8 @@ class ContinualSequence:
                 for number in range(len(stages) + 1, len(self.tasks) + 1):
                     Stage(self.session, number).run()
                     progress.update(1)
-            return on_main(self._finish)
+            found: dict[str, Any] = on_main(self._finish)
+            return found
 
     def _check_devices(self) -> None:
         if self.state.num_processes == 1 and self.state.device.type == "cuda" and torch.cuda.device_count() > 1:
@@ -100,7 +101,8 @@ class ContinualSequence:
         """The run's state: begun, or as far as it has come."""
         lengths = {name: encoder.max_new_tokens for name, encoder in self.encoders.items()}
         on_main(lambda: take_up(self.run_dir, self.config, self.tasks, self.columns, lengths, self.restart_from))
-        return on_main(self.run_dir.state)
+        found: dict[str, Any] = on_main(self.run_dir.state)
+        return found
 
     def _session(self, rows: list[str]) -> Session:
         merger = Merger(self.method.merge, max_rank=self.config.max_rank, truncation=self.config.truncation)

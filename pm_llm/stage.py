@@ -23,10 +23,11 @@ from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.in_base import folded
 from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
 from pm_llm.config import RunConfig
-from pm_llm.constraints.base import Constraint, Context, Live, Row
+from pm_llm.constraints.base import Constraint, Context, Live
 from pm_llm.evaluation.answering import Generate, answer_task
 from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.matrix import asked_for
+from pm_llm.families.base import Row
 from pm_llm.families.models import Base, load_base
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.probe import Probe

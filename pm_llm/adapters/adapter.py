@@ -287,7 +287,8 @@ def _scaling(config: Any, module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) with rsLoRA, after PEFT's rank and alpha patterns."""
     pattern = config.alpha_pattern or {}
     alpha = pattern.get(get_pattern_key(list(pattern), module), config.lora_alpha)
-    return alpha / rank**0.5 if config.use_rslora else alpha / rank
+    found: float = alpha / rank**0.5 if config.use_rslora else alpha / rank
+    return found
 
 
 def place_of(config: PeftConfig) -> dict[str, Any]:

@@ -193,7 +193,8 @@ def unpacked(data: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
     """The inverse of :func:`packed`."""
     parts = [(data >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)]
     flat = torch.stack(parts, dim=1).flatten()[: shape[0] * shape[1]]
-    return (flat.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8).view(shape)
+    found: Tensor = (flat.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8).view(shape)
+    return found
 
 
 def _read(file: Path) -> dict[str, LowRank]:

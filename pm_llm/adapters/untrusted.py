@@ -89,7 +89,8 @@ def check_files(folder: Path) -> dict[str, Any]:
     _check_values(config, shapes, folder)
     if kind == "LORA":
         _check_ranks(config, shapes, folder)
-    return config
+    result: dict[str, Any] = config
+    return result
 
 
 def _check_values(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
@@ -186,7 +187,8 @@ def keys_for(patterns: list[str], modules: list[str]) -> dict[str, str]:
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip().splitlines()[-1:] or ["it failed"]
         raise PmLlmError(f"the patterns {', '.join(patterns)[:60]!r} cannot be matched: {reason[0]}.") from error
-    return json.loads(done.stdout)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
 def without_patterns(config: Any, folder: Path) -> Any:

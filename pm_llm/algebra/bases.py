@@ -46,7 +46,8 @@ def _joined(
         count += 1
     new = directions[: max(0, min(count, most - (0 if basis is None else len(basis))))]
     whole = new if basis is None else torch.cat([basis.to(new), new])
-    return torch.linalg.qr(whole.T)[0].T.float().contiguous()
+    found: Tensor = torch.linalg.qr(whole.T)[0].T.float().contiguous()
+    return found
 
 
 class Sketch:

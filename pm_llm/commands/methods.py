@@ -66,7 +66,7 @@ def choices() -> str:
     return "\n".join(lines)
 
 
-def _option(field: dataclasses.Field) -> str:
+def _option(field: dataclasses.Field[Any]) -> str:
     """Its name and its default, as it is shown."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value is None or isinstance(value, bool):

@@ -66,7 +66,8 @@ class Live:
 
     def scaling(self, name: str) -> float:
         """The LoRA scaling of a module."""
-        return self.layers[name].scaling[self.adapter]
+        found: float = self.layers[name].scaling[self.adapter]
+        return found
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B of every module."""
@@ -174,7 +175,7 @@ class Constraint:
     def before_pass(self, step: Step, live: Live, gradient: Callable[[], list[Tensor]]) -> None:
         """Before the pass; `gradient()` is that of its loss, for each of `live.parameters()`, the processes' mean."""
 
-    def around(self, step: Step, live: Live, batch: Mapping[str, Any]) -> AbstractContextManager:
+    def around(self, step: Step, live: Live, batch: Mapping[str, Any]) -> AbstractContextManager[Any]:
         """A context in which the pass over `batch` (the model's inputs) is made."""
         return nullcontext()
 

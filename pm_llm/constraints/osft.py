@@ -43,7 +43,8 @@ class _Layer(OsfLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
         B, A = self.factors()
-        return result + linear(linear(x.to(A.dtype), A), B).to(result.dtype)
+        found: Tensor = result + linear(linear(x.to(A.dtype), A), B).to(result.dtype)
+        return found
 
 
 @dataclass
@@ -154,9 +155,12 @@ def off_kept(layer: Any, side: str, adapter: str, move: Tensor) -> Tensor:
     if side == "S_low":
         return move
     high, low = getattr(layer, f"_osf_{side[0]}_high"), getattr(layer, f"_osf_{side}_init")[adapter]
+    found: Tensor
     if side == "U_low":
-        return move - high[adapter] @ (high[adapter].T @ move) if adapter in high else low @ (low.T @ move)
-    return move - (move @ high[adapter].T) @ high[adapter] if adapter in high else (move @ low.T) @ low
+        found = move - high[adapter] @ (high[adapter].T @ move) if adapter in high else low @ (low.T @ move)
+    else:
+        found = move - (move @ high[adapter].T) @ high[adapter] if adapter in high else (move @ low.T) @ low
+    return found
 
 
 def block_importance(context: Context) -> dict[str, float]:

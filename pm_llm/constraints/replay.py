@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.constraints.base import Constraint, Context, Row
+from pm_llm.constraints.base import Constraint, Context
 from pm_llm.errors import PmLlmError, check_number
+from pm_llm.families.base import Row
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -27,7 +28,9 @@ def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
-def _one_order(source: Counter, prediction: Counter, *references: Counter) -> tuple[float, float, float]:
+def _one_order(
+    source: Counter[Any], prediction: Counter[Any], *references: Counter[Any]
+) -> tuple[float, float, float]:
     """(keep F1, delete precision, add F1) of one n-gram order."""
     r = len(references)
     wanted = sum(references, Counter())
@@ -49,7 +52,7 @@ def _one_order(source: Counter, prediction: Counter, *references: Counter) -> tu
     return _f1(keep_precision, keep_recall), delete_precision, _f1(add_precision, add_recall)
 
 
-def _mean_share(good: Counter, of: Counter) -> float:
+def _mean_share(good: Counter[Any], of: Counter[Any]) -> float:
     """The mean over the n-grams of `of` of the share of their count that is good."""
     return sum(good[gram] / of[gram] for gram in good) / len(of) if of else 1.0
 

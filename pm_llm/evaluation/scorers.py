@@ -32,7 +32,7 @@ def compared(text: str) -> str:
     return normalise(text) or text.strip()
 
 
-class Scorer(evaluate.Metric):
+class Scorer(evaluate.Metric):  # type: ignore[misc]
     """One way to score. Subclasses define :meth:`row`, and :meth:`total` where the score is no mean."""
 
     name = ""
@@ -225,7 +225,8 @@ class Perplexity(Scorer):
         return (prediction, reference)
 
     def total(self, sums: np.ndarray, rows: int) -> np.ndarray:
-        return np.exp(sums[..., 0] / sums[..., 1])
+        found: np.ndarray = np.exp(sums[..., 0] / sums[..., 1])
+        return found
 
 
 SCORERS: dict[str, type[Scorer]] = {

@@ -128,7 +128,8 @@ class Family:
 def family(name: str) -> Family:
     """A family by its name in `FAMILIES`."""
     module, _, attribute = FAMILIES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)()
+    found: Family = getattr(importlib.import_module(module), attribute)()
+    return found
 
 
 def family_of(model: Any) -> Family:

@@ -109,7 +109,8 @@ class Decoder(Family):
         states = output.last_hidden_state[:, :-1][labels != -100]
         with _instead(backbone, type(output)(last_hidden_state=states[None])):
             found = model.get_base_model()(inputs_embeds=states[None], use_cache=False)
-        return found.logits[0]
+        result: Tensor = found.logits[0]
+        return result
 
     def new_tokens(self, output: Tensor, inputs: Batch) -> Tensor:
         return output[:, inputs["input_ids"].shape[1] :]

@@ -75,7 +75,8 @@ class EncoderDecoder(Family):
 
     def said(self, model: Any, heard: list[Any], batch: Batch) -> Tensor:
         (output,) = heard
-        return output.logits[batch["labels"] != -100]
+        found: Tensor = output.logits[batch["labels"] != -100]
+        return found
 
     def reader(self, prompts: Prompts, rows: Sequence[int]) -> Reader:
         return EncoderDecoderReader(prompts, rows)
@@ -97,4 +98,5 @@ class EncoderDecoderReader(Reader):
         return summed(self._decode(torch.cat([self.begin, ids[:, :-1]], dim=1)), ids, kept)
 
     def _decode(self, ids: Tensor) -> Tensor:
-        return self.model(encoder_outputs=self.states, attention_mask=self.mask, decoder_input_ids=ids).logits
+        found: Tensor = self.model(encoder_outputs=self.states, attention_mask=self.mask, decoder_input_ids=ids).logits
+        return found

@@ -210,7 +210,8 @@ def past_of(tensors: dict[str, Tensor]) -> Past:
     for name in FORMS:
         past = form_of(name).past
         if set(tensors) == set(past.names):
-            return past(**tensors)
+            found: Past = past(**tensors)
+            return found
     raise PmLlmError(
         f"the curvature holds {sorted(tensors)}, which is of no form that is known here, but of another pm_llm. "
         "Go on with that version, or begin anew in another folder."

@@ -169,6 +169,9 @@ class _Tap(torch.autograd.Function):
         return gradients[0], None, None, None
 
 
+_apply: Any = _Tap.apply
+
+
 @contextmanager
 def tapped(model: Any, take: Take) -> Iterator[None]:
     """Within the block, a backward pass calls `take` for every adapted layer, once, with all its tokens."""
@@ -193,7 +196,8 @@ def tapped(model: Any, take: Take) -> Iterator[None]:
                     "told apart by example. Leave it out of target_modules."
                 )
             calls[name] += forward[0]
-            return _Tap.apply(output, args[0].detach(), anchor, arrived)
+            found: Tensor = _apply(output, args[0].detach(), anchor, arrived)
+            return found
 
         return record
 

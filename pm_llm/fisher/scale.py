@@ -46,4 +46,5 @@ def scale_of(fisher: Fisher, scale: str, own: float) -> float:
             f"fisher_scale {scale!r}: the value to divide by is {size}. The adapter did not move or diverged, or "
             "the task was known without it."
         )
-    return size
+    found: float = size
+    return found

@@ -68,7 +68,7 @@ class Merger:
 
     def __init__(
         self,
-        rule: str | dict | Choice | Merge,
+        rule: str | dict[str, Any] | Choice | Merge,
         max_rank: int | None = None,
         truncation: str = "plain",
         zeros: Zeros | None = None,

@@ -140,7 +140,8 @@ class Optimal(Merge):
             if self.space == "factors":
                 theta = fold.new[name]
             at, before = self.merge(fold, name, used[name]), fold.running.get(name)
-            return one.past.plus(self.past.get(name), one, theta, room, at, before)
+            found: Past = one.past.plus(self.past.get(name), one, theta, room, at, before)
+            return found
 
         self.past = each(summed, fold.new)
         return Coefficients(used, raw)
@@ -242,7 +243,8 @@ class Optimal(Merge):
 
         def module(name: str) -> float:
             delta = self._delta(fold, name)
-            return fisher.modules[name].inner(delta, delta)
+            found: float = fisher.modules[name].inner(delta, delta)
+            return found
 
         found = each(module, fold.new)
         return found, sum(found.values())

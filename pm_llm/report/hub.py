@@ -137,5 +137,6 @@ def _card_on_hub(api: Any, repo_id: str) -> str | None:
         return None
 
 
-def _rank(config: dict) -> int:
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+def _rank(config: dict[str, Any]) -> int:
+    found: int = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    return found

@@ -320,7 +320,8 @@ class RunDir:
 
     def stage_adapter(self, stage: int, which: str = ADAPTER) -> Path:
         """An adapter of stage `stage` (from 0): merged, or as trained (`task_adapter`)."""
-        return self.path / STAGES / self.state()["stages"][stage].folder / which
+        found: Path = self.path / STAGES / self.state()["stages"][stage].folder / which
+        return found
 
     def curvature(self) -> dict[str, Tensor] | None:
         """What the merge rule remembers after the last stage; None where it is not on disk."""

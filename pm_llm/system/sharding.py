@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -42,7 +43,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """Within the block, ZeRO-3's parameters are whole; every process must enter it."""
     shared = [p for p in parameters if hasattr(p, "ds_id")]
     return sys.modules["deepspeed"].zero.GatheredParameters(shared) if shared else nullcontext()

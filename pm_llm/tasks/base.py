@@ -141,7 +141,8 @@ class Task:
         def draw(split: str, n: int | None) -> Sequence[Example]:
             rows = getattr(self, split)
             if n is None or n >= len(rows):
-                return rows
+                found: Sequence[Example] = rows
+                return found
             return random.Random(f"{seed} {self.name} {split}").sample(list(rows), n)
 
         return replace(self, train=draw("train", train), test=draw("test", test), validation=draw("validation", test))

@@ -26,9 +26,10 @@ def render(tokenizer: Any, turns: Sequence[dict[str, Any]], tools: Sequence[Any]
             "Use an instruction-tuned model, or rows with prompt and completion."
         )
     try:
-        return tokenizer.apply_chat_template(
+        found: str = tokenizer.apply_chat_template(
             list(turns), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
         )
+        return found
     except Exception as error:  # a template is a program of somebody's: jinja raises whatever its expressions do
         raise PmLlmError(f"the model's chat template refuses it: {first_line(error)}.") from error
 

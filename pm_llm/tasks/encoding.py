@@ -61,7 +61,9 @@ class Encoder:
     def _spans(self, body: str) -> list[tuple[int, int]]:
         """Where in the text each of its tokens stands; those that share a character all have the whole of it."""
         if self.tokenizer.is_fast:
-            return self._encode(body, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            encoded = self._encode(body, add_special_tokens=False, return_offsets_mapping=True)
+            found: list[tuple[int, int]] = encoded["offset_mapping"]
+            return found
         return [(i, i + 1) for i in range(len(body))]  # at most a token a character, nearly always
 
     def too_long(self, examples: Sequence[Example]) -> dict[int, str]:
@@ -137,9 +139,10 @@ class Encoder:
         if self.is_chat(example):
             end = answer_of(self.tokenizer, example, MARK)[2]
             text = text.rstrip().removesuffix(end) if end else text
+        said = str(text)
         if example.framed or not example.completion[:1].isspace():
-            return text.strip()
-        return text.removeprefix(self.family.lead(example)).rstrip()
+            return said.strip()
+        return said.removeprefix(self.family.lead(example)).rstrip()
 
     def unknown(self, example: Example) -> bool:
         """Whether the row holds characters that the vocabulary lacks, which are all one token to the model."""
@@ -151,7 +154,8 @@ class Encoder:
 
     def ids(self, text: str, **how: Any) -> list[int]:
         """Token ids of a text as it stands, without special tokens around it."""
-        return self._encode(text, add_special_tokens=False, **how)["input_ids"]
+        found: list[int] = self._encode(text, add_special_tokens=False, **how)["input_ids"]
+        return found
 
     def features(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
         """`input_ids` and `labels` of each example; a decoder's labels are -100 on the prompt."""
@@ -169,7 +173,8 @@ class Encoder:
         between = answer_of(self.tokenizer, example, self.bare(example.completion))[0]
         turns[-1] = {**turns[-1], "content": body}
         text = render(self.tokenizer, turns, example.tools, prompt=True) + between
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
 
     def _body(self, example: Example) -> str:
         """What may be shortened."""

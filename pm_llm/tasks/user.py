@@ -123,7 +123,8 @@ def _parse(entry: Any) -> UserTask:
         key, value = ("split", spec.test_split) if one_split else ("data", spec.test_data)
         both = f"test_{key} and validation_{key} are both {value!r}"
         raise PmLlmError(f"task {spec.name or spec.data}: {both}. Give each its own rows.")
-    return spec
+    found: UserTask = spec
+    return found
 
 
 def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) -> Task:

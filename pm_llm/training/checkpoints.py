@@ -45,7 +45,8 @@ class Checkpoints:
         if process_state().num_processes > 1:
             broadcast_object_list(found)
         self.seconds = found[1]
-        return found[0]
+        result: str | None = found[0]
+        return result
 
     def _newest(self) -> tuple[str | None, float]:
         folders = {}

@@ -10,7 +10,7 @@ from copy import deepcopy
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -27,6 +27,11 @@ from pm_llm.evaluation.generate import evaluating
 from pm_llm.families.base import family_of
 from pm_llm.system.sharding import is_sharded, whole
 from pm_llm.training.checkpoints import Checkpoints
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer  # what it is mixed into
+else:
+    _Trainer = object
 
 
 class AlreadyTrainedError(Exception):
@@ -73,7 +78,7 @@ class _AfterUpdate(TrainerCallback):
             constraint.after_update(self.trainer.step, self.trainer.live)
 
 
-class ConstraintMixin:
+class ConstraintMixin(_Trainer):
     """Puts constraints around the Trainer's step. Not a Trainer by itself.
 
     The scale of the task adapter holds for the whole `training_step`, that is forward *and* backward: gradient
@@ -96,7 +101,7 @@ class ConstraintMixin:
         for parameter, data in trained:  # of a 4-bit model TRL rounds the adapter to bfloat16, a checkpoint does not
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
-        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = self.peft_model
         if not isinstance(model, PeftModel):
             raise PmLlmError(f"the model is a {type(model).__name__}; give a PeftModel with a LoRA adapter.")
         self.adapter_name = trainable_adapter(model)
@@ -113,7 +118,7 @@ class ConstraintMixin:
             self._origin = [p.detach().clone() for p in factors_of(self.live.layers.values(), self.adapter_name)]
         self.step = Step(seed=0, step=-1)  # of the last pass
         self._unfinite: Tensor | None = None
-        self.add_callback(_AfterUpdate(self))  # type: ignore[attr-defined]
+        self.add_callback(_AfterUpdate(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         for constraint in self.constraints:
@@ -124,27 +129,27 @@ class ConstraintMixin:
                     "or call its prepare(Context(task, ...)) before each task."
                 )
         try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            return super().train(*args, **kwargs)
         finally:
             for constraint in self.constraints:
                 constraint.prepared = False
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        return super().get_batch_samples(self._once(epoch_iterator), num_batches, device)  # type: ignore[misc]
+        return super().get_batch_samples(self._once(epoch_iterator), num_batches, device)
 
     def _once(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, of an epoch's last only the rows that are left: with several processes, accelerate fills it up
         with the epoch's first rows, which would count twice. What it filled up has no answer here."""
-        state = self.accelerator.gradient_state  # type: ignore[attr-defined]
+        state = self.accelerator.gradient_state
         for batch in batches:
             if state.end_of_dataloader and state.remainder > 0:
                 labels = batch["labels"]
-                left = state.remainder - self.accelerator.process_index * len(labels)  # type: ignore[attr-defined]
+                left = state.remainder - self.accelerator.process_index * len(labels)
                 labels[max(left, 0) :] = -100
             yield batch
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:  # type: ignore[attr-defined]
+        if self.checkpoints and 0 < self.state.max_steps <= self.state.global_step:
             raise AlreadyTrainedError
         step = self.step = self._next_step()
         self._check_sharding()
@@ -158,48 +163,49 @@ class ConstraintMixin:
             stack.enter_context(stretched(layers, name, self._origin, stretch))
             for constraint in self.constraints:
                 stack.enter_context(constraint.around(step, self.live, inputs))
-            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            loss = super().training_step(model, inputs, num_items_in_batch)
         # the Trainer's loss is this pass's share of the step's mean
         mean = (loss.detach() - self._added) * step.micro_steps
         bad = ~torch.isfinite(mean)
         self._unfinite = bad if self._unfinite is None else self._unfinite | bad
         for constraint in self.constraints:
             constraint.observe(step, mean)
-        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+        if self.accelerator.sync_gradients:
             for constraint in self.constraints:
                 constraint.before_update(step, self.live)
         return loss
 
     def _gradient(self, inputs: dict[str, Any], num_items_in_batch: Any) -> list[Tensor]:
         """The gradient of a pass's loss with its penalties, for A and B of every module; the processes' mean."""
-        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = self.peft_model
         model.train()
         counts = {
             key: deepcopy(getattr(self, key)) for key in ("_metrics", "_total_train_tokens") if hasattr(self, key)
         }
-        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)  # type: ignore[attr-defined]
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)
         for key, value in counts.items():  # TRL's, of the step itself
             setattr(self, key, value)
         if self._counted(num_items_in_batch):  # a share of the step's: on the scale of the whole
-            loss = loss * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+            loss = loss * self.current_gradient_accumulation_steps
         found = torch.autograd.grad(loss, self.live.parameters(), materialize_grads=True)  # 0 where it does not reach
-        return [self._total(g) / self.accelerator.num_processes for g in found]  # type: ignore[attr-defined]
+        return [self._total(g) / self.accelerator.num_processes for g in found]
 
     def _total(self, x: Tensor) -> Tensor:
         """The sum over the processes."""
-        return self.accelerator.reduce(x, "sum")  # type: ignore[attr-defined]
+        found: Tensor = self.accelerator.reduce(x, "sum")
+        return found
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         with self._listening() as heard:
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalised, spoken = ([c for c in self.constraints if c.fills(hook)] for hook in ("penalty", "loss"))
         if not (penalised or spoken) or not model.training:
             return found
         # the share of this pass, which the Trainer divides by the number of passes unless the loss counts tokens
-        passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        passes = self.current_gradient_accumulation_steps
         counted = self._counted(num_items_in_batch)
         added = self._sum_of_penalties(penalised) / (passes if counted else 1)
         if spoken:
@@ -212,13 +218,13 @@ class ConstraintMixin:
     def _listening(self) -> Any:
         if not any(c.fills("loss") for c in self.constraints):
             return nullcontext([])
-        return self.live.family.listening(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
+        return self.live.family.listening(self.peft_model)
 
     def _terms(
         self, spoken: Sequence[Constraint], inputs: dict[str, Any], heard: list[Any], num_items_in_batch: Any
     ) -> Tensor:
         """What constraints add at the answers' tokens, as part of the step's mean over them."""
-        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = self.peft_model
         family, layers, name = self.live.family, self.live.layers.values(), self.live.adapter
         outputs, labels = family.said(model, heard, inputs), family.labels(inputs)
 
@@ -233,16 +239,17 @@ class ConstraintMixin:
         each = sum((x for x in found if x is not None), start=outputs.new_zeros(len(outputs), dtype=torch.float32))
         if num_items_in_batch is None:
             return each.sum() / (labels != -100).sum().clamp(min=1)
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
-        return each.sum() / num_items_in_batch * processes
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        result: Tensor = each.sum() / num_items_in_batch * processes
+        return result
 
     def _counted(self, num_items_in_batch: Any) -> bool:
         """Whether the loss counts the tokens of all passes of a step, and is not divided by their number."""
-        return bool(self.model_accepts_loss_kwargs) and num_items_in_batch is not None  # type: ignore[attr-defined]
+        return bool(self.model_accepts_loss_kwargs) and num_items_in_batch is not None
 
     def _check_sharding(self) -> None:
-        sharded = is_sharded(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # type: ignore[attr-defined]
+        sharded = is_sharded(self.peft_model)
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         refuse_sharding(self.constraints, sharded, deepspeed)
 
     def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
@@ -253,23 +260,28 @@ class ConstraintMixin:
             a, b = map(whole, self.live.weights(name))
             live[name] = LowRank(b.float() * self._scaling[name], a.float())
         found = [c.penalty(live) for c in penalised]
-        return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))  # type: ignore[attr-defined]
+        return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))
+
+    @property
+    def peft_model(self) -> Any:
+        """The PeftModel itself, without what a launcher wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._check_finite()
-        for constraint in self.constraints if self.model.training else ():  # type: ignore[attr-defined]
+        for constraint in self.constraints if self.peft_model.training else ():
             if not constraint.fills("logs"):
                 continue
-            sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state_dict().items()}  # type: ignore[attr-defined]
+            sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state_dict().items()}
             if sums:
-                sums = self.accelerator.reduce(sums, "sum")  # type: ignore[attr-defined]
+                sums = self.accelerator.reduce(sums, "sum")
             logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             with self._same_activation():
-                super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+                super()._load_from_checkpoint(*args, **kwargs)
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise
@@ -279,14 +291,14 @@ class ConstraintMixin:
             ) from error
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)  # type: ignore[misc]
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_finite()
-        step = self.state.global_step  # type: ignore[attr-defined]
+        step = self.state.global_step
         try:
             with self.checkpoints.writing(step) if self.checkpoints else nullcontext() as self._staging:
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                super()._save_checkpoint(model, trial)
                 self._drop_adapters()
                 sums = self._constraint_sums()
                 if sums:
@@ -296,7 +308,7 @@ class ConstraintMixin:
             self._staging = None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         file = Path(checkpoint or "") / self._constraints_file()
         if checkpoint is None or not file.is_file():
             return
@@ -314,9 +326,9 @@ class ConstraintMixin:
 
         The frozen adapter is in the run already; and under FSDP each adapter's file gets the weights of all.
         """
-        if self.checkpoints is None or not self.accelerator.is_main_process:  # type: ignore[attr-defined]
+        if self.checkpoints is None or not self.accelerator.is_main_process:
             return
-        sharded = is_sharded(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
+        sharded = is_sharded(self.peft_model)
         for file in Path(self._get_output_dir(None)).glob("checkpoint-*/*/adapter_config.json"):
             if sharded or file.parent.name != self.adapter_name:
                 shutil.rmtree(file.parent)
@@ -331,19 +343,19 @@ class ConstraintMixin:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.checkpoints is None:  # a checkpoint within a run is nothing to publish
-            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+            super().create_model_card(*args, **kwargs)
 
     def _constraints_file(self) -> str:
-        return f"constraints-{self.accelerator.process_index}.safetensors"  # type: ignore[attr-defined]
+        return f"constraints-{self.accelerator.process_index}.safetensors"
 
     def _load_best_model(self) -> None:
         with self._same_activation():
-            super()._load_best_model()  # type: ignore[misc]
+            super()._load_best_model()
 
     @contextmanager
     def _same_activation(self) -> Iterator[None]:
         """Transformers loads a checkpoint's adapters and leaves the first of them active and trainable."""
-        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = self.peft_model
         active = list(model.active_adapters)
         try:
             yield
@@ -351,26 +363,26 @@ class ConstraintMixin:
             set_active(model, active, trainable=self.adapter_name)
 
     def _next_step(self) -> Step:
-        step = self.state.global_step  # type: ignore[attr-defined]
+        step = self.state.global_step
         return Step(
-            seed=self.args.seed,  # type: ignore[attr-defined]
+            seed=self.args.seed,
             step=step,
-            steps=self.state.max_steps,  # type: ignore[attr-defined]
+            steps=self.state.max_steps,
             micro_step=self.step.micro_step + 1 if self.step.step == step else 0,
-            micro_steps=self.current_gradient_accumulation_steps,  # type: ignore[attr-defined]
-            rank=self.accelerator.process_index,  # type: ignore[attr-defined]
-            world_size=self.accelerator.num_processes,  # type: ignore[attr-defined]
+            micro_steps=self.current_gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
         )
 
     def _check_finite(self) -> None:
         """Every process must stop, or the others would wait for it for ever: the flag is reduced over them."""
         if self._unfinite is None:
             return
-        bad = self.accelerator.reduce(self._unfinite.float(), "sum")  # type: ignore[attr-defined]
+        bad = self.accelerator.reduce(self._unfinite.float(), "sum")
         self._unfinite = None
         if bad.item() > 0:
             raise NonFiniteLossError(
-                f"the training loss became NaN or infinite by step {self.state.global_step}. "  # type: ignore[attr-defined]
+                f"the training loss became NaN or infinite by step {self.state.global_step}. "
                 "Lower the learning rate, or train in float32 or bfloat16 (T5 overflows in float16). "
                 "The running adapter is untouched."
             )

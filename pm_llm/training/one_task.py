@@ -97,4 +97,5 @@ def train(
             ) from error
         # under ZeRO-3 transformers would go on sharding what is loaded, and wait for all processes at every token
         unset_hf_deepspeed_config()
-        return trainer.state.log_history
+        found: list[dict[str, Any]] = trainer.state.log_history
+        return found

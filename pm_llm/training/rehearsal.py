@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pm_llm.config import FisherSection
-from pm_llm.constraints.base import Constraint, Row
+from pm_llm.constraints.base import Constraint
 from pm_llm.errors import PmLlmError, first_line
 from pm_llm.evaluation.answering import answer_task
+from pm_llm.families.base import Row
 from pm_llm.fisher.rows import ChosenRows
 from pm_llm.system.processes import process_state
 from pm_llm.tasks.base import Task

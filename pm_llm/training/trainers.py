@@ -21,7 +21,8 @@ class _AnswersOnlyTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         with answers_only():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            compute: Any = super().compute_loss  # which has no types
+            return compute(model, inputs, return_outputs, num_items_in_batch)
 
 
 class ContinualSFTTrainer(ConstraintMixin, _AnswersOnlyTrainer):
