@@ -19,6 +19,7 @@ from pm_llm.errors import PmLlmError, check_number, check_pattern, unknown_name
 from pm_llm.methods import Choice, Method, Setting
 from pm_llm.presets import PRESETS, method_of
 from pm_llm.system.coerce import check_no_secrets, cleaned, convert, read_yaml
+from pm_llm.tasks.loading import BENCHMARKS
 
 
 def option(default: Any, help: str, **bounds: Any) -> Any:
@@ -138,7 +139,7 @@ class RunConfig:
     model: str = option("embedded:llama", "Hub id or folder of the base model, or embedded:llama, embedded:t5.")
     dtype: str = option("float32", "Weights and compute: float32 or bfloat16.", choices=("float32", "bfloat16"))
     load_in_4bit: bool = option(False, "Base weights in 4 bits (NF4 by bitsandbytes); adapters keep full precision.")
-    benchmark: str | None = option(None, "A benchmark: embedded, standard_cl, long_sequence, superni, trace.")
+    benchmark: str | None = option(None, f"A benchmark: {', '.join(BENCHMARKS)}.")
     order: Any = option(None, "An order of the benchmark by name, a list of task names, or random:SEED.")
     repeat: int = option(1, "How many times the sequence is gone through.", least=1)
     blur: float = option(0.0, "Share of each task's training rows that come from its neighbours in the sequence.")

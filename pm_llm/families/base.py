@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from pm_llm.errors import PmLlmError
+
 if TYPE_CHECKING:
     from pm_llm.evaluation.generate import Prompts
     from pm_llm.evaluation.likelihood import Reader
@@ -40,6 +42,11 @@ class Family:
     shares_prompts: ClassVar[bool] = False
 
     # ---- the model ----
+    def takes(self, config: Any) -> bool:
+        """Whether a model of that configuration (transformers') is of this family. Raises PmLlmError if it is, but
+        cannot be trained or scored here."""
+        raise NotImplementedError
+
     def auto_class(self) -> Any:
         """Of transformers, that loads the model."""
         raise NotImplementedError
@@ -132,6 +139,17 @@ def family(name: str) -> Family:
     return found
 
 
+def family_for(config: Any) -> Family:
+    """That of a model's configuration. Raises PmLlmError if it is of none, or cannot be used."""
+    for name in FAMILIES:
+        if (one := family(name)).takes(config):
+            return one
+    raise PmLlmError(
+        f"a {config.model_type!r} model is neither a decoder nor an encoder-decoder that generates text. Use a "
+        "LLaMA-like or a T5-like model."
+    )
+
+
 def family_of(model: Any) -> Family:
     """That of a loaded model."""
-    return family("encoder_decoder" if model.config.is_encoder_decoder else "decoder")
+    return family_for(model.config)

@@ -9,8 +9,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
+from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import Prompts, is_plain
 from pm_llm.evaluation.likelihood import Ids, Reader, summed
 from pm_llm.families.base import Batch, Family, Row
@@ -26,6 +32,22 @@ class Decoder(Family):
     task_type = "CAUSAL_LM"
     padding_side = "left"
     shares_prompts = True
+
+    def takes(self, config: Any) -> bool:
+        """BERT-like encoders are in transformers' causal list too (as decoders, after a change of configuration); they
+        are none here, and neither is a model without key-value cache, which scoring goes on from."""
+        kind = config.model_type
+        encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+        if config.is_encoder_decoder or encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return False
+        found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+        model = getattr(transformers, found if isinstance(found, str) else found[0])
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise PmLlmError(
+                f"a {kind!r} model keeps no key-value cache, which scoring goes on from. "
+                "Use a LLaMA-like or a T5-like model."
+            )
+        return True
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForCausalLM

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from pm_llm.evaluation.generate import Prompts
 from pm_llm.evaluation.likelihood import Ids, Reader, summed
@@ -19,6 +20,9 @@ class EncoderDecoder(Family):
 
     task_type = "SEQ_2_SEQ_LM"
     padding_side = "right"
+
+    def takes(self, config: Any) -> bool:
+        return config.is_encoder_decoder and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForSeq2SeqLM

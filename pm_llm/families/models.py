@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -21,16 +19,11 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
 from transformers.pytorch_utils import Conv1D
 
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError, check_pattern, first_line, unknown_name
-from pm_llm.families.base import Family, family
+from pm_llm.families.base import Family, family_for
 from pm_llm.system.processes import process_state
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -53,31 +46,6 @@ def resolve(name: str) -> str:
     if not (EMBEDDED / which).is_dir():
         raise unknown_name("model", name, [f"embedded:{p.name}" for p in EMBEDDED.iterdir() if p.is_dir()])
     return str(EMBEDDED / which)
-
-
-def family_for(config: Any) -> Family:
-    """The family of a model's configuration. Raises PmLlmError if it is no language model that generates.
-
-    BERT-like encoders are in transformers' causal list too (as decoders, after a change of their configuration);
-    here they are refused.
-    """
-    kind = config.model_type
-    if config.is_encoder_decoder and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        return family("encoder_decoder")
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.is_encoder_decoder and not encoder:
-        found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
-        model = getattr(transformers, found if isinstance(found, str) else found[0])
-        if "past_key_values" not in inspect.signature(model.forward).parameters:
-            raise PmLlmError(
-                f"a {kind!r} model keeps no key-value cache, which scoring goes on from. "
-                "Use a LLaMA-like or a T5-like model."
-            )
-        return family("decoder")
-    raise PmLlmError(
-        f"a {kind!r} model is neither a decoder nor an encoder-decoder that generates text. "
-        "Use a LLaMA-like or a T5-like model."
-    )
 
 
 def load_tokenizer(name: str) -> tuple[Any, Family]:
