@@ -85,7 +85,8 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
     from pm_llm.families.models import load_base
     from pm_llm.fisher.probe import Probe
     from pm_llm.fisher.rows import ChosenRows
-    from pm_llm.run.folder import TASK_ADAPTER, RunDir
+    from pm_llm.run.folder import RunDir
+    from pm_llm.run.reading import TASK_ADAPTER
     from pm_llm.tasks.base import distinct
     from pm_llm.tasks.encoding import encoders_for
     from pm_llm.tasks.loading import load_tasks

@@ -76,7 +76,8 @@ def state_bytes(path: Path) -> int:
     """What a run must keep to go on with another task: the adapter, the merge's memory (with old adapters, where it
     needs them) and the constraints', and the last task adapter where it is needed."""
     from pm_llm.config import Method
-    from pm_llm.run.folder import ADAPTER, CURVATURE, MEMORY, STAGES, TASK_ADAPTER, RunDir
+    from pm_llm.run.folder import RunDir
+    from pm_llm.run.reading import ADAPTER, CURVATURE, MEMORY, STAGES, TASK_ADAPTER
 
     run = RunDir.open(path)
     state, words = run.state(), run.results().method

@@ -13,8 +13,9 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.merges.merger import Merger
-from pm_llm.run.folder import TASK_ADAPTER, RunDir
+from pm_llm.run.folder import RunDir
 from pm_llm.run.going_on import take_up
+from pm_llm.run.reading import TASK_ADAPTER
 from pm_llm.run.record import StageRecord
 from pm_llm.run.results import gather_results, versions
 from pm_llm.stage import Session, Stage, Watcher

@@ -35,8 +35,9 @@ from pm_llm.fisher.rows import ChosenRows
 from pm_llm.merges.base import Fold, Trained
 from pm_llm.merges.merger import Merger
 from pm_llm.methods import Method
-from pm_llm.run.folder import ADAPTER, LOG, MEMORY, TASK_ADAPTER, RunDir, jsonl
+from pm_llm.run.folder import RunDir, jsonl
 from pm_llm.run.going_on import stage_key
+from pm_llm.run.reading import ADAPTER, LOG, MEMORY, TASK_ADAPTER
 from pm_llm.run.record import StageRecord
 from pm_llm.run.results import stage_record
 from pm_llm.starts.base import Start

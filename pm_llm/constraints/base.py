@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.families.base import Family, Row
-from pm_llm.fisher.base import Fisher, Needs
+from pm_llm.fisher.base import Fisher, Needs, Penalty
 
 if TYPE_CHECKING:
     from pm_llm.fisher.rows import ChosenRows
-    from pm_llm.merges.base import Merge
 
 
 # hooks that look at, or change, whole parameters, and of these the ones that do so with their gradients
@@ -78,6 +77,15 @@ class Live:
         return self.parameters()[0].device
 
 
+class Quadratics(Protocol):
+    """What a merge tells of the past tasks' quadratics, if it keeps them (:class:`pm_llm.merges.base.Merge`)."""
+
+    quadratic: bool
+
+    def penalties(self, running: Mapping[str, LowRank]) -> dict[str, Penalty]:
+        """Of each module, what leaving `running` costs the past tasks."""
+
+
 @dataclass(frozen=True)
 class Context:
     """The task that a constraint is prepared for, or is to remember.
@@ -89,7 +97,7 @@ class Context:
 
     task: int
     running: Mapping[str, LowRank] = field(default_factory=dict)
-    merge: Merge | None = None
+    merge: Quadratics | None = None
     live: Live | None = None
     model: Any = None
     chosen: ChosenRows | None = None

@@ -18,7 +18,8 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.answering import answer_task
 from pm_llm.evaluation.predictions import Predictions
 from pm_llm.families.models import Base, load_base
-from pm_llm.run.folder import TASK_ADAPTER, RunDir
+from pm_llm.run.folder import RunDir
+from pm_llm.run.reading import TASK_ADAPTER
 from pm_llm.system.progress import bar
 from pm_llm.tasks.base import Example, Task, distinct
 from pm_llm.tasks.encoding import Encoder, encoders_for

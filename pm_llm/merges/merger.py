@@ -113,24 +113,9 @@ class Merger:
         """
         running = Adapter.load(running) if isinstance(running, (str, Path)) else running
         new = Adapter.load(new) if isinstance(new, (str, Path)) else new
-        for which, adapter in (("running", running), ("new", new)):
-            if adapter is not None:
-                adapter.check_finite(which)
-        if running is not None:
-            check_same_place(running, new)
-            new = new.beside(running)
         trained = trained or Trained()
-        if self.rule.needs.fisher and fisher is None:
-            raise PmLlmError(f"merge rule {type(self.rule).__name__} needs the task's Fisher; give fisher=...")
-        if self.rule.needs.probe and running is not None and trained.probe is None:
-            raise PmLlmError(
-                f"merge rule {type(self.rule).__name__} looks at the task's loss; give trained=Trained(probe=...)."
-            )
-        if running is not None and self.rule.needs_history and self.tasks == 0:
-            raise PmLlmError(
-                f"merge rule {type(self.rule).__name__} has folded no task yet but got a running adapter. "
-                "Fold the first task with running=None, or call load_state_dict with what an earlier Merger left."
-            )
+        self._check(running, new, fisher, trained)
+        new = new if running is None else new.beside(running)
         fold = Fold(
             self.tasks + 1,
             running.factors if running is not None else {},
@@ -144,6 +129,24 @@ class Merger:
         except BaseException:  # the same fold may be tried again
             self.rule.load_state_dict(before)
             raise
+
+    def _check(self, running: Adapter | None, new: Adapter, fisher: Any, trained: Trained) -> None:
+        """Raise PmLlmError if the adapters do not belong together, or the rule lacks something."""
+        rule = f"merge rule {type(self.rule).__name__}"
+        for which, adapter in (("running", running), ("new", new)):
+            if adapter is not None:
+                adapter.check_finite(which)
+        if running is not None:
+            check_same_place(running, new)
+        if self.rule.needs.fisher and fisher is None:
+            raise PmLlmError(f"{rule} needs the task's Fisher; give fisher=...")
+        if self.rule.needs.probe and running is not None and trained.probe is None:
+            raise PmLlmError(f"{rule} looks at the task's loss; give trained=Trained(probe=...).")
+        if running is not None and self.rule.needs_history and self.tasks == 0:
+            raise PmLlmError(
+                f"{rule} has folded no task yet but got a running adapter. Fold the first task with running=None, or "
+                "call load_state_dict with what an earlier Merger left."
+            )
 
     def _folded(self, fold: Fold) -> dict[str, LowRank]:
         """The new running adapter's modules; counts the task."""

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pm_llm.errors import PmLlmError
-from pm_llm.run.folder import STAGES, TASK_ADAPTER, RunDir
+from pm_llm.run.folder import RunDir
+from pm_llm.run.reading import STAGES, TASK_ADAPTER
+from pm_llm.run.record import Results
 from pm_llm.system.files import replace_bytes, sha256_of
 
 WRITTEN = ".card"  # in the run's folder: the digest of the card as it was written
@@ -45,19 +47,12 @@ def push_run(
             the Hub refuses.
     """
     from huggingface_hub import HfApi, ModelCard
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     from pm_llm.report.card import write_card
 
     run = RunDir.open(run_dir)
     results = run.results()
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise PmLlmError(f"{repo_id!r} is no repository name: {error}") from error
-    if "/" not in repo_id:
-        raise PmLlmError(f"{repo_id!r} names no user. Give user/name.")
+    check_repository(repo_id)
     if results.facts.knows_task and len(results.stages) > 1:
         raise PmLlmError(
             f"{run.path} has an adapter for each task, in {STAGES}/*/{TASK_ADAPTER}, and none for all of them: choose "
@@ -65,12 +60,7 @@ def push_run(
         )
     adapter = run.adapter
     config = json.loads((adapter / FILES[0]).read_text())
-    base = base_model or config.get("base_model_name_or_path") or results.config["model"]
-    if not is_hub_id(base) or (base_model is None and Path(base).exists()):
-        raise PmLlmError(
-            f"the base model is {base!r}, a folder of this machine, which nobody else can load. Name its id on the "
-            "Hub with --base-model USER/NAME."
-        )
+    base = _base_of(config, results, base_model)
     config["base_model_name_or_path"], api = base, HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -84,23 +74,47 @@ def push_run(
             return f"{card}\ndry run: would upload to {repo_id}: {sizes}. Above is the card."
         with _told(repo_id):
             ModelCard(card).validate()  # before there is a repository
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if private and not api.repo_info(repo_id).private:
-                raise PmLlmError(
-                    f"{repo_id} exists and is public. Make it private on the Hub, or leave out --private."
-                )
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=f"Adapter after {len(results.stages)} tasks"
-            )
+            commit = _upload(api, repo_id, folder, private, f"Adapter after {len(results.stages)} tasks")
         with run.locked():
             replace_bytes(run.path / FILES[2], card.encode())  # the user's to edit from here on
             replace_bytes(run.path / WRITTEN, sha256_of(card).encode())
     return f"uploaded {sizes} to {commit.repo_url}"
 
 
+def check_repository(repo_id: str) -> None:
+    """Raise PmLlmError unless it can name a repository, `user/name`."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PmLlmError(f"{repo_id!r} is no repository name: {error}") from error
+    if "/" not in repo_id:
+        raise PmLlmError(f"{repo_id!r} names no user. Give user/name.")
+
+
+def _base_of(config: dict[str, Any], results: Results, given: str | None) -> str:
+    """The id on the Hub of an adapter's base model. Raises PmLlmError if it is not known."""
+    base = str(given or config.get("base_model_name_or_path") or results.config["model"])
+    if not is_hub_id(base) or (given is None and Path(base).exists()):
+        raise PmLlmError(
+            f"the base model is {base!r}, a folder of this machine, which nobody else can load. Name its id on the "
+            "Hub with --base-model USER/NAME."
+        )
+    return base
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a model's name can be an id on the Hub."""
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
+
+
+def _upload(api: Any, repo_id: str, folder: Path, private: bool, message: str) -> Any:
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.repo_info(repo_id).private:
+        raise PmLlmError(f"{repo_id} exists and is public. Make it private on the Hub, or leave out --private.")
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
 
 
 @contextmanager

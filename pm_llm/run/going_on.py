@@ -52,14 +52,7 @@ def take_up(
     """
     plain, names = config.plain(), [task.name for task in tasks]
     del plain["output_dir"]
-    rows = {
-        "train": [
-            _fingerprint(task.train, *(_fingerprint(found, name) for name, found in task.foreign)) for task in tasks
-        ],
-        "test": {
-            name: _fingerprint(task.test, task.scorer, task.labels, lengths[name]) for name, task in columns.items()
-        },
-    }
+    rows = _rows(tasks, columns, lengths)
     new = {"tasks": names, "config": plain, "rows": rows}
     if not run_dir.has_state():
         if restart_from is not None:
@@ -92,6 +85,18 @@ def take_up(
     if token is not None:
         run_dir.restart(stage, token, plain)
     run_dir.go_on(plain, rows, names)
+
+
+def _rows(tasks: Sequence[Task], columns: Mapping[str, Task], lengths: Mapping[str, int]) -> dict[str, Any]:
+    """Digests of the rows that are trained on, a stage each, and of those that are scored, by name."""
+    return {
+        "train": [
+            _fingerprint(task.train, *(_fingerprint(found, name) for name, found in task.foreign)) for task in tasks
+        ],
+        "test": {
+            name: _fingerprint(task.test, task.scorer, task.labels, lengths[name]) for name, task in columns.items()
+        },
+    }
 
 
 def stage_named(given: str, names: Sequence[str], done: int) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pm_llm.evaluation.matrix import asked_for
-from pm_llm.run.folder import ADAPTER, CURVATURE, MEMORY, RESULTS, STAGES, RunDir
+from pm_llm.run.folder import RunDir
+from pm_llm.run.reading import ADAPTER, CURVATURE, MEMORY, RESULTS, STAGES
 from pm_llm.system.files import size_of
 
 
@@ -52,13 +53,19 @@ def describe_run(path: str | Path) -> str:
     if not todo and RESULTS not in state["files"]:
         todo.append("write results.json")
     lines += ["", f"next: {todo[0]}" if todo else "next: nothing, it is finished"]
+    return "\n".join([*lines, *_wrong(run_dir)])
+
+
+def _wrong(run_dir: RunDir) -> list[str]:
+    """What is not as it was written, and what to do about it."""
+    lines = []
     if target := run_dir.link_missed():
         lines.append(f"{run_dir.path / ADAPTER} is no link to {target}: the same command, run again, makes it one")
     wrong = run_dir.damaged()
     if wrong:
         lines += ["", "damaged:", *(f"  {run_dir.path / name} {what}" for name, what in wrong.items())]
         lines.append(run_dir.remedy(wrong))
-    return "\n".join(lines)
+    return lines
 
 
 def _checkpoint(folder: Path) -> str | None:

@@ -32,15 +32,8 @@ def training_arguments(config: RunConfig, family: Family, folder: Path, seed: in
     Raises:
         PmLlmError: If transformers does not take them.
     """
-    own = [key for key in config.train.extra if key in vars(config.train)]
-    if own:
-        raise PmLlmError(f"train.extra sets {', '.join(own)}, a key of its own. Set train.{own[0]} instead.")
-    taken = sorted(OURS & config.train.extra.keys())
-    if taken:
-        raise PmLlmError(f"train.extra sets {', '.join(taken)}, which a run must decide itself. Leave it out.")
     cpu = process_state().device.type == "cpu"
-    if cpu and config.train.extra.get("activation_offloading"):
-        raise PmLlmError("train.extra sets activation_offloading, which has no use on a CPU. Leave it out.")
+    _check_extra(config, cpu)
     fields = {key: value for key, value in vars(config.train).items() if key != "extra"}
     fields |= {
         "output_dir": str(folder),
@@ -62,6 +55,24 @@ def training_arguments(config: RunConfig, family: Family, folder: Path, seed: in
         arguments = arguments_class(**{**fields, **extra})
     except (TypeError, ValueError, ImportError) as error:
         raise PmLlmError(f"train: {error}. `train.extra` takes the fields of TrainingArguments.") from error
+    _try_schedule(config, arguments)
+    return arguments
+
+
+def _check_extra(config: RunConfig, cpu: bool) -> None:
+    """Raise PmLlmError if `train.extra` sets what it must not."""
+    own = [key for key in config.train.extra if key in vars(config.train)]
+    if own:
+        raise PmLlmError(f"train.extra sets {', '.join(own)}, a key of its own. Set train.{own[0]} instead.")
+    taken = sorted(OURS & config.train.extra.keys())
+    if taken:
+        raise PmLlmError(f"train.extra sets {', '.join(taken)}, which a run must decide itself. Leave it out.")
+    if cpu and config.train.extra.get("activation_offloading"):
+        raise PmLlmError("train.extra sets activation_offloading, which has no use on a CPU. Leave it out.")
+
+
+def _try_schedule(config: RunConfig, arguments: Any) -> None:
+    """Raise PmLlmError if the schedule of the learning rate lacks something."""
     name, kwargs = arguments.lr_scheduler_type, cast("dict[str, Any] | None", arguments.lr_scheduler_kwargs)
     try:
         optimizer = SGD([torch.zeros(1)], lr=config.train.learning_rate)
@@ -73,4 +84,3 @@ def training_arguments(config: RunConfig, family: Family, folder: Path, seed: in
             f"train: {config.train.lr_scheduler_type}: {first_line(error)}. Give what it needs in "
             "train.extra.lr_scheduler_kwargs."
         ) from error
-    return arguments

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,11 @@ def train(
         Stopped: After a signal, with a checkpoint of the step it came in.
     """
     arguments = training_arguments(config, base.family, checkpoints.folder, seed, steps)
-    newest = checkpoints.newest()
-    if newest is not None:
+    if (newest := checkpoints.newest()) is not None:
         say(f"{label}: going on from {Path(newest).name}")
-    trainer_class = base.family.trainer_class()
     with stopping.gently() as stop, original_forward(model):
-        try:
-            trainer = trainer_class(
+        with _told(bool(config.train.extra)):
+            trainer = base.family.trainer_class()(
                 model,
                 args=arguments,
                 train_dataset=rows,
@@ -69,33 +68,36 @@ def train(
                 checkpoints=checkpoints,
                 callbacks=[TrainingBar(f"train {label}"), stop, SaveSteps()],
             )
-        except PmLlmError:
-            raise
-        except (ValueError, RuntimeError, ImportError) as error:
-            if "PEFT adapter" in str(error):  # of modules that TRL does not train
-                raise PmLlmError(str(error)) from error
-            if not config.train.extra:
-                raise
-            # it may ask for what does not go together, or is not installed
-            raise PmLlmError(f"train: {first_line(error)}") from error
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
         try:
-            with weights_only():
+            with weights_only(), _told(extra=False):
                 trainer.train(resume_from_checkpoint=newest)
-        except ImportError as error:  # of what `train.extra` asks for
-            raise PmLlmError(f"train: {first_line(error)}") from error
         except AlreadyTrainedError:
             model.train()  # as it would be, for the constraints to log
             trainer.log({})
-        except ValueError as error:
-            if "managed by another FSDP group" not in str(error):
-                raise
-            raise PmLlmError(
-                "FSDP2 cannot share out this model, whose encoder and decoder have one embedding (with accelerate "
-                "1.15 and torch 2.13). Use accelerate_configs/zero3.yaml, or ddp.yaml."
-            ) from error
         # under ZeRO-3 transformers would go on sharding what is loaded, and wait for all processes at every token
         unset_hf_deepspeed_config()
         found: list[dict[str, Any]] = trainer.state.log_history
         return found
+
+
+@contextmanager
+def _told(extra: bool) -> Iterator[None]:
+    """What the libraries say against settings, in one line; with `extra` whatever they say is about those."""
+    try:
+        yield
+    except (PmLlmError, AlreadyTrainedError):
+        raise
+    except (ValueError, RuntimeError, ImportError) as error:
+        if "PEFT adapter" in str(error):  # of modules that TRL does not train
+            raise PmLlmError(str(error)) from error
+        if "managed by another FSDP group" in str(error):
+            raise PmLlmError(
+                "FSDP2 cannot share out this model, whose encoder and decoder have one embedding (with accelerate "
+                "1.15 and torch 2.13). Use accelerate_configs/zero3.yaml, or ddp.yaml."
+            ) from error
+        # `train.extra` may ask for what does not go together, or is not installed
+        if extra or isinstance(error, ImportError):
+            raise PmLlmError(f"train: {first_line(error)}") from error
+        raise

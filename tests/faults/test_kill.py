@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pm_llm.cli import main
-from pm_llm.run.folder import STATE, WORK
+from pm_llm.run.reading import STATE, WORK
 from pm_llm.system.files import remove_tree
 from tests.conftest import FAMILIES
 from tests.faults.conftest import KILLS, arguments, every_adapter_loads, same_outcome
