@@ -195,7 +195,7 @@ class RunConfig:
     output_dir: str = option("runs/default", "The run's folder.")
 
     def seed_of(self, number: int) -> int:
-        """That of a task, 1, 2, ..."""
+        """The seed of task `number` (1, 2, ...)."""
         return (self.seed * 1000 + number) % SEEDS
 
     def parsed_method(self) -> Method:

@@ -281,7 +281,7 @@ def _rules_of_constraint(name: str, parts: Parts) -> Iterator[tuple[bool, str]]:
     )
     yield (
         one.fills("scale") and (one.space == "factors") != merge.in_factors,
-        f"space factors needs merge optimal and constrain {name} in factors, both or neither.",
+        f"constrain {name} and the merge must be in one space: give both `space: factors`, or neither.",
     )
     yield (
         bool(one.anew) and not start.anew and not (one.in_factors_too and merge.in_factors),

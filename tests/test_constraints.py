@@ -347,7 +347,7 @@ def test_a_trainer_alone_refuses_what_was_not_told_its_task(name: str, tmp_path)
     if constraint.by_itself:
         trainer.train()
     else:
-        with pytest.raises(PmLlmError, match=f"{type(constraint).__name__} was not told its task"):
+        with pytest.raises(PmLlmError, match=f"{type(constraint).__name__} does not know its task"):
             trainer.train()
     assert constraint.by_itself == (name in {"anchor", "gaussian", "lori", "perturb", "refresh", "slow", "sparse"})
     assert not Perturb(scales="cover").by_itself
@@ -357,7 +357,7 @@ def test_a_constraint_is_told_of_every_task(tmp_path) -> None:
     constraint = L2()
     constraint.prepare(Context(1))
     make_trainer("llama", str(tmp_path), 16, 1, constraint, max_steps=1).train()
-    with pytest.raises(PmLlmError, match="L2 was not told its task"):
+    with pytest.raises(PmLlmError, match="L2 does not know its task"):
         make_trainer("llama", str(tmp_path), 16, 1, constraint, max_steps=1).train()
 
 

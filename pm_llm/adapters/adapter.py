@@ -233,10 +233,10 @@ class Adapter:
 
 
 def check_rank(layers: Mapping[str, Any], adapter: str, what: str, outputs: bool = False) -> None:
-    """That an adapter's rank is nowhere above the number of a layer's inputs, or with `outputs` of its outputs.
+    """Check that an adapter's rank is at most the number of each layer's inputs (with `outputs` also of its outputs).
 
     Raises:
-        PmLlmError: If it is; `what` cannot have more directions.
+        PmLlmError: If it is larger: `what` cannot have more directions than that.
     """
     for name, layer in layers.items():
         if layer.r[adapter] > (min(layer.in_features, layer.out_features) if outputs else layer.in_features):

@@ -137,7 +137,7 @@ class Constraint:
 
     @property
     def by_itself(self) -> bool:
-        """Whether it does what it says in a Trainer that nobody told which task it is, without :meth:`prepare`."""
+        """Whether it works in a Trainer that is used alone, where nobody calls :meth:`prepare`."""
         return not self.fills("begin", "rows", "steps")
 
     # ---- around a task ----

@@ -98,9 +98,9 @@ class Merge:
     quadratic = False  # whether the past tasks' quadratics are kept, see :meth:`penalties`
     needs_history = False  # whether a running adapter means nothing without the folds that made it
     old_adapters = False  # whether all tasks' adapters are kept
-    dense = False  # whether the result's rank may be any, whatever the adapters' ranks
-    whole = False  # whether what is kept of a task is its model, not its task vector
-    adds = False  # whether all of an adapter that began at the base model is added, as :meth:`Fold.vector` is
+    dense = False  # whether the result can have full rank
+    whole = False  # whether each task's whole model is kept, and not only its task vector
+    adds = False  # whether an adapter that began at the base model is added as a whole, see :meth:`Fold.vector`
     in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
     stores = ""  # what is kept from task to task, besides the running adapter
     zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made

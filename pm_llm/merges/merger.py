@@ -180,8 +180,11 @@ class Merger:
         return {name: kept for name, (kept, _, _) in found.items()}
 
     def _truncated(self, name: str, x: LowRank, rank: int) -> tuple[LowRank, float, float]:
-        """At most `max_rank` of a module, and the squared Frobenius norms of what was cut and of the whole; where
-        the task's `rank` does not need more, at most what a matrix of its shape can have, which cuts nothing."""
+        """A module cut to `max_rank`, with the squared Frobenius norms of what was cut and of the whole.
+
+        Factors that are larger than the matrix's own rank, or than the task's `rank`, are always made smaller: that
+        loses nothing.
+        """
         full = max(min(x.shape), rank)
         limit = full if self.max_rank is None else min(full, self.max_rank)
         if x.rank <= limit:

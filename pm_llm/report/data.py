@@ -69,7 +69,7 @@ class Run:
         return found
 
     def _said(self, stage: int) -> list[Predictions]:
-        """On every task trained by then; none where one is missing."""
+        """The predictions on all tasks trained by that stage; empty if one of them was not scored."""
         known = self.results.facts.knows_task
         at = {self.matrix.tasks[j]: i if known else stage for j, i in self.matrix.learned(stage).items()}
         made = all(name in self.predictions.get(i, {}) for name, i in at.items())

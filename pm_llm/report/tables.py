@@ -18,7 +18,7 @@ def describe(results: Results) -> str:
 
 
 def how_scored(results: Results) -> str:
-    """What must be known to read a run's numbers, where it is not the usual; with brackets, or empty."""
+    """In brackets, what is unusual in how a run was scored; empty if nothing is."""
     said = ["validation rows"] if results.split == "validation" else []
     said += ["answers chosen among the labels"] if results.mode == "labels" else []
     said += ["lower is better"] if results.lower_is_better else []
@@ -65,7 +65,7 @@ def comparison(
 
 
 def _scored(run: Results) -> tuple[Any, ...]:
-    """What two runs have in common whose final averages are of one kind, whatever their seeds."""
+    """What must be equal in two runs for their final averages to be comparable; the seed need not be."""
     columns = zip(run.tasks, run.scorers, run.test_rows, strict=True)
     tasks = sorted(column for column in columns if column[0] in run.stages)
     return run.config["model"], run.split, run.mode, tasks

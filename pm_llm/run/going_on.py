@@ -1,4 +1,4 @@
-"""What a run that goes on may differ in from what it was: only in what has not run yet."""
+"""Going on with a run: what has not run yet may change, what has run may not."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ RESET_PEAK = Path("/proc/self/clear_refs")  # on Linux
 
 
 def process_state() -> PartialState:
-    """Accelerate's state of this process. Without an accelerator it must be told so, or it sees one process."""
+    """Accelerate's state of this process. On a machine without an accelerator PartialState needs `cpu=True`: otherwise
+    it takes every process for the only one."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 

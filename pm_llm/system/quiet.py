@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet_notices() -> None:
-    """No notices that are about nothing the user does; to be called before the libraries are imported."""
+    """Silence notices that do not concern what the user does. Call it before the libraries are imported."""
     # everyone is told that an optional package for 4 bits on some CPUs is not there
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # an argument's new name in transformers 5.20, which its older versions do not know

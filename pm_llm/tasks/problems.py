@@ -88,7 +88,7 @@ def _by_file_and_line(found: Found) -> tuple[str, int]:
 
 
 def _together(all_found: list[Found]) -> list[str]:
-    """What is said of many rows of a file in the same words is said once, with the others' numbers."""
+    """Problems that many rows of a file share are told once, with the numbers of those rows."""
     groups: dict[Any, list[Found]] = {}
     for found in all_found:
         row = PLACE.fullmatch(found[0])

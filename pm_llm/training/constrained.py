@@ -124,9 +124,8 @@ class ConstraintMixin(_Trainer):
         for constraint in self.constraints:
             if not (constraint.prepared or constraint.by_itself):
                 raise PmLlmError(
-                    f"constraint {type(constraint).__name__} was not told its task, without which it does nothing or "
-                    "the wrong thing. Train with ContinualSequence, which does so (also what `rows` and `steps` say), "
-                    "or call its prepare(Context(task, ...)) before each task."
+                    f"constraint {type(constraint).__name__} does not know its task. Call its prepare(Context(task, "
+                    "...)) before each task, or train with ContinualSequence, which does that."
                 )
         try:
             return super().train(*args, **kwargs)
@@ -253,8 +252,11 @@ class ConstraintMixin(_Trainer):
         refuse_sharding(self.constraints, sharded, deepspeed)
 
     def _sum_of_penalties(self, penalised: Sequence[Constraint]) -> Tensor:
-        """What the constraints add to a step's loss: of the update without the perturbation's scale in weights, but
-        with what is done to A and B themselves (perturb in factors, gaussian) while the pass lasts."""
+        """The sum of the constraints' penalties on the trained update.
+
+        A perturbation in the space of the weights only scales the forward pass, so the penalty sees the update without
+        it. What changes A and B themselves for the pass (perturb in factors, gaussian) is seen.
+        """
         live = {}
         for name in self.live.layers:
             a, b = map(whole, self.live.weights(name))

@@ -26,7 +26,7 @@ from pm_llm.training.stopping import Stopping
 
 
 class SaveSteps(TrainerCallback):
-    """Checkpoints are as frequent as is asked for now, not as when the one that training goes on from was written."""
+    """Makes a resumed training save as often as the configuration says now, not as the checkpoint remembers."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
