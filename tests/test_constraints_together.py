@@ -18,6 +18,7 @@ from pm_llm.constraints.replay import Replay
 from pm_llm.constraints.slow import Slow
 from pm_llm.constraints.sparse import Sparse
 from pm_llm.errors import PmLlmError
+from pm_llm.system.coerce import read_yaml
 from pm_llm.system.sharding import launched
 from pm_llm.training.constrained import refuse_sharding
 from tests.conftest import FAMILIES, make_peft
@@ -102,11 +103,8 @@ def test_what_compares_factors_refuses_what_changes_them() -> None:
 
 
 def test_options_are_read_as_yaml_writes_them() -> None:
-    (choice,) = (
-        load_config(None, {"method": "nlora", "constrain": {"name": "sparse", "weight": "1e-5"}})
-        .parsed_method()
-        .constrain
-    )
+    given = read_yaml("{method: nlora, constrain: {name: sparse, weight: 1e-5}}")
+    (choice,) = load_config(None, given).parsed_method().constrain
     assert choice.build("constrain").weight == 1e-5
     with pytest.raises(PmLlmError, match="online is 'false'; it must be true or false"):
         load_config(None, {"method": "ewc", "constrain": {"name": "ewc", "online": "false"}}).check()

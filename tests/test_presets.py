@@ -105,7 +105,7 @@ def test_trains_on_a_base_in_4_bits(preset: str, pico_folders, tmp_path) -> None
     found = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
     assert all(torch.isfinite(x).all() for x in found.values())
     assert any(bool(x.any()) for name, x in found.items() if "lora_B" in name)
-    assert all("lora_" in name or not p.requires_grad for name, p in run.model.named_parameters())
+    assert all("lora_" in name or not p.requires_grad for name, p in run.session.model.named_parameters())
 
 
 @pytest.mark.slow
