@@ -25,7 +25,7 @@ from pm_llm.families.models import EMBEDDED
 from pm_llm.tasks.base import Task
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.encoding import Encoder
-from tests.forks import ROOT, Forker
+from tests.helpers.forks import ROOT, Forker
 
 SHARED = ROOT.parent / "shared"
 FAMILIES = ("llama", "t5")

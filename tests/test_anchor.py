@@ -14,9 +14,9 @@ from pm_llm.constraints.anchor import Anchor
 from pm_llm.errors import PmLlmError
 from pm_llm.methods import Method
 from tests.conftest import FAMILIES, batch_of, features
-from tests.invariants.step_script import make_trainer, one_step
+from tests.helpers.runs import config_for
+from tests.helpers.step_script import make_trainer, one_step
 from tests.invariants.test_step import assert_same
-from tests.test_sequence import config_for
 
 
 def at_answers(logits: Tensor, labels: Tensor, family: str) -> Tensor:

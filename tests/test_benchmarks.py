@@ -15,7 +15,7 @@ from pm_llm.tasks.benchmarks.superni import TASKS as SUPERNI
 from pm_llm.tasks.benchmarks.trace import SCORER
 from pm_llm.tasks.loading import BENCHMARKS, load_benchmark, load_tasks
 from tests.conftest import SHARED
-from tests.test_sequence import config_for
+from tests.helpers.runs import config_for
 
 REAL = {"standard_cl": "olora_subset", "long_sequence": "olora_subset", "superni": "superni", "trace": "trace_500"}
 

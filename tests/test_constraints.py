@@ -28,7 +28,7 @@ from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.of_factors import Factors
 from pm_llm.methods import CONSTRAINTS, Choice
 from tests.conftest import DECODER, FAMILIES, KINDS, make_model, make_peft
-from tests.invariants.step_script import make_trainer, one_step, weights
+from tests.helpers.step_script import make_trainer, one_step, weights
 from tests.invariants.test_step import assert_same
 
 NAMES = ("one", "two")

@@ -22,8 +22,8 @@ from pm_llm.system.coerce import read_yaml
 from pm_llm.system.sharding import launched
 from pm_llm.training.constrained import refuse_sharding
 from tests.conftest import FAMILIES, make_peft
-from tests.invariants.step_script import make_trainer, one_step, weights
-from tests.test_subspaces import context_for
+from tests.helpers.contexts import context_for
+from tests.helpers.step_script import make_trainer, one_step, weights
 
 
 @pytest.mark.parametrize(

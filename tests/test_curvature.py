@@ -17,10 +17,10 @@ from pm_llm.fisher.measure import sum_fisher
 from pm_llm.sequence import ContinualSequence
 from pm_llm.training.constrained import ConstraintMixin
 from tests.conftest import FAMILIES, batch_of, features, make_peft
+from tests.helpers.runs import config_for
+from tests.helpers.step_script import make_trainer, one_step
 from tests.helpers.stops import stopping
-from tests.invariants.step_script import make_trainer, one_step
 from tests.invariants.test_step import assert_same
-from tests.test_sequence import config_for
 
 
 def after_one_task(family: str, form: str, scale: float = 1.0) -> tuple[Adapter, Merger]:

@@ -18,10 +18,10 @@ from pm_llm.config import load_config
 from pm_llm.fisher.measure import sum_fisher
 from pm_llm.system.files import size_of
 from tests.conftest import FAMILIES, make_peft
-from tests.forks import Forker
-from tests.hub_server import TOKEN, HubServer
-from tests.test_hub import environment
-from tests.test_sequence import config_for
+from tests.helpers.forks import Forker
+from tests.helpers.hub import environment
+from tests.helpers.hub_server import TOKEN, HubServer
+from tests.helpers.runs import config_for
 
 TASKS = ["--benchmark", "embedded", "--order", "sentiment,topic"]
 ORDER = {"benchmark": "embedded", "order": "sentiment,topic"}

@@ -14,19 +14,9 @@ from pm_llm.config import RunConfig, load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.predictions import gather
 from pm_llm.tasks.loading import load_tasks
+from tests.helpers.rows import rows, run_of
 
 TOKEN = "hf_" + "aB3" * 12
-
-
-def run_of(model: str, data: Path, out: Path, *more: str) -> Path:
-    keys = ["--model", model, "--tasks", str(data), "--output_dir", str(out), "--train.max_steps", "1"]
-    assert main(["run", *keys, "--max_length", "64", "--fisher.samples", "2", *more]) == 0
-    return out
-
-
-def rows(path: Path, count: int = 12) -> Path:
-    path.write_text("".join(json.dumps({"prompt": f"is it {i} ?", "completion": "yes"}) + "\n" for i in range(count)))
-    return path
 
 
 @pytest.mark.parametrize(

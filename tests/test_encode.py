@@ -18,7 +18,7 @@ from pm_llm.tasks.encoding import Encoder, encoder_for, encoders_for, longest_an
 from pm_llm.tasks.loading import load_tasks
 from pm_llm.tasks.order import blurred
 from tests.conftest import DECODER, FAMILIES, KINDS, tokenizer
-from tests.test_tasks import user_tasks, write
+from tests.helpers.tasks import user_tasks, write
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<assistant> {% endif %}"

@@ -18,7 +18,7 @@ from pm_llm.fisher.of_factors import Factors
 from pm_llm.merges.base import Fold, Trained
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, batch_of, features, make_peft
-from tests.invariants.step_script import make_trainer, one_step, weights
+from tests.helpers.step_script import make_trainer, one_step, weights
 from tests.invariants.test_closed_form import argmin, random_adapter
 from tests.invariants.test_step import ALWAYS, assert_same
 

@@ -19,9 +19,9 @@ from pm_llm.cli import main
 from pm_llm.errors import PmLlmError
 from pm_llm.system.sharding import weights_only
 from tests.conftest import make_model, make_peft
-from tests.forks import Forker
-from tests.hub_server import HubServer
-from tests.test_hub import environment
+from tests.helpers.forks import Forker
+from tests.helpers.hub import environment
+from tests.helpers.hub_server import HubServer
 
 TASKS = ["--benchmark", "embedded", "--order", "topic", "--max_test_samples", "2", "--max_length", "96"]
 

@@ -30,7 +30,7 @@ from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.encoding import Encoder, longest_answer
 from tests.conftest import DECODER, FAMILIES, KINDS, ROOT, make_model, tokenizer
-from tests.test_launchers import launch, launcher
+from tests.helpers.launching import launch, launcher
 
 
 def mixed_rows() -> list[Example]:

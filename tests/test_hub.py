@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,8 +20,9 @@ from pm_llm.report.hub import is_hub_id, push_run
 from pm_llm.run.record import Results
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, pm_llm, small_tasks
-from tests.forks import Forker
-from tests.hub_server import TOKEN, HubServer
+from tests.helpers.forks import Forker
+from tests.helpers.hub import environment
+from tests.helpers.hub_server import TOKEN, HubServer
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,6 @@ def finished_runs(pico_folders, tmp_path_factory) -> dict[str, str]:
         ContinualSequence(config, small_tasks("sentiment", "topic")).run()
         runs[family] = out
     return runs
-
-
-def environment(hub: HubServer, home, **extra: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    clean["HF_HUB_OFFLINE"] = "0"  # or `tests` sets it as forks import it
-    return {**clean, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **extra}
 
 
 LOAD = """

@@ -16,8 +16,8 @@ from pm_llm.fisher.kronecker import Kronecker, KroneckerPast
 from pm_llm.fisher.measure import answer_loss, sum_fisher
 from pm_llm.fisher.sides import Sides
 from tests.conftest import FAMILIES, batch_of, features, make_peft
+from tests.helpers.runs import config_for
 from tests.invariants.test_closed_form import random_adapter
-from tests.test_sequence import config_for
 
 OUT, IN = 6, 5  # of random_adapter's modules
 

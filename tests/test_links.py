@@ -13,7 +13,7 @@ from pm_llm.cli import main
 from pm_llm.errors import PmLlmError
 from pm_llm.run.folder import RunDir
 from pm_llm.system.files import new_folder, replace_bytes
-from tests.test_doors import rows, run_of
+from tests.helpers.rows import rows, run_of
 
 
 @pytest.fixture(scope="module")

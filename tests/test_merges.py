@@ -22,18 +22,8 @@ from pm_llm.fisher.slopes import sum_slopes
 from pm_llm.merges.base import Trained
 from pm_llm.merges.opcm import project
 from tests.conftest import FAMILIES, batch_of, features, make_peft
+from tests.helpers.merging import dense, folded
 from tests.invariants.test_closed_form import random_adapter
-
-
-def folded(rule: str, count: int, continues: bool, **options) -> tuple[list[Adapter], list[Adapter], list[float]]:
-    """The adapters that came, the running one after each, and the coefficients."""
-    merger, running, came, left, used = Merger(rule, **options), None, [], [], []
-    for t in range(count):
-        came.append(random_adapter(t))
-        running = merger.fold(running, came[-1], trained=Trained("base" if continues else "running"))
-        left.append(running)
-        used.append(merger.report.coefficient)
-    return came, left, used
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9])
@@ -80,10 +70,6 @@ def test_slao_needs_one_rank_and_an_adapter_that_continues() -> None:
     for keys in ({"method": "slao", "start": "fresh"}, {"method": "slao", "max_rank": 4}):
         with pytest.raises(PmLlmError, match=r"continues|max_rank is 4"):
             load_config(None, keys).check()
-
-
-def dense(adapter: Adapter, name: str) -> torch.Tensor:
-    return adapter.factors[name].dense()
 
 
 def test_a_dense_matrix_as_factors() -> None:

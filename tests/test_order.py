@@ -19,8 +19,8 @@ from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.loading import load_tasks
 from pm_llm.tasks.order import blurred, pick_order
 from tests.conftest import small_tasks
+from tests.helpers.runs import config_for
 from tests.helpers.stops import stopping
-from tests.test_sequence import config_for
 
 ORDERS = {"first": ["a", "b", "c", "d"], "second": ["d", "c"]}
 

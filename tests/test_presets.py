@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from peft import PeftModel
@@ -11,38 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pm_llm import ContinualSequence
-from pm_llm.config import load_config
 from pm_llm.presets import TESTED
 from pm_llm.training.trainers import ContinualSeq2SeqTrainer, ContinualSFTTrainer
 from tests.conftest import batch_of, features, small_tasks
-from tests.test_launchers import launch, launcher, same_as_one_process
-
-KEYS = {
-    "lora.r": 4,
-    "train.learning_rate": 1e-2,
-    "train.per_device_train_batch_size": 4,
-    "train.max_steps": 3,
-    "train.save_steps": 1,
-    "fisher.samples": 4,
-    "max_new_tokens": 1,
-    "evaluate": "final",
-}
-
-
-# constraints that would sleep through three steps
-AWAKE = {
-    "pam": {"constrain": {"name": "align", "every": 1}},
-    "lori": {"constrain": {"name": "lori", "calibration": 0.6}},  # Adam's first step moves all entries alike
-    "coso": {"constrain": {"name": "gradient_subspace", "size": 2}},
-}
-
-
-def sequence(preset: str, model: str, folder: Path, **keys) -> ContinualSequence:
-    config = load_config(
-        None, {**KEYS, "model": model, "method": preset, "output_dir": str(folder), **AWAKE.get(preset, {}), **keys}
-    )
-    return ContinualSequence(config, small_tasks("sentiment", "topic", train=12, test=2))
-
+from tests.helpers.launching import launch, launcher, same_as_one_process
+from tests.helpers.presets import sequence
 
 BOTH = [(family, preset) for family, kind in (("llama", "LLaMA"), ("t5", "T5")) for preset in TESTED[kind]]
 
@@ -111,7 +82,7 @@ def test_trains_on_a_base_in_4_bits(preset: str, pico_folders, tmp_path) -> None
 @pytest.mark.slow
 def test_two_processes_do_as_one(forker, pico_folders, tmp_path) -> None:
     presets = TESTED["DDP"]
-    command = launcher("ddp_cpu", tmp_path, "tests/presets_script.py")
+    command = launcher("ddp_cpu", tmp_path, "tests/helpers/presets_script.py")
     ended = launch(forker, [*command, pico_folders["llama"], str(tmp_path / "two"), *presets])
     assert ended.status == 0, ended.said
     for preset in presets:

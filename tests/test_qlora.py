@@ -23,8 +23,8 @@ from pm_llm.starts.fresh import Fresh
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.encoding import Encoder
 from tests.conftest import DECODER, FAMILIES, batch_of, features, tokenizer
+from tests.helpers.runs import config_for
 from tests.helpers.stops import stopping
-from tests.test_sequence import config_for
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -23,7 +23,7 @@ from pm_llm.report.page import write_report
 from pm_llm.report.tables import comparison, describe
 from pm_llm.run.folder import RunDir, jsonl
 from pm_llm.sequence import ContinualSequence
-from tests.test_sequence import TASKS, config_for
+from tests.helpers.runs import TASKS, config_for
 
 
 def predictions(hits: list[bool], task: str = "a") -> Predictions:

@@ -17,18 +17,9 @@ from transformers import AutoModelForCausalLM
 from pm_llm import ContinualSequence, Merger, load_tasks
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.cli import main
-from pm_llm.config import load_config
 from tests.conftest import FAMILIES, ROOT, batch_of, features, make_peft, pm_llm, small_tasks
+from tests.helpers.runs import TASKS, config_for
 from tests.helpers.stops import stopping
-
-TASKS = ("sentiment", "topic", "question")
-
-
-def config_for(model: str, out, **overrides):
-    base = {"model": model, "output_dir": str(out), "benchmark": "embedded", "order": list(TASKS)}
-    base |= {"max_train_samples": 24, "max_test_samples": 4, "max_length": 96, "fisher.samples": 6}
-    base |= {"train.max_steps": 3, "train.learning_rate": 0.01, "train.logging_steps": 1, "lora.r": 4}
-    return load_config(None, {**base, **overrides})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

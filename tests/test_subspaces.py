@@ -19,7 +19,8 @@ from pm_llm.constraints.osft import Osft, block_importance
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.inputs import second_moments
 from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
-from tests.invariants.step_script import make_trainer, weights
+from tests.helpers.contexts import chosen_rows, context_for
+from tests.helpers.step_script import make_trainer, weights
 
 
 def test_a_basis_holds_its_share_and_no_more() -> None:
@@ -57,17 +58,6 @@ def test_frequent_directions_keeps_its_bound() -> None:
     tails = torch.linalg.svdvals(x).square()
     for k in range(5):
         assert error <= tails[k:].sum() / (5 - k) + 1e-2
-
-
-def chosen_rows(family: str, task: str = "sentiment") -> tuple[SimpleNamespace, list[dict[str, torch.Tensor]]]:
-    rows = [batch_of(family, [row]) for row in features(family, 4, task)]
-    return SimpleNamespace(one_by_one=lambda _: iter(rows)), rows
-
-
-def context_for(family: str, task: int) -> tuple[Context, list[dict[str, torch.Tensor]]]:
-    model = make_peft(family)
-    chosen, rows = chosen_rows(family, ("sentiment", "question")[task - 1])
-    return Context(task, live=Live(lora_layers(model), "default"), model=model, chosen=chosen), rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

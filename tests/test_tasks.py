@@ -16,14 +16,7 @@ from pm_llm.tasks.benchmarks.embedded import MAKERS, make_task
 from pm_llm.tasks.hub import load_hub_dataset
 from pm_llm.tasks.loading import load_probes, load_tasks
 from tests.conftest import SHARED
-
-
-def write(folder, category: str, name: str, labels: list[str], rows: list[dict]) -> None:
-    place = folder / category / name
-    place.mkdir(parents=True)
-    for split in ("train", "dev", "test"):
-        (place / f"{split}.json").write_text(json.dumps(rows))
-    (place / "labels.json").write_text(json.dumps(labels))
+from tests.helpers.tasks import user_tasks, write
 
 
 def test_standard_cl_prompt(tmp_path) -> None:
@@ -71,10 +64,6 @@ def test_embedded_rows_are_distinct_and_always_the_same(name: str) -> None:
 
 # ---- the user's own ----
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
-
-
-def user_tasks(*entries, **options):
-    return load_tasks(RunConfig(tasks=list(entries), **options))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])

@@ -19,8 +19,8 @@ from pm_llm.errors import PmLlmError
 from pm_llm.merges.base import Trained
 from pm_llm.merges.transfer import task_vector
 from tests.conftest import FAMILIES, make_model, targets, tokenizer
+from tests.helpers.merging import dense, folded
 from tests.invariants.test_closed_form import random_adapter
-from tests.test_merges import dense, folded
 
 
 def test_transfer_adds_the_difference_of_two_models(tmp_path) -> None:

@@ -11,8 +11,8 @@ from pm_llm.adapters.live import lora_layers, set_active
 from pm_llm.constraints.anchor import Anchor
 from pm_llm.constraints.base import Constraint
 from tests.conftest import FAMILIES
-from tests.invariants.step_script import ALWAYS, UNEVEN, make_trainer, one_step, weights
-from tests.test_launchers import launch, launcher
+from tests.helpers.launching import launch, launcher
+from tests.helpers.step_script import ALWAYS, UNEVEN, make_trainer, one_step, weights
 
 
 class Watching(Constraint):
@@ -46,7 +46,7 @@ def test_accumulation_changes_nothing(family: str, tmp_path) -> None:
 @pytest.mark.slow
 def test_two_processes_change_nothing(forker, tmp_path) -> None:
     """Nor where the last step has rows for one of them only."""
-    command = launcher("ddp_cpu", tmp_path, "tests/invariants/step_script.py")
+    command = launcher("ddp_cpu", tmp_path, "tests/helpers/step_script.py")
     ended = launch(forker, [*command, str(tmp_path), "8", "1"], kill=300.0)
     assert ended.status == 0, ended.said
     for family in FAMILIES:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Forker:
         """Start the one process; what libraries read of their environment as they are imported is in `env`."""
         self.log = folder / "log"
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.forker"],
+            [sys.executable, "-W", "ignore", "-m", "tests.helpers.forker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

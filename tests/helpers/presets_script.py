@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from pm_llm.system.processes import process_state, shut_down
-from tests.test_presets import sequence
+from tests.helpers.presets import sequence
 
 if __name__ == "__main__":
     model, folder, *presets = sys.argv[1:]
