@@ -41,8 +41,10 @@ def check_bounds(section: Any, prefix: str = "") -> None:
             check_bounds(value, f"{name}.")
         elif "choices" in bounds and value not in bounds["choices"]:
             raise PmLlmError(f"{name} is {value!r}; it must be {' or '.join(bounds['choices'])}.")
-        elif value is None:
+        elif value is None or not {"least", "above", "most"} & bounds.keys():
             continue
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            check_number(name, value)
         elif "above" in bounds and not bounds["above"] < value < inf:
             raise PmLlmError(f"{name} is {value}; it must be a number above {bounds['above']}.")
         elif {"most", "whole"} & bounds.keys() or (isinstance(value, float) and "least" in bounds):

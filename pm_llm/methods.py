@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.errors import PmLlmError, first_line, unknown_name
 from pm_llm.system.coerce import convert
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ def found(group: str) -> Iterator[importlib.metadata.EntryPoint]:
     yield from importlib.metadata.entry_points(group=group)
 
 
-for _kind, _group in GROUPS.items():  # the project's own names stay its own
-    REGISTRIES[_kind].update({one.name: one.value for one in found(_group) if one.name not in REGISTRIES[_kind]})
+for _kind, _group in GROUPS.items():
+    for _one in found(_group):  # the project's own names stay its own; of several packages the first has it
+        REGISTRIES[_kind].setdefault(_one.name, _one.value)
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,13 @@ class Choice:
         return choice
 
     def factory(self, kind: str) -> Any:
-        """The class behind it, a dataclass of its options."""
-        module, _, attribute = REGISTRIES[kind][self.name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        """The class behind it, a dataclass of its options. Raises PmLlmError if its package cannot be loaded."""
+        place = REGISTRIES[kind][self.name]
+        module, _, attribute = place.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise PmLlmError(f"{kind} {self.name!r} cannot be loaded from {place}: {first_line(error)}.") from error
 
     @overload
     def build(self, kind: Literal["start"]) -> Start: ...
@@ -243,7 +248,7 @@ def rules(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
         f"task vector gained there. The start is {start.name()!r}.",
     )
     yield (
-        merge.adds and start.begins == "last",
+        merge.brings and start.begins == "last",
         f"{merged} needs a start at the merged or the base model, not at the last adapter as it was trained, which "
         f"lacks the vector. The start is {start.name()!r}.",
     )

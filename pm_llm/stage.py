@@ -253,10 +253,14 @@ class Stage:
         for watcher in self.session.watchers:
             watcher.measured(self)
         context = replace(self._new_context(), new=self.new.factors)
-        forms = {one.needs.fisher for one in self.constraints if one.needs.fisher}
-        found = {form: self.chosen.fisher(self.session.model, form, zeros=self.session.zeros) for form in forms}
-        for constraint in self.constraints:
-            constraint.remember(replace(context, fisher=found.get(constraint.needs.fisher or "")))
+        wanted = [one.needs.form(self.session.config.fisher.form) for one in self.constraints]
+        found = {
+            form: self.chosen.fisher(self.session.model, form, zeros=self.session.zeros)
+            for form in dict.fromkeys(wanted)
+            if form is not None
+        }
+        for constraint, form in zip(self.constraints, wanted, strict=True):
+            constraint.remember(replace(context, fisher=found.get(form or "")))
         self.session.memories = [constraint.memory() for constraint in self.constraints]
         self.clock.stop("fisher")
 

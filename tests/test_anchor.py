@@ -110,3 +110,12 @@ def test_it_needs_the_model_before_the_task() -> None:
             Method().replaced(**{"constrain": "anchor", "merge": "sum", **keys}).check()
     with pytest.raises(PmLlmError, match="temperature is 0"):
         Method().replaced(constrain={"name": "anchor", "temperature": 0.0}).check()
+
+
+def test_it_takes_the_pass_that_is_trained(tmp_path) -> None:
+    """With label smoothing TRL makes a second one, without gradient, for its numbers."""
+    found = [
+        one_step(make_trainer("llama", str(tmp_path), 16, 1, constraint, label_smoothing_factor=0.1))[1]
+        for constraint in ((), Anchor(5.0))
+    ]
+    assert any((found[0][name] - found[1][name]).abs().max() > 1e-4 for name in found[0])

@@ -81,6 +81,9 @@ def test_the_page_of_the_house_names_what_is_there() -> None:
     for room in rooms:
         assert f"{room}/" in page, room
     block = page.split("```")[1]
+    for path in (ROOT / "pm_llm").glob("*/*.py"):
+        listed = path.parent.name in ("starts", "constraints", "merges", "commands", "fisher") or path.name[0] == "_"
+        assert listed or path.name in block, path.name
     for name in set(re.findall(r"[a-z_]+\.py", block)):
         assert any(path.name == name for path in (ROOT / "pm_llm").rglob("*.py")), name
     for name in re.findall(r"`([A-Z]{4,})`", page):

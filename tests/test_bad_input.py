@@ -28,6 +28,7 @@ from pm_llm.methods import Choice
 from pm_llm.presets import PRESETS
 from pm_llm.sequence import ContinualSequence
 from pm_llm.stage import Watcher
+from pm_llm.system.coerce import write_yaml
 from pm_llm.tasks.base import Example, Task, checked
 from pm_llm.training.arguments import training_arguments
 from tests.conftest import DECODER, ROOT, make_peft, pm_llm, small_tasks
@@ -512,3 +513,19 @@ def test_lists_can_be_set_to_none() -> None:
     assert found == {"lora.layers_to_transform": "none", "lora.target_modules": "none", "tasks": ["none"]}
     lora = load_config(None, found).lora
     assert (lora.layers_to_transform, lora.target_modules) == (None, None)
+
+
+def test_numbers_given_in_python_are_numbers() -> None:
+    for section, key in (("train", "weight_decay"), ("train", "learning_rate"), ("lora", "r"), ("", "repeat")):
+        for value in ("x", True):
+            config = RunConfig()
+            setattr(getattr(config, section) if section else config, key, value)
+            with pytest.raises(PmLlmError, match=f"{key} is"):
+                config.check()
+
+
+def test_a_runs_own_configuration_is_read_back(tmp_path) -> None:
+    for text in ("1e3", "-1.5E-3", "1e3x", "0x10", "true"):
+        (tmp_path / "config.yaml").write_text(write_yaml({"output_dir": text, "train": {"learning_rate": 1e-5}}))
+        config = load_config(tmp_path / "config.yaml")
+        assert (config.output_dir, config.train.learning_rate) == (text, 1e-5)

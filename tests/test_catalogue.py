@@ -12,6 +12,7 @@ import pytest
 from pm_llm.cli import main
 from pm_llm.commands.methods import choices, table
 from pm_llm.config import load_config
+from pm_llm.errors import PmLlmError
 from pm_llm.methods import REGISTRIES, Choice
 from pm_llm.presets import PRESETS, TESTED
 from tests.conftest import ROOT, pm_llm
@@ -77,3 +78,13 @@ def test_the_page_names_the_hooks_there_are() -> None:
     named = set(re.findall(r"`(\w+)`", block))
     hooks = {name for name, value in vars(Constraint).items() if callable(value) and not name.startswith("_")}
     assert named == hooks - {"fills", "load_memory", "prepare"}
+
+
+def test_a_package_that_cannot_be_imported_is_told(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(REGISTRIES["merge"], "broken", "no_such_package:Broken")
+    monkeypatch.setitem(REGISTRIES["merge"], "lacking", "pm_llm.errors:Lacking")
+    for name in ("broken", "lacking"):
+        with pytest.raises(PmLlmError, match=f"merge {name!r} cannot be loaded"):
+            Choice(name).build("merge")
+    assert main(["methods"]) == 0
+    assert "- `broken`: cannot be loaded" in capsys.readouterr().out

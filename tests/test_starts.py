@@ -225,3 +225,9 @@ def test_olora_refuses_weights_that_lie_the_other_way() -> None:
 def test_subspaces_that_do_not_exist(init: str) -> None:
     with pytest.raises(PmLlmError, match="must be pissa, olora, corda, eva or pissa_niter_N"):
         Subspace(init)
+
+
+def test_what_is_added_up_may_begin_at_the_last_adapter() -> None:
+    """Only a merge that brings a vector of other origin needs a start that has it."""
+    for merge in ("sum", "task_arithmetic"):
+        assert load_config(None, {"method": "inclora", "start": "last", "merge": merge}).check()

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 from typing import Any
 
+from pm_llm.errors import PmLlmError
 from pm_llm.methods import REGISTRIES, Choice, Method
 from pm_llm.presets import PRESETS, TESTED
 from pm_llm.report.tables import words
@@ -59,8 +60,13 @@ def choices() -> str:
     for kind, registry in REGISTRIES.items():
         lines += [f"\n{kind}:"]
         for name, place in registry.items():
+            try:
+                factory = Choice(name).factory(kind)
+            except PmLlmError:  # of another package
+                lines.append(f"- `{name}`: cannot be loaded from {place}")
+                continue
             text = (importlib.import_module(place.partition(":")[0]).__doc__ or "").partition("\n")[0]
-            options = [_option(f) for f in dataclasses.fields(Choice(name).factory(kind)) if f.init]
+            options = [_option(f) for f in dataclasses.fields(factory) if f.init]
             given = f" Options: {', '.join(options)}." if options else ""
             lines.append(f"- `{name}`: {text.partition(': ')[2]}{given}")
     return "\n".join(lines)

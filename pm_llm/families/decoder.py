@@ -127,7 +127,7 @@ class Decoder(Family):
 
     def said(self, model: Any, heard: list[Any], batch: Batch) -> Tensor:
         """The network with the answers' states in place of all below its head: so it is each model's own head."""
-        labels, (output,), backbone = self.labels(batch), heard, _backbone(model)
+        labels, output, backbone = self.labels(batch), heard[0], _backbone(model)  # the pass that is trained
         states = output.last_hidden_state[:, :-1][labels != -100]
         with _instead(backbone, type(output)(last_hidden_state=states[None])):
             found = model.get_base_model()(inputs_embeds=states[None], use_cache=False)

@@ -78,8 +78,7 @@ class EncoderDecoder(Family):
             handle.remove()
 
     def said(self, model: Any, heard: list[Any], batch: Batch) -> Tensor:
-        (output,) = heard
-        found: Tensor = output.logits[batch["labels"] != -100]
+        found: Tensor = heard[0].logits[batch["labels"] != -100]
         return found
 
     def reader(self, prompts: Prompts, rows: Sequence[int]) -> Reader:

@@ -30,7 +30,8 @@ class Needs:
     `fisher` is the form of its Fisher: one of `FORMS`, `configured` for the configuration's, or None: it needs none.
     `direction` says whether that Fisher must hold the exact curvature along the task vector, `losses` whether the loss
     before and after training, `probe` whether the loss must be at hand as a function of the adapter, `quadratic`
-    whether the merge must keep the past tasks' quadratics.
+    whether the merge must keep the past tasks' quadratics. Of a constraint `fisher` and `quadratic` are looked at; of
+    a merge all but `quadratic`.
     """
 
     fisher: str | None = None

@@ -101,6 +101,7 @@ class Merge:
     dense = False  # whether the result can have full rank
     whole = False  # whether each task's whole model is kept, and not only its task vector
     adds = False  # whether an adapter that began at the base model is added as a whole, see :meth:`Fold.vector`
+    brings = False  # whether a vector of other origin is in the first merge, which training goes on from
     in_factors = False  # whether A and B themselves are merged, of an adapter that continues in one rank
     stores = ""  # what is kept from task to task, besides the running adapter
     zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made

@@ -31,7 +31,7 @@ class Transfer(Merge):
     adapter: str = ""
     scale: float = 1.0
     _vector: Adapter | None = field(default=None, init=False, repr=False)
-    needs_history, adds = True, True
+    needs_history, adds, brings = True, True, True
 
     def __post_init__(self) -> None:
         if not self.adapter:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -20,6 +19,7 @@ from pm_llm.evaluation.intervals import Interval
 from pm_llm.report import figures
 from pm_llm.report.data import Run, difference
 from pm_llm.report.tables import comparison, how_scored, words
+from pm_llm.system.coerce import write_yaml
 from pm_llm.system.files import replace_bytes, writing
 
 PAGE, FIGURES = "report.html", "figures"
@@ -110,7 +110,7 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
                 run,
                 _matrix_cells(run),
                 [p for p in pictures if p],
-                yaml.safe_dump(run.results.config, sort_keys=False),
+                write_yaml(run.results.config),
             )
         )
     header, rows = comparison([run.results for run in runs], joint, [run.name for run in runs])

@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,6 +44,7 @@ from pm_llm.run.reading import (
     stage_folder,
 )
 from pm_llm.run.record import Results, StageRecord
+from pm_llm.system.coerce import write_yaml
 from pm_llm.system.files import (
     digests,
     remove_tree,
@@ -243,7 +243,7 @@ class RunDir(Reading):
         self.write(RESULTS, json.dumps(results.plain(), indent=1), restarted=None)
 
     def _record_config(self, config: dict[str, Any]) -> None:
-        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        self.write("config.yaml", write_yaml(config))
 
     def _write_state(self, state: dict[str, Any]) -> None:
         stages = [stage.plain() for stage in state["stages"]]

@@ -100,14 +100,24 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, in which `1e-3` is a number too, as in YAML 1.2."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """The same for writing: a text `1e-3` is put into quotes."""
+
+
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def read_yaml(text: str) -> Any:
     """What a YAML text says. Raises yaml.YAMLError, or ValueError for a date that there is not."""
     return yaml.load(text, Loader=_Loader)
+
+
+def write_yaml(values: Any) -> str:
+    """The text that :func:`read_yaml` reads as `values`, keys in their order."""
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def extra_value(value: Any, hint: Any, key: str) -> Any:

@@ -139,12 +139,12 @@ class ConstraintMixin(_Trainer):
     def _once(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, of an epoch's last only the rows that are left: with several processes, accelerate fills it up
         with the epoch's first rows, which would count twice. What it filled up has no answer here."""
-        state = self.accelerator.gradient_state
+        processes, size = self.accelerator.num_processes, self._train_batch_size
+        left = len(self.train_dataset) % (size * processes) if processes > 1 else 0  # type: ignore[arg-type]
+        rows = not getattr(self.args, "padding_free", False)  # else a batch is one long row
         for batch in batches:
-            if state.end_of_dataloader and state.remainder > 0:
-                labels = batch["labels"]
-                left = state.remainder - self.accelerator.process_index * len(labels)
-                labels[max(left, 0) :] = -100
+            if left and rows and self.accelerator.gradient_state.end_of_dataloader:
+                batch["labels"][max(left - self.accelerator.process_index * size, 0) :] = -100
             yield batch
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

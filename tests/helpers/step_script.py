@@ -69,8 +69,15 @@ if __name__ == "__main__":
         trainer = make_trainer(family, out, batch, accumulation, Perturb(**ALWAYS))
         result = one_step(trainer)
         uneven = one_step(make_trainer(family, out, batch, accumulation, Perturb(**ALWAYS), **UNEVEN))
+        halves = make_trainer(
+            family, f"{out}/{family}", batch, accumulation, **UNEVEN, save_strategy="steps", save_steps=1
+        )
+        halves.train()
+        again = make_trainer(family, f"{out}/{family}", batch, accumulation, **UNEVEN)
+        again.train(resume_from_checkpoint=f"{out}/{family}/checkpoint-1")
+        resumed = weights(halves.model), weights(again.model)
         anchored = one_step(make_trainer(family, out, batch, accumulation, Anchor(5.0), **UNEVEN))
         if PartialState().is_main_process:
-            torch.save((result, uneven, anchored), f"{out}/{family}.pt")
+            torch.save((result, uneven, anchored, resumed), f"{out}/{family}.pt")
     del trainer
     shut_down()

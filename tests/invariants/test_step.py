@@ -50,7 +50,8 @@ def test_two_processes_change_nothing(forker, tmp_path) -> None:
     ended = launch(forker, [*command, str(tmp_path), "8", "1"], kill=300.0)
     assert ended.status == 0, ended.said
     for family in FAMILIES:
-        perturb, done = Perturb(**ALWAYS), torch.load(tmp_path / f"{family}.pt")
+        perturb, (*done, (through, resumed)) = Perturb(**ALWAYS), torch.load(tmp_path / f"{family}.pt")
+        assert_same(through, resumed, atol=1e-7, rtol=1e-6)  # stopped within the epoch and gone on with
         alone = ((perturb, {}), (perturb, UNEVEN), (Anchor(5.0), UNEVEN))
         for (constraint, options), (loss, gradient) in zip(alone, done, strict=True):
             whole = one_step(make_trainer(family, str(tmp_path), 16, 1, constraint, **options))
