@@ -67,19 +67,13 @@ def test_merged_adapter_is_running_plus_coefficient_times_task(pico_folders, tmp
             torch.testing.assert_close(x.dense(), expected, atol=1e-6, rtol=1e-5)
 
 
+STOPS = [("pm", "train"), ("pm", "measure"), ("pm", "evaluate"), ("seqlora", "train"), ("slao", "train")]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("method", "where"),
-    [
-        ("pm", "train"),
-        ("pm", "measure"),
-        ("pm", "evaluate"),
-        ("seqlora", "train"),
-        ("seqlora", "evaluate"),
-        ("slao", "train"),
-    ],
+    ("method", "where", "dtype"), [(*stop, "float32") for stop in STOPS] + [("pm", "train", "bfloat16")]
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_going_on_after_a_stop_changes_nothing(
     family: str, method: str, where: str, dtype: str, pico_folders, tmp_path
 ) -> None:

@@ -122,11 +122,13 @@ class Optimal(Merge):
         found = each(module, fold.new)
         raw: dict[str, float] = {}
         for group, names in self._groups(found).items():
+            # a diagonal, and the product forms, have no entries between modules: a group's sums are its modules'
             pull, along = (sum(numbers) for numbers in zip(*(found[name] for name in names), strict=True))
             q = (whole if self.granularity == "model" else sum(own[name] for name in names)) / size
             if not fold.running:  # theta*_1 = Delta_1: numerator and denominator are one sum
                 raw |= dict.fromkeys(names, 1.0 if self.needs.losses else _divide(q, q, group))
                 continue
+            # where training ended the task's loss has the slope g along Delta; at a minimum it would be 0
             onward = sum(fisher.slopes.get(name, 0.0) for name in names) if self.needs.losses else 0.0
             raw |= dict.fromkeys(names, _divide(pull + q - onward, along + q, group))
         raw = {name: raw[name] for name in found}
@@ -135,6 +137,7 @@ class Optimal(Merge):
             raw = dict.fromkeys(raw, self._on_line(fold, pull, along))
         used = {name: min(1.0, max(0.0, value)) if self.clip else value for name, value in raw.items()}
 
+        # S_t = S_{t-1} + F_t; in place of m_t the sums keep the slope S_t M_t - m_t at the merged model
         def summed(name: str) -> Past:
             one, theta = fisher.modules[name].divided(size), fold.theta(name)
             if self.space == "factors":

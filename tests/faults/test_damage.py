@@ -132,7 +132,7 @@ def test_a_damaged_stage_is_done_again(which: str, forker, whole, pico_folders, 
     assert outcome(argv, capsys)[0] == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES if KILLS > 4 else FAMILIES[:1])  # the files are alike
 def test_damaged_checkpoints_are_not_gone_on_from(family: str, forker, whole, pico_folders, tmp_path) -> None:
     """Training then begins from the checkpoint before or anew, with the same outcome."""
     run, stopped = tmp_path / "run", tmp_path / "stopped"
