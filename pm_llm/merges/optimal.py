@@ -13,7 +13,7 @@ from torch import Tensor
 from pm_llm.adapters.adapter import block_of
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher.base import Fisher, Needs, Past, Penalty, Room, past_of
+from pm_llm.fisher.base import Diagonal, Fisher, Needs, Past, Penalty, Room, past_of
 from pm_llm.fisher.scale import scale_of
 from pm_llm.fisher.terms import Watched
 from pm_llm.merges.base import Coefficients, Factors, Fold, Merge, check_coordinates, entrywise
@@ -137,17 +137,15 @@ class Optimal(Merge):
             raw = dict.fromkeys(raw, self._on_line(fold, pull, along))
         used = {name: min(1.0, max(0.0, value)) if self.clip else value for name, value in raw.items()}
 
-        # S_t = S_{t-1} + F_t; in place of m_t the sums keep the slope S_t M_t - m_t at the merged model
-        def summed(name: str) -> Past:
-            one, theta = fisher.modules[name].divided(size), fold.theta(name)
-            if self.space == "factors":
-                theta = fold.new[name]
-            at, before = self.merge(fold, name, used[name]), fold.running.get(name)
-            found: Past = one.past.plus(self.past.get(name), one, theta, room, at, before)
-            return found
-
-        self.past = each(summed, fold.new)
+        self.past = each(lambda name: self._sum(fold, fisher.modules[name].divided(size), name, used[name]), fold.new)
         return Coefficients(used, raw)
+
+    def _sum(self, fold: Fold, one: Diagonal, name: str, alpha: float) -> Past:
+        """S_t = S_{t-1} + F_t; in place of m_t the sums keep the slope S_t M_t - m_t at the merged model."""
+        theta = fold.new[name] if self.space == "factors" else fold.theta(name)
+        at, before = self.merge(fold, name, alpha), fold.running.get(name)
+        found: Past = one.past.plus(self.past.get(name), one, theta, self._room(), at, before)
+        return found
 
     def _room(self) -> Room:
         return Room(self.zeros, self.pairs, self.rank, self.directions, self.basis)

@@ -75,9 +75,7 @@ def push_run(
         with _told(repo_id):
             ModelCard(card).validate()  # before there is a repository
             commit = _upload(api, repo_id, folder, private, f"Adapter after {len(results.stages)} tasks")
-        with run.locked():
-            replace_bytes(run.path / FILES[2], card.encode())  # the user's to edit from here on
-            replace_bytes(run.path / WRITTEN, sha256_of(card).encode())
+        _keep(run, card)
     return f"uploaded {sizes} to {commit.repo_url}"
 
 
@@ -108,6 +106,13 @@ def _base_of(config: dict[str, Any], results: Results, given: str | None) -> str
 def is_hub_id(name: str) -> bool:
     """Whether a model's name can be an id on the Hub."""
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
+
+
+def _keep(run: RunDir, card: str) -> None:
+    """The card in the run's folder, the user's to edit from here on."""
+    with run.locked():
+        replace_bytes(run.path / FILES[2], card.encode())
+        replace_bytes(run.path / WRITTEN, sha256_of(card).encode())
 
 
 def _upload(api: Any, repo_id: str, folder: Path, private: bool, message: str) -> Any:

@@ -8,16 +8,24 @@ Answers `{"status": ..., "seconds": ...}`, the status as `os.waitstatus_to_exitc
 import contextlib
 import gc
 import glob
+import importlib
 import json
 import os
 import runpy
 import sys
 import time
+from pathlib import Path
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 
+import pm_llm
 from pm_llm.cli import main
+
+for _path in sorted(Path(pm_llm.__path__[0]).rglob("*.py")):  # what a command would import, once for all of them
+    _name = ".".join(_path.relative_to(Path(pm_llm.__path__[0]).parent).with_suffix("").parts)
+    if not _name.endswith("__main__"):
+        importlib.import_module(_name.removesuffix(".__init__"))
 
 
 def launch(argv: list[str]) -> None:
