@@ -19,39 +19,8 @@ from pm_llm.errors import PmLlmError, check_number, check_pattern, unknown_name
 from pm_llm.methods import Choice, Method, Setting
 from pm_llm.presets import PRESETS, method_of
 from pm_llm.system.coerce import check_no_secrets, cleaned, convert, read_yaml
+from pm_llm.system.options import check_options, option
 from pm_llm.tasks.loading import BENCHMARKS
-
-
-def option(default: Any, help: str, **bounds: Any) -> Any:
-    """A dataclass field with a help text and what it may be; lists and mappings get a fresh copy each.
-
-    `bounds` are `choices` (a tuple), or `least`, `above`, `most` and `whole`, which hold where the value is not none.
-    """
-    metadata = {"help": help, **bounds}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def check_bounds(section: Any, prefix: str = "") -> None:
-    """Raise PmLlmError if a field of a section, or of those in it, is not what it may be."""
-    for f in dataclasses.fields(section):
-        name, value, bounds = prefix + f.name, getattr(section, f.name), f.metadata
-        if dataclasses.is_dataclass(value):
-            check_bounds(value, f"{name}.")
-        elif "choices" in bounds and value not in bounds["choices"]:
-            raise PmLlmError(f"{name} is {value!r}; it must be {' or '.join(bounds['choices'])}.")
-        elif value is None or not {"least", "above", "most"} & bounds.keys():
-            continue
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            check_number(name, value)
-        elif "above" in bounds and not bounds["above"] < value < inf:
-            raise PmLlmError(f"{name} is {value}; it must be a number above {bounds['above']}.")
-        elif {"most", "whole"} & bounds.keys() or (isinstance(value, float) and "least" in bounds):
-            check_number(name, value, bounds.get("least", -inf), bounds.get("most", inf), bounds.get("whole", False))
-        elif "least" in bounds and value < bounds["least"]:
-            raise PmLlmError(f"{name} is {value}; it must be at least {bounds['least']}.")
-
 
 MAX_RANK = 4096  # of an adapter: beyond the width of most layers
 SEEDS = 2**32  # how many numpy knows
@@ -61,7 +30,7 @@ SEEDS = 2**32  # how many numpy knows
 class LoraSection:
     """The task adapter, with PEFT's names."""
 
-    r: int = option(8, "Rank of each task's adapter.", least=1, most=MAX_RANK, whole=True)
+    r: int = option(8, "Rank of each task's adapter.", least=1, most=MAX_RANK)
     lora_alpha: int = option(
         16, "LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with rsLoRA).", above=0
     )
@@ -207,7 +176,7 @@ class RunConfig:
 
     def check(self) -> RunConfig:
         """This configuration. Raises PmLlmError on a value out of range or a choice that cannot be built."""
-        check_bounds(self)
+        check_options(self)
         if self.fuar is not None:
             if set(self.fuar) != {"kept", "updated", "acquired"} or not isinstance(self.fuar["kept"], list):
                 raise PmLlmError(f"fuar is {self.fuar!r}; it names kept (a list of tasks), updated and acquired.")

@@ -81,6 +81,13 @@ for _kind, _group in GROUPS.items():
         REGISTRIES[_kind].setdefault(_one.name, _one.value)
 
 
+def name_of_choice(one: Any) -> str:
+    """What the configuration calls a start, constraint or merge."""
+    place = f"{type(one).__module__}:{type(one).__name__}"
+    names = (name for registry in REGISTRIES.values() for name, where in registry.items() if where == place)
+    return next(names, type(one).__name__)
+
+
 @dataclass(frozen=True)
 class Choice:
     """One of the three words with its options, e.g. `Choice("perturb", {"epsilon": 0.5})`."""

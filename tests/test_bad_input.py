@@ -73,7 +73,7 @@ def test_unknown_yaml_key_names_the_nearest(tmp_path, run) -> None:
     [
         (("--method", "pn"), ("unknown method 'pn'", "seqlora")),
         (("--merge", "{name: optimal, granularty: module}"), ("granularty", "Did you mean 'granularity'?")),
-        (("--constrain", "{name: perturb, epsilon: 2}"), ("epsilon is 2", "from 0.0 to 1.0")),
+        (("--constrain", "{name: perturb, epsilon: 2}"), ("epsilon is 2", "from 0 to 1")),
         (("--start", "frsh"), ("unknown start 'frsh'", "fresh")),
         (("--lora.r", "0"), ("lora.r is 0", "from 1 to 4096")),
         (("--lora.r", "many"), ("lora.r is 'many'", "a whole number")),

@@ -38,7 +38,7 @@ from tests.helpers.step_script import make_trainer, one_step, weights
         ({"name": "align", "reset": "mine"}, "running or zero"),
         ({"name": "slow", "rates": {"(": 0.1}}, "not a regular expression"),
         ({"name": "slow", "rates": []}, "a mapping"),
-        ({"name": "lori", "keep": 0}, "from 1e-06"),
+        ({"name": "lori", "keep": 0}, "above 0 to 1"),
         ({"name": "replay", "share": 2}, "to 1"),
         ({"name": "replay", "buffer": "all"}, "task or reservoir"),
         ({"name": "perturb", "scales": "wide"}, "symmetric or cover"),

@@ -200,7 +200,7 @@ def test_state_goes_on_where_it_was(rule: str) -> None:
     [
         ({"name": "ties", "density": 0}, "above 0"),
         ({"name": "ties", "majority_sign_method": "vote"}, "total or frequency"),
-        ({"name": "dare", "density": 1.5}, "at most 1"),
+        ({"name": "dare", "density": 1.5}, "above 0 to 1"),
         ({"name": "opcm", "variant": "mine"}, "paper or reference"),
         ({"name": "opcm", "threshold": 0}, "above 0"),
         ({"name": "task_arithmetic", "scale": "half"}, "a finite number"),

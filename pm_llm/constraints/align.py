@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.base import Constraint, Context, Live, Step
-from pm_llm.errors import PmLlmError, check_number
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -26,17 +26,11 @@ class Align(Constraint):
         reset: `running`: the running adapter's value, where `start: continue` begins; `zero`.
     """
 
-    every: int = 10
-    share: float = 0.5
-    reset: str = "running"
+    every: int = option(10, least=1)
+    share: float = option(0.5, least=0, most=1)
+    reset: str = option("running", choices=("running", "zero"))
     _running: Mapping[str, LowRank] = field(default_factory=dict, init=False, repr=False)
     in_coordinates = True
-
-    def __post_init__(self) -> None:
-        check_number("align: every", self.every, 1, whole=True)
-        check_number("align: share", self.share, 0, 1)
-        if self.reset not in ("running", "zero"):
-            raise PmLlmError(f"align: reset is {self.reset!r}; it must be running or zero.")
 
     def begin(self, context: Context) -> None:
         self._running = dict(context.running)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pm_llm.constraints.base import Constraint, Live, Step
-from pm_llm.errors import check_number
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -27,14 +27,10 @@ class Anchor(Constraint):
         temperature: T, above 0.
     """
 
-    weight: float = 1.0
-    temperature: float = 1.0
+    weight: float = option(1.0, least=0)
+    temperature: float = option(1.0, above=0)
     from_zero = True
     anew = "with the task adapter off the model must be what it was before the task"
-
-    def __post_init__(self) -> None:
-        check_number("anchor: weight", self.weight, 0)
-        check_number("anchor: temperature", self.temperature, 1e-3)
 
     def loss(
         self, step: Step, live: Live, inputs: Mapping[str, Any], outputs: Tensor, reference: Callable[[], Tensor]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.families.base import Family, Row
 from pm_llm.fisher.base import Fisher, Needs, Penalty
+from pm_llm.methods import name_of_choice
+from pm_llm.system.options import check_options
 
 if TYPE_CHECKING:
     from pm_llm.fisher.rows import ChosenRows
@@ -134,6 +136,9 @@ class Constraint:
     old_data: ClassVar[bool] = False
     stores: ClassVar[str] = ""
     prepared = False
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{name_of_choice(self)}: ")
 
     @property
     def by_itself(self) -> bool:

@@ -12,6 +12,7 @@ from pm_llm.constraints.base import ANEW, Context
 from pm_llm.constraints.weighted import Weighted
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.base import Needs, Penalty
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Curvature(Weighted):
         PmLlmError: If the weight is negative, the merge keeps no quadratic, or the start leaves out what was learned.
     """
 
-    weight: float = 1.0
+    weight: float = option(1.0, least=0)
     _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
     from_zero = True
     anew, in_factors_too = ANEW, True

@@ -10,9 +10,9 @@ from torch import Tensor
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.base import Context
 from pm_llm.constraints.weighted import Weighted
-from pm_llm.errors import check_number
 from pm_llm.fisher.base import Needs, Penalty, Room
 from pm_llm.fisher.of_factors import Factors, FactorsPast
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -32,18 +32,14 @@ class Ewc(Weighted):
         PmLlmError: If a number is out of range.
     """
 
-    weight: float = 1.0
+    weight: float = option(1.0, least=0)
     online: bool = False
-    gamma: float = 1.0
+    gamma: float = option(1.0, least=0, most=1)
     past: dict[str, FactorsPast] = field(default_factory=dict, init=False, repr=False)
     _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
     needs = Needs(fisher="factors")
     stores = "a Fisher and a sum of the adapter's shape"
     in_coordinates = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("ewc: gamma", self.gamma, 0, 1)
 
     def begin(self, context: Context) -> None:
         self._penalties = {name: past.penalty(context.running[name]) for name, past in self.past.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pm_llm.constraints.base import Constraint, Live, Step
-from pm_llm.errors import check_number
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -27,10 +27,7 @@ class Gaussian(Constraint):
         epsilon: Size of the noise, at least 0 (0: none).
     """
 
-    epsilon: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_number("gaussian: epsilon", self.epsilon, 0)
+    epsilon: float = option(0.5, least=0)
 
     @contextmanager
     def around(self, step: Step, live: Live, batch: Mapping[str, Any]) -> Iterator[None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pm_llm.algebra.bases import Sketch, extended, without
 from pm_llm.constraints.base import Context, Live, Step
 from pm_llm.constraints.spans import Spans
-from pm_llm.errors import check_number
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -28,18 +28,14 @@ class GradientSubspace(Spans):
         most: Of the input space's dimensions that the span may fill.
     """
 
-    share: float = 0.95
-    size: int = 16
-    most: float = 0.8
+    share: float = option(0.95, least=0, most=1)
+    size: int = option(16, least=1)
+    most: float = option(0.8, least=0, most=1)
     bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _sketches: dict[str, Sketch] = field(default_factory=dict, init=False, repr=False)
     stores = "a basis of past gradients a module"
     called = "gradient_subspace"
     moves = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("gradient_subspace: size", self.size, 1, whole=True)
 
     def begin(self, context: Context) -> None:
         assert context.live is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.base import Context
 from pm_llm.constraints.weighted import Weighted
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -20,7 +21,7 @@ class L2(Weighted):
         weight: The penalty's weight, at least 0.
     """
 
-    weight: float = 0.1
+    weight: float = option(0.1, least=0)
     _before: Mapping[str, LowRank] = field(default_factory=dict, init=False, repr=False)
     in_coordinates = True
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pm_llm.constraints.base import ANEW, Constraint, Context, Live, Step
-from pm_llm.errors import PmLlmError, check_number
+from pm_llm.errors import PmLlmError
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -25,16 +26,12 @@ class Lori(Constraint):
             trained whole throughout (LoRI-D).
     """
 
-    keep: float = 0.1
-    calibration: float = 0.25
+    keep: float = option(0.1, above=0, most=1)
+    calibration: float = option(0.25, least=0, below=1)
     _masks: list[Tensor] = field(default_factory=list, init=False, repr=False)
     from_zero = True
     anew = ANEW
     fixes_a = True
-
-    def __post_init__(self) -> None:
-        check_number("lori: keep", self.keep, 1e-6, 1)
-        check_number("lori: calibration", self.calibration, 0, 0.99)
 
     @property
     def by_itself(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pm_llm.constraints.base import Constraint, Context, Live, Step
-from pm_llm.errors import check_number
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -26,12 +26,9 @@ class Migu(Constraint):
         threshold: Quantile below which rows are not updated, from 0 (all are) to 1 (only the largest).
     """
 
-    threshold: float = 0.7
+    threshold: float = option(0.7, least=0, most=1)
     _task: int = field(default=1, init=False, repr=False)
     _sums: dict[nn.Module, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_number("migu: threshold", self.threshold, 0, 1)
 
     def begin(self, context: Context) -> None:
         self._task = context.task

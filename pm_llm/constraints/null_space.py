@@ -12,6 +12,7 @@ from pm_llm.algebra.bases import extended_by_moments, leading, without
 from pm_llm.constraints.base import Context, Live, Step
 from pm_llm.constraints.spans import Spans
 from pm_llm.fisher.inputs import second_moments
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -28,8 +29,8 @@ class NullSpace(Spans):
         most: Of the input space's dimensions that the basis may fill; the rest is what new tasks can still use.
     """
 
-    share: float = 0.95
-    most: float = 0.8
+    share: float = option(0.95, least=0, most=1)
+    most: float = option(0.8, least=0, most=1)
     bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     stores = "a basis of past inputs a module"
     called = "null_space"

@@ -10,6 +10,7 @@ from torch import Tensor
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.base import ANEW, Context
 from pm_llm.constraints.weighted import Weighted
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Orthogonal(Weighted):
         weight: The paper's lambda_1, at least 0.
     """
 
-    weight: float = 0.5
+    weight: float = option(0.5, least=0)
     _past: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     from_zero = True
     anew = ANEW

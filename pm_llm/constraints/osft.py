@@ -19,6 +19,7 @@ from pm_llm.algebra.lowrank import LowRank, truncate
 from pm_llm.constraints.base import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
 from pm_llm.fisher.inputs import pass_rows
+from pm_llm.system.options import option
 from pm_llm.system.processes import total
 
 SIDES = ("U_low", "S_low", "V_low")
@@ -71,10 +72,10 @@ class Osft(Constraint):
         target: Share that a block of average importance keeps.
     """
 
-    rank: int = 64
-    rate: float = 0.1
-    minimum: float = 0.1
-    target: float = 0.8
+    rank: int = option(64, least=1)
+    rate: float = option(0.1, least=0)
+    minimum: float = option(0.1, least=0, most=1)
+    target: float = option(0.8, least=0, most=1)
     _layers: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _before: list[Tensor] = field(default_factory=list, init=False, repr=False)
     from_zero = True
@@ -83,9 +84,7 @@ class Osft(Constraint):
     scales_update = True
 
     def __post_init__(self) -> None:
-        check_number("osft: rank", self.rank, 1, whole=True)
-        check_number("osft: rate", self.rate, 0)
-        check_number("osft: minimum", self.minimum, 0, 1)
+        super().__post_init__()
         check_number("osft: target", self.target, self.minimum, 1)
 
     def begin(self, context: Context) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pm_llm.constraints.base import Constraint, Context, Step
-from pm_llm.errors import PmLlmError, check_number
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -46,13 +46,13 @@ class Perturb(Constraint):
         PmLlmError: If an argument is out of range.
     """
 
-    epsilon: float = 0.5
-    probability: float = 1 / 3
+    epsilon: float = option(0.5, least=0, most=1)
+    probability: float = option(1 / 3, least=0, most=0.5)
     per_micro_step: bool = False
     per_rank: bool = False
-    decay: float = 0.98
-    space: str = "weights"
-    scales: str = "symmetric"
+    decay: float = option(0.98, least=0, below=1)
+    space: str = option("weights", choices=("weights", "factors"))
+    scales: str = option("symmetric", choices=("symmetric", "cover"))
     anew = "one adapter holds all, so it would perturb the past tasks too"
     in_factors_too = True
     _expected: float = field(default=1.0, init=False, repr=False)
@@ -60,13 +60,6 @@ class Perturb(Constraint):
         default_factory=lambda: {s: [torch.zeros(()), torch.zeros(())] for s in (-1, 0, 1)}, init=False, repr=False
     )
     from_zero = True
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("epsilon", 0.0, 1.0), ("probability", 0.0, 0.5), ("decay", 0.0, 0.999999)):
-            check_number(f"perturb: {name}", getattr(self, name), low, high)
-        for name, allowed in (("space", ("weights", "factors")), ("scales", ("symmetric", "cover"))):
-            if getattr(self, name) not in allowed:
-                raise PmLlmError(f"perturb: {name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
 
     @property
     def by_itself(self) -> bool:

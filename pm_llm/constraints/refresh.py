@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pm_llm.constraints.base import Constraint, Live, Step
-from pm_llm.errors import check_number
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -24,13 +24,9 @@ class Refresh(Constraint):
         curvature: Weight of the Fisher in its preconditioner, at least 0.
     """
 
-    rate: float = 1e-5
-    curvature: float = 1e-3
+    rate: float = option(1e-5, least=0)
+    curvature: float = option(1e-3, least=0)
     moves = True
-
-    def __post_init__(self) -> None:
-        check_number("refresh: rate", self.rate, 0)
-        check_number("refresh: curvature", self.curvature, 0)
 
     def before_pass(self, step: Step, live: Live, gradient: Callable[[], list[Tensor]]) -> None:
         for p, g in zip(live.parameters(), gradient(), strict=True):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pm_llm.constraints.base import Constraint, Context
-from pm_llm.errors import PmLlmError, check_number
 from pm_llm.families.base import Row
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -24,19 +24,14 @@ class Replay(Constraint):
         longer: Train on for as many steps more as there are rows more, where steps are given and not epochs.
     """
 
-    share: float = 0.02
-    buffer: str = "task"
+    share: float = option(0.02, above=0, most=1)
+    buffer: str = option("task", choices=("task", "reservoir"))
     longer: bool = False
     kept: list[Row] = field(default_factory=list, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
     _room: int = field(default=0, init=False, repr=False)
     old_data = True
     stores = "rows of past tasks"
-
-    def __post_init__(self) -> None:
-        check_number("replay: share", self.share, 1e-6, 1)
-        if self.buffer not in ("task", "reservoir"):
-            raise PmLlmError(f"replay: buffer is {self.buffer!r}; it must be task or reservoir.")
 
     def rows(self, rows: list[Row], context: Context) -> list[Row]:
         return rows + self.kept

@@ -33,6 +33,7 @@ class Slow(Constraint):
     scales_update = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.rates, dict) or not self.rates:
             raise PmLlmError(f"slow: rates is {self.rates!r}; it must be a mapping of patterns to factors.")
         for pattern, rate in self.rates.items():

@@ -7,7 +7,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from pm_llm.constraints.base import ANEW, Constraint
-from pm_llm.errors import check_number
 
 
 class Spans(Constraint):
@@ -20,10 +19,6 @@ class Spans(Constraint):
     called: ClassVar[str]
     from_zero = True
     anew = ANEW
-
-    def __post_init__(self) -> None:
-        check_number(f"{self.called}: share", self.share, 0, 1)
-        check_number(f"{self.called}: most", self.most, 0, 1)
 
     def memory(self) -> dict[str, Tensor]:
         return {name: basis.cpu() for name, basis in self.bases.items()}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.weighted import Weighted
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Sparse(Weighted):
         weight: The paper's lambda, at least 0.
     """
 
-    weight: float = 1e-4
+    weight: float = option(1e-4, least=0)
     from_zero = True
 
     def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:

@@ -8,16 +8,12 @@ from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.base import Constraint
-from pm_llm.errors import check_number
 
 
 class Weighted(Constraint):
     """A penalty `weight * sum terms`; none where there are no terms, or the weight is 0."""
 
     weight: float
-
-    def __post_init__(self) -> None:
-        check_number(f"{type(self).__name__.lower()}: weight", self.weight, 0)
 
     def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
         """The terms (0-dim), from each module's live (s B, A)."""

@@ -13,7 +13,9 @@ from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.base import Fisher, Needs, Penalty
+from pm_llm.methods import name_of_choice
 from pm_llm.system.mapped import Zeros
+from pm_llm.system.options import check_options
 
 Factors = Mapping[str, LowRank]
 
@@ -106,6 +108,9 @@ class Merge:
     stores = ""  # what is kept from task to task, besides the running adapter
     zeros: Zeros = staticmethod(torch.zeros)  # how sums that are kept are made
 
+    def __post_init__(self) -> None:
+        check_options(self, f"{name_of_choice(self)}: ")
+
     def ready(self) -> None:
         """Before a run. Raise PmLlmError if what the rule reads by itself is not there."""
 
@@ -159,13 +164,6 @@ class Merge:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`state_dict`; also of what it gave before the first fold, where a fold failed."""
-
-
-def check_space(rule: str, space: str) -> bool:
-    """Whether `space` is factors. Raises PmLlmError if it is neither that nor weights."""
-    if space not in ("weights", "factors"):
-        raise PmLlmError(f"{rule}: space is {space!r}; it must be weights or factors.")
-    return space == "factors"
 
 
 def entrywise(fold: Fold, name: str, alpha: float) -> LowRank:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.errors import PmLlmError, check_number
+from pm_llm.errors import PmLlmError
 from pm_llm.fisher.base import Fisher, Needs
 from pm_llm.fisher.of_factors import Factors
 from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -27,18 +28,13 @@ class Cofima(Merge):
         past: `last` (the paper), or `sum`.
     """
 
-    weight: float = 0.5
-    past: str = "last"
+    weight: float = option(0.5, least=0, most=1)
+    past: str = option("last", choices=("last", "sum"))
     fishers: dict[str, Factors] = field(default_factory=dict, init=False, repr=False)
     needs = Needs(fisher="factors")
     needs_history = True
     in_factors = True
     stores = "a Fisher of the adapter's shape"
-
-    def __post_init__(self) -> None:
-        check_number("cofima: weight", self.weight, 0, 1)
-        if self.past not in ("last", "sum"):
-            raise PmLlmError(f"cofima: past is {self.past!r}; it must be last or sum.")
 
     def remembers(self, n: int, m: int, r: int, tasks: int, whole: int, form: str | None) -> int:
         return (n + m) * r

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.errors import check_number
-from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates, check_space, entrywise
+from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates, entrywise
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -16,12 +16,12 @@ class Constant(Merge):
     `space: factors` averages A and B themselves, of an adapter that continues: the rank stays what it is.
     """
 
-    coefficient: float = 0.5
-    space: str = "weights"
+    coefficient: float = option(0.5, finite=True)
+    space: str = option("weights", choices=("weights", "factors"))
 
     def __post_init__(self) -> None:
-        self.in_factors = check_space("constant", self.space)
-        check_number("constant: coefficient", self.coefficient)
+        super().__post_init__()
+        self.in_factors = self.space == "factors"
 
     def coefficients(self, fold: Fold) -> Coefficients:
         if self.in_factors:

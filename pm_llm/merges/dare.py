@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pm_llm.merges.stored import Stored, check_share
+from pm_llm.merges.stored import Stored
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -23,12 +24,9 @@ class Dare(Stored):
         seed: Of the masks.
     """
 
-    density: float = 0.2
+    density: float = option(0.2, above=0, most=1)
     scale: float = 1.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_share("dare", self.density)
 
     def combine(self, name: str, vectors: list[Tensor]) -> Tensor:
         total = torch.zeros_like(vectors[0])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.errors import PmLlmError
-from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates, check_space, entrywise
+from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates, entrywise
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -18,14 +18,13 @@ class Exponential(Merge):
     `space: factors` averages A and B themselves, of an adapter that continues: the rank stays what it is.
     """
 
-    decay: float = 0.5
-    space: str = "weights"
+    decay: float = option(0.5, least=0, below=1)
+    space: str = option("weights", choices=("weights", "factors"))
     needs_history = True
 
     def __post_init__(self) -> None:
-        self.in_factors = check_space("exponential", self.space)
-        if not isinstance(self.decay, (int, float)) or not 0 <= self.decay < 1:
-            raise PmLlmError(f"exponential: decay is {self.decay!r}; it must be a number from 0 to below 1.")
+        super().__post_init__()
+        self.in_factors = self.space == "factors"
 
     def coefficients(self, fold: Fold) -> Coefficients:
         if self.in_factors:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.errors import check_number
 from pm_llm.fisher.base import Needs
 from pm_llm.merges.base import Coefficients, Fold
 from pm_llm.merges.stored import Stored
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -26,13 +26,10 @@ class FrankWolfe(Stored):
         steps: How many; each is a pass over the rows that a Fisher would be measured on.
     """
 
-    steps: int = 3
+    steps: int = option(3, least=0)
     weights_of: list[float] = field(default_factory=list, init=False, repr=False)
     needs = Needs(probe=True)
     whole, dense = True, False
-
-    def __post_init__(self) -> None:
-        check_number("frank_wolfe: steps", self.steps, 0, whole=True)
 
     def coefficients(self, fold: Fold) -> Coefficients:
         self.vectors.append({name: fold.theta(name) for name in fold.new})

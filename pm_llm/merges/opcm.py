@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.errors import PmLlmError
 from pm_llm.merges.base import Coefficients, Fold, Merge
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -31,18 +31,12 @@ class Opcm(Merge):
             diagonal are left out.
     """
 
-    threshold: float = 0.5
-    variant: str = "paper"
+    threshold: float = option(0.5, above=0, most=1)
+    variant: str = option("paper", choices=("paper", "reference"))
     norms: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # mean over the task vectors
     scales: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # lambda
     needs_history, dense = True, True
     stores = "two norms a module"
-
-    def __post_init__(self) -> None:
-        if self.variant not in ("paper", "reference"):
-            raise PmLlmError(f"opcm: variant is {self.variant!r}; it must be paper or reference.")
-        if not isinstance(self.threshold, (int, float)) or not 0 < self.threshold <= 1:
-            raise PmLlmError(f"opcm: threshold is {self.threshold!r}; it must be a number above 0, at most 1.")
 
     def coefficients(self, fold: Fold) -> Coefficients:
         return Coefficients.same(1.0, fold.new)

@@ -17,15 +17,9 @@ from pm_llm.fisher.base import Diagonal, Fisher, Needs, Past, Penalty, Room, pas
 from pm_llm.fisher.scale import scale_of
 from pm_llm.fisher.terms import Watched
 from pm_llm.merges.base import Coefficients, Factors, Fold, Merge, check_coordinates, entrywise
+from pm_llm.system.options import option
 from pm_llm.system.parallel import each
 
-OPTIONS = {
-    "granularity": ("model", "layer", "module"),
-    "fisher_scale": ("raw", "trace", "own", "measured"),
-    "current": ("diagonal", "exact", "line"),
-    "space": ("weights", "factors"),
-    "form": (None, "dense", "factored", "kronecker"),
-}
 POINTS = [i / 8 for i in range(9)]  # of `current: line`
 
 
@@ -70,29 +64,22 @@ class Optimal(Merge):
         PmLlmError: On an option out of range, or a denominator that is zero or not finite, naming the module.
     """
 
-    granularity: str = "model"
+    granularity: str = option("model", choices=("model", "layer", "module"))
     clip: bool = True
-    fisher_scale: str = "raw"
-    current: str = "diagonal"
-    space: str = "weights"
-    form: str | None = None
-    pairs: int = 32
-    rank: int = 32
-    directions: int = 32
-    basis: int = 128
+    fisher_scale: str = option("raw", choices=("raw", "trace", "own", "measured"))
+    current: str = option("diagonal", choices=("diagonal", "exact", "line"))
+    space: str = option("weights", choices=("weights", "factors"))
+    form: str | None = option(None, choices=(None, "dense", "factored", "kronecker"))
+    pairs: int = option(32, least=1)
+    rank: int = option(32, least=1)
+    directions: int = option(32, least=1)
+    basis: int = option(128, least=1)
     past: dict[str, Past] = field(default_factory=dict, init=False, repr=False)
     needs_history, quadratic = True, True
     stores = "the Fishers' sum and m, of bounded size"
 
     def __post_init__(self) -> None:
-        for name, allowed in OPTIONS.items():
-            if getattr(self, name) not in allowed:
-                names = " or ".join(str(one) for one in allowed)
-                raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be {names}.")
-        for name in ("pairs", "rank", "directions", "basis"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise PmLlmError(f"optimal: {name} is {getattr(self, name)!r}; it must be a whole number from 1.")
-
+        super().__post_init__()
         if self.form is not None and self.space == "factors":
             raise PmLlmError(
                 f"optimal: form {self.form!r} (as pm_curvature has it) is of the weights. Unset form, or space."

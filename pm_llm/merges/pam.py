@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.errors import PmLlmError
 from pm_llm.merges.base import Coefficients, Fold, Merge, check_coordinates, entrywise
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -17,13 +17,9 @@ class Pam(Merge):
         weight: `half`: w = 1/2; `count`: w = 1/t, the mean over all tasks. The paper leaves it open (a choice).
     """
 
-    weight: str = "half"
+    weight: str = option("half", choices=("half", "count"))
     needs_history = True
     in_factors = True
-
-    def __post_init__(self) -> None:
-        if self.weight not in ("half", "count"):
-            raise PmLlmError(f"pam: weight is {self.weight!r}; it must be half or count.")
 
     def coefficients(self, fold: Fold) -> Coefficients:
         check_coordinates("pam", fold)

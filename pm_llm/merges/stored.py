@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank, from_dense
-from pm_llm.errors import PmLlmError
 from pm_llm.merges.base import Coefficients, Fold, Merge
 
 
@@ -54,9 +53,3 @@ class Stored(Merge):
             t, side, name = key.split(".", 2)
             found[int(t)][name][side] = tensor
         self.vectors = [{name: LowRank(**pair) for name, pair in found[t].items()} for t in sorted(found)]
-
-
-def check_share(rule: str, density: float) -> None:
-    """Raise PmLlmError unless the density is a share above 0."""
-    if not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise PmLlmError(f"{rule}: density is {density!r}; it must be a number above 0, at most 1.")

@@ -8,8 +8,8 @@ import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, magnitude_based_pruning
 from torch import Tensor
 
-from pm_llm.errors import PmLlmError
-from pm_llm.merges.stored import Stored, check_share
+from pm_llm.merges.stored import Stored
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -23,16 +23,9 @@ class Ties(Stored):
         majority_sign_method: `total` (of the values, the paper) or `frequency` (of the signs).
     """
 
-    density: float = 0.2
+    density: float = option(0.2, above=0, most=1)
     scale: float = 1.0
-    majority_sign_method: str = "total"
-
-    def __post_init__(self) -> None:
-        check_share("ties", self.density)
-        if self.majority_sign_method not in ("total", "frequency"):
-            raise PmLlmError(
-                f"ties: majority_sign_method is {self.majority_sign_method!r}; it must be total or frequency."
-            )
+    majority_sign_method: str = option("total", choices=("total", "frequency"))
 
     def combine(self, name: str, vectors: list[Tensor]) -> Tensor:
         kept = vectors if self.density == 1 else [magnitude_based_pruning(x, self.density) for x in vectors]

@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank, from_dense
-from pm_llm.errors import PmLlmError, check_number
+from pm_llm.errors import PmLlmError
 from pm_llm.merges.base import Coefficients, Fold, Merge
+from pm_llm.system.options import option
 
 
 @dataclass
@@ -29,14 +30,14 @@ class Transfer(Merge):
     """
 
     adapter: str = ""
-    scale: float = 1.0
+    scale: float = option(1.0, finite=True)
     _vector: Adapter | None = field(default=None, init=False, repr=False)
     needs_history, adds, brings = True, True, True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.adapter:
             raise PmLlmError("transfer: name the adapter to add; `pm-llm vector` makes one of two models.")
-        check_number("transfer: scale", self.scale)
 
     def ready(self) -> None:
         self._load()

@@ -11,7 +11,8 @@ from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
 from pm_llm.config import LoraSection
 from pm_llm.families.base import Family
 from pm_llm.families.models import add_task_adapter
-from pm_llm.methods import STARTS
+from pm_llm.methods import name_of_choice
+from pm_llm.system.options import check_options
 
 if TYPE_CHECKING:
     from pm_llm.fisher.rows import ChosenRows
@@ -30,6 +31,9 @@ class Start:
     keeps_coordinates = False  # whether A and B begin as those that were merged, or trained, last
     offset = False  # whether the trained adapter begins at an update that is not zero, taken back elsewhere
 
+    def __post_init__(self) -> None:
+        check_options(self, f"{name_of_choice(self)}: ")
+
     @property
     def anew(self) -> bool:
         """Whether the task's adapter is a new one, on the running one or alone."""
@@ -37,8 +41,7 @@ class Start:
 
     def name(self) -> str:
         """What the configuration calls it."""
-        place = f"{type(self).__module__}:{type(self).__name__}"
-        return next((name for name, where in STARTS.items() if where == place), type(self).__name__)
+        return name_of_choice(self)
 
     def prepare(
         self, model: PeftModel, running: Adapter | None, lora: LoraSection, family: Family, last: Adapter | None = None

@@ -58,6 +58,7 @@ class Subspace(Start):
     _running: Adapter | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name, _, steps = self.init.partition("_niter_")
         if self.init not in INITS and not (name == "pissa" and steps.isdigit()):
             raise PmLlmError(f"subspace: init is {self.init!r}; it must be {', '.join(INITS)} or pissa_niter_N.")
