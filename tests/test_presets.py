@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pm_llm import ContinualSequence
-from pm_llm.presets import TESTED
+from pm_llm.presets import PRESETS, TESTED
 from pm_llm.training.trainers import ContinualSeq2SeqTrainer, ContinualSFTTrainer
 from tests.conftest import batch_of, features, small_tasks
 from tests.helpers.launching import launch, launcher, same_as_one_process
@@ -18,10 +18,8 @@ from tests.helpers.presets import sequence
 BOTH = [(family, preset) for family, kind in (("llama", "LLaMA"), ("t5", "T5")) for preset in TESTED[kind]]
 
 
-@pytest.mark.parametrize(("family", "preset"), BOTH)
-def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, pico_folders, tmp_path) -> None:
-    model = pico_folders[family]
-    whole = sequence(preset, model, tmp_path / "whole").run()
+def goes_on(preset: str, family: str, model: str, folder: Path, whole: dict) -> None:
+    """Stopped inside the second task and begun again, it does what the run in `whole` did."""
     trainer = ContinualSFTTrainer if family == "llama" else ContinualSeq2SeqTrainer
     original = trainer.training_step
 
@@ -30,18 +28,26 @@ def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, 
             raise KeyboardInterrupt
         return original(self, *args)
 
-    parts = sequence(preset, model, tmp_path / "parts")
+    parts = sequence(preset, model, folder / "parts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             parts.run()
-    resumed = sequence(preset, model, tmp_path / "parts").run()
+    resumed = sequence(preset, model, folder / "parts").run()
     assert resumed["matrix"] == whole["matrix"]
     assert resumed["raw_coefficients"] == whole["raw_coefficients"]
-    files = [tmp_path / which / "adapter/adapter_model.safetensors" for which in ("whole", "parts")]
-    one, other = (load_file(file) for file in files)
+    one, other = (load_file(folder / which / "adapter/adapter_model.safetensors") for which in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert any(bool(x.any()) for name, x in one.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("family", "preset"), BOTH)
+def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, pico_folders, tmp_path) -> None:
+    model = pico_folders[family]
+    whole = sequence(preset, model, tmp_path / "whole").run()
+    if family == "llama" or PRESETS[preset].constrain:  # what a merge alone remembers is no other on T5
+        goes_on(preset, family, model, tmp_path, whole)
+    found = load_file(tmp_path / "whole/adapter/adapter_model.safetensors")
+    assert any(bool(x.any()) for name, x in found.items() if "lora_B" in name)
 
     auto = AutoModelForCausalLM if family == "llama" else AutoModelForSeq2SeqLM
     alone = PeftModel.from_pretrained(auto.from_pretrained(model), str(tmp_path / "whole/adapter"))
