@@ -140,7 +140,9 @@ class ConstraintMixin(_Trainer):
         """The batches, of an epoch's last only the rows that are left: with several processes, accelerate fills it up
         with the epoch's first rows, which would count twice. What it filled up has no answer here."""
         processes, size = self.accelerator.num_processes, self._train_batch_size
-        left = len(self.train_dataset) % (size * processes) if processes > 1 else 0  # type: ignore[arg-type]
+        rows_of_all: Any = self.train_dataset
+        counted = processes > 1 and hasattr(rows_of_all, "__len__")  # a stream is given out otherwise
+        left = len(rows_of_all) % (size * processes) if counted else 0
         rows = not getattr(self.args, "padding_free", False)  # else a batch is one long row
         for batch in batches:
             if left and rows and self.accelerator.gradient_state.end_of_dataloader:
