@@ -38,6 +38,7 @@ def main() -> None:
     from pm_llm.report.figures import matrix_png
     from pm_llm.report.page import write_report
     from pm_llm.report.tables import compare, describe
+    from pm_llm.run.record import Results
     from pm_llm.sequence import ContinualSequence
 
     started = time.monotonic()
@@ -49,7 +50,7 @@ def main() -> None:
         config = load_config(HERE / f"{method}.yaml", overrides)
         print(f"\n{method} on the embedded {given.model}", flush=True)
         sequence = ContinualSequence(config)
-        results[method] = sequence.run()
+        results[method] = Results.of(sequence.run())
         sequence.run_dir.write("matrix.png", matrix_png(results[method]))
     print()
     texts = [describe(results[method]) for method in METHODS]
