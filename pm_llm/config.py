@@ -113,7 +113,9 @@ class RunConfig:
     benchmark: str | None = option(None, f"A benchmark: {', '.join(BENCHMARKS)}.")
     order: Any = option(None, "An order of the benchmark by name, a list of task names, or random:SEED.")
     repeat: int = option(1, "How many times the sequence is gone through.", least=1)
-    blur: float = option(0.0, "Share of each task's training rows that come from its neighbours in the sequence.")
+    blur: float = option(
+        0.0, "Share of each task's training rows that come from its neighbours in the sequence.", least=0, below=1
+    )
     bad_rows: str = option(
         "error", "Rows that cannot be used: error (all are shown), or drop.", choices=("error", "drop")
     )
@@ -182,8 +184,6 @@ class RunConfig:
                 raise PmLlmError(f"fuar is {self.fuar!r}; it names kept (a list of tasks), updated and acquired.")
             if self.evaluate != "all":
                 raise PmLlmError("fuar needs scores before training and after every task: set evaluate to all.")
-        if not 0 <= self.blur < 1:
-            raise PmLlmError(f"blur is {self.blur}; it is a share from 0 to below 1.")
         for pattern, rank in self.lora.rank_pattern.items():
             check_pattern("lora.rank_pattern", pattern)
             check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, MAX_RANK, whole=True)

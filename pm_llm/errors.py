@@ -26,8 +26,17 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def check_number(what: str, value: Any, low: float = -inf, high: float = inf, whole: bool = False) -> None:
-    """Raise PmLlmError unless the value is a finite number (a whole one) from `low` to `high`.
+def check_number(
+    what: str,
+    value: Any,
+    low: float = -inf,
+    high: float = inf,
+    whole: bool = False,
+    above: float = -inf,
+    below: float = inf,
+) -> None:
+    """Raise PmLlmError unless the value is a finite number (a whole one) from `low` to `high`, above `above` and below
+    `below`.
 
     Args:
         what: Where it stands and its name, such as `perturb: epsilon`.
@@ -35,14 +44,16 @@ def check_number(what: str, value: Any, low: float = -inf, high: float = inf, wh
         low: The smallest allowed.
         high: The largest allowed.
         whole: Whether it must be an integer.
+        above: What it must be larger than.
+        below: What it must be smaller than.
     """
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not isfinite(value):
         good = False
     else:
-        good = low <= value <= high
+        good = low <= value <= high and above < value < below
     if not good:
-        bounds = [f"from {low}"] if low > -inf else []
-        bounds += [f"to {high}"] if high < inf else []
+        bounds = [f"{word} {x}" for word, x in (("from", low), ("above", above)) if x > -inf]
+        bounds += [f"{word} {x}" for word, x in (("to", high), ("to below", below)) if x < inf]
         kind = "a whole number" if whole else "a finite number"
         raise PmLlmError(f"{what} is {value!r}; it must be {' '.join([kind, *bounds])}.")
 

@@ -163,6 +163,6 @@ class ContinualSequence:
             self.session.activate(Adapter.load(self.run_dir.stage_adapter(number - 1)))
 
     def _finish(self) -> dict[str, Any]:
-        results = gather_results(self.run_dir.state(), self.method, self.columns)
+        results = gather_results(self.run_dir.state(), self.columns)
         self.run_dir.write_results(results)
         return results.plain()

@@ -32,7 +32,7 @@ from pm_llm.families.models import Base, load_base
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.probe import Probe
 from pm_llm.fisher.rows import ChosenRows
-from pm_llm.merges.base import Fold, Trained
+from pm_llm.merges.base import Factors, Fold, Trained
 from pm_llm.merges.merger import Merger
 from pm_llm.methods import Method
 from pm_llm.run.folder import RunDir, jsonl
@@ -105,6 +105,11 @@ class Session:
         self.model = self.base.model
         for watcher in self.watchers:
             watcher.loaded(self)
+
+    @property
+    def past(self) -> Factors:
+        """The running adapter by module; empty before the first task."""
+        return {} if self.running is None else self.running.factors
 
     def prepare(self) -> None:
         """Put the next task's adapter into the model, as the start wants it."""
@@ -301,8 +306,8 @@ class Stage:
         if form is None:
             return None
         if rule.needs.direction:
-            past = session.running.factors if session.running is not None else {}
-            direction = rule.direction(Fold(merger.tasks + 1, past, self.new.factors, trained=self.trained()))
+            fold = Fold(merger.tasks + 1, session.past, self.new.factors, trained=self.trained())
+            direction = rule.direction(fold)
         return chosen.fisher(session.model, form, direction, self.loss_before, session.zeros)
 
     def _fisher(self) -> Fisher | None:
@@ -329,7 +334,7 @@ class Stage:
         session = self.session
         return Context(
             self.number,
-            session.running.factors if session.running is not None else {},
+            session.past,
             session.merger.rule,
             Live(lora_layers(session.model), TASK, total, session.base.family),
             session.model,

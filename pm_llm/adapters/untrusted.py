@@ -66,7 +66,7 @@ def check_files(folder: Path) -> dict[str, Any]:
                 "Give a folder written by PEFT's save_pretrained with safetensors."
             )
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS_FILE, "pt") as file:  # checks the header against the file's size
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -89,8 +89,7 @@ def check_files(folder: Path) -> dict[str, Any]:
     _check_values(config, shapes, folder)
     if kind == "LORA":
         _check_ranks(config, shapes, folder)
-    result: dict[str, Any] = config
-    return result
+    return config
 
 
 def _check_values(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pm_llm.commands.keys import config_of
+from pm_llm.commands.keys import add_keys, config_of
 
 
 def add(commands: Any) -> None:
@@ -16,8 +16,8 @@ def add(commands: Any) -> None:
         description="Check versions, devices, bfloat16, disk and the Hub login, for the run that the configuration "
         "describes. Further flags are keys of the configuration, as for run. Exit status 1 if a run would fail.",
     )
-    parser.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
-    parser.set_defaults(call=call, keys=True)
+    add_keys(parser)
+    parser.set_defaults(call=call)
 
 
 def call(given: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pm_llm.commands.keys import config_of
+from pm_llm.commands.keys import add_keys, config_of
 from pm_llm.errors import PmLlmError
 
 
@@ -19,9 +19,9 @@ def add(commands: Any) -> None:
         "configuration, as for run: --model, --benchmark, --order, --data-dir, --tasks ...",
     )
     parser.add_argument("--adapter", metavar="DIR_OR_ID", help="adapter folder or Hub id; none: the base model alone")
-    parser.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+    add_keys(parser)
     parser.add_argument("--predictions", metavar="FILE.jsonl", help="keep the predictions, to score them again")
-    parser.set_defaults(call=call, keys=True)
+    parser.set_defaults(call=call)
 
 
 def call(given: argparse.Namespace) -> int:

@@ -15,6 +15,12 @@ from pm_llm.system.coerce import read_yaml
 from pm_llm.system.quiet import quiet_libraries
 
 
+def add_keys(parser: argparse.ArgumentParser) -> None:
+    """Let a command take a configuration: `--config`, and any key of it as a flag."""
+    parser.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+    parser.set_defaults(keys=True)
+
+
 def config_of(given: argparse.Namespace) -> RunConfig:
     """The configuration that `--config` and the flags that are no option of the command's own describe; words before
     them are tasks. Raises PmLlmError where they describe none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pm_llm.commands.keys import config_of
+from pm_llm.commands.keys import add_keys, config_of
 from pm_llm.config import flags
 
 
@@ -19,11 +19,11 @@ def add(commands: Any) -> None:
         epilog="keys:\n" + "\n".join(f"  --{key}\n        {text}" for key, text in flags()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
+    add_keys(parser)
     parser.add_argument(
         "--restart-from", metavar="TASK", help="redo a run from this task on (its name or number), keeping the rest"
     )
-    parser.set_defaults(call=call, keys=True)
+    parser.set_defaults(call=call)
 
 
 def call(given: argparse.Namespace) -> int:

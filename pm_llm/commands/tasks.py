@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pm_llm.commands.keys import config_of
+from pm_llm.commands.keys import add_keys, config_of
 
 
 def add(commands: Any) -> None:
@@ -19,8 +19,8 @@ def add(commands: Any) -> None:
         "--model names the tokenizer.",
         usage="pm-llm tasks check [TASK ...] [--config RECIPE.YAML] [--KEY VALUE ...]",
     )
-    parser.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
-    parser.set_defaults(call=call, keys=True)
+    add_keys(parser)
+    parser.set_defaults(call=call)
 
 
 def call(given: argparse.Namespace) -> int:

@@ -27,11 +27,10 @@ def scale_of(fisher: Fisher, scale: str, own: float) -> float:
     """
     if scale == "raw":
         return 1.0
+    size: float = own
     if scale == "trace":
         size = sum(f.trace() for f in fisher.modules.values()) / sum(f.count() for f in fisher.modules.values())
-    elif scale in ("own", "measured"):
-        size = own
-    else:
+    elif scale not in ("own", "measured"):
         raise PmLlmError(f"fisher_scale is {scale!r}; it must be raw, trace, own or measured.")
     if scale == "measured":
         if fisher.losses is None:
@@ -46,5 +45,4 @@ def scale_of(fisher: Fisher, scale: str, own: float) -> float:
             f"fisher_scale {scale!r}: the value to divide by is {size}. The adapter did not move or diverged, or "
             "the task was known without it."
         )
-    found: float = size
-    return found
+    return size

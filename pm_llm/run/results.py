@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.scorers import SCORERS
-from pm_llm.methods import Method
 from pm_llm.presets import PRESETS
 from pm_llm.run.going_on import changes
 from pm_llm.run.record import Facts, Results, StageRecord
@@ -30,12 +29,13 @@ def versions() -> dict[str, str]:
 def stage_record(stage: Stage) -> StageRecord:
     """What a stage did, when it is merged; its scores are added as they are made."""
     session, report, fisher = stage.session, stage.session.merger.report, stage.fisher
+    method = session.method
     return StageRecord(
         task=stage.task.name,
         seed=stage.seed,
         config={key: value for key, value in session.config.plain().items() if key != "output_dir"},
-        words=session.method.plain(),
-        facts=facts(session.config.method, session.method),
+        words=method.plain(),
+        facts=Facts(PRESETS[session.config.method].plain() == method.plain(), method.keeps_rows(), method.task_id),
         versions=versions(),
         processes=process_state().num_processes,
         coefficient=report.coefficient,
@@ -55,37 +55,35 @@ def stage_record(stage: Stage) -> StageRecord:
     )
 
 
-def facts(name: str, method: Method) -> Facts:
-    """What is true of a method that is run under the name of a preset."""
-    return Facts(PRESETS[name].plain() == method.plain(), method.keeps_rows(), method.task_id)
-
-
-def gather_results(run: dict[str, Any], method: Method, columns: Mapping[str, Task]) -> Results:
+def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
     """The matrix, what follows from it, and what each stage did.
 
     Args:
         run: The run folder's state.
-        method: The method. One whose result is used with the task known has the average over each task's own stage.
         columns: All that was scored, by name.
+
+    Returns:
+        The results; of a method whose result is used with the task known, with the average over each task's own stage.
 
     Raises:
         MissingScoreError: If a score is missing that the configuration's numbers need.
     """
     config, scorers = run["config"], [task.scorer for task in columns.values()]
     stages: list[StageRecord] = run["stages"]
+    last = stages[-1]
     matrix = Matrix(
         list(columns), stages=[stage.task for stage in stages], lower_is_better=SCORERS[scorers[0]].lower_is_better
     )
     for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage.scores for stage in stages)]:
         for name, found in scores.items():
             matrix.set(number, name, found["score"])
-    measured = matrix.with_task_known if method.task_id else matrix.summary
+    measured = matrix.with_task_known if last.facts.knows_task else matrix.summary
     fuar = {"fuar": matrix.fuar(**config["fuar"])} if config["fuar"] else {}
     return Results(
         config=config,
-        method=method.plain(),
-        facts=facts(config["method"], method),
-        versions=stages[-1].versions,
+        method=last.words,
+        facts=last.facts,
+        versions=last.versions,
         tasks=matrix.tasks,
         stages=list(matrix.stages),
         stage_settings=[_own(stage, run) for stage in stages],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import field
-from math import inf, isfinite
+from math import inf
 from typing import Any
 
-from pm_llm.errors import PmLlmError
+from pm_llm.errors import PmLlmError, check_number
 
 BOUNDS = {"least", "above", "most", "below", "finite"}
 
@@ -36,19 +36,12 @@ def check_options(section: Any, prefix: str = "") -> None:
         elif "choices" in bounds and value not in bounds["choices"]:
             raise PmLlmError(f"{prefix}{f.name} is {value!r}; it must be {' or '.join(map(str, bounds['choices']))}.")
         elif value is not None and BOUNDS & bounds.keys():
-            whole = "int" in str(f.type).split(" | ")
-            if not _is_within(value, whole, bounds):
-                raise PmLlmError(f"{prefix}{f.name} is {value!r}; it must be {_said(whole, bounds)}.")
-
-
-def _is_within(value: Any, whole: bool, bounds: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not isfinite(value):
-        return False
-    closed = bounds.get("least", -inf) <= value <= bounds.get("most", inf)
-    return bool(closed and bounds.get("above", -inf) < value < bounds.get("below", inf))
-
-
-def _said(whole: bool, bounds: Any) -> str:
-    words = {"least": "from {}", "above": "above {}", "most": "to {}", "below": "to below {}"}
-    found = [words[key].format(bounds[key]) for key in ("least", "above", "most", "below") if key in bounds]
-    return " ".join(["a whole number" if whole else "a finite number", *found])
+            check_number(
+                f"{prefix}{f.name}",
+                value,
+                bounds.get("least", -inf),
+                bounds.get("most", inf),
+                whole="int" in str(f.type).split(" | "),
+                above=bounds.get("above", -inf),
+                below=bounds.get("below", inf),
+            )

@@ -139,10 +139,9 @@ class Task:
         """At most `train` and `test` rows (`test` of validation too), drawn by `seed` and the task's name."""
 
         def draw(split: str, n: int | None) -> Sequence[Example]:
-            rows = getattr(self, split)
+            rows: Sequence[Example] = getattr(self, split)
             if n is None or n >= len(rows):
-                found: Sequence[Example] = rows
-                return found
+                return rows
             return random.Random(f"{seed} {self.name} {split}").sample(list(rows), n)
 
         return replace(self, train=draw("train", train), test=draw("test", test), validation=draw("validation", test))

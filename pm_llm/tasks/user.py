@@ -107,7 +107,7 @@ def _parse(entry: Any) -> UserTask:
         return UserTask(entry)
     if not isinstance(entry, dict) or "data" not in entry:
         raise PmLlmError(f"tasks: {entry!r} is not a task. Give a path, a dataset id, or a mapping with `data`.")
-    spec = build(UserTask, entry, "")
+    spec: UserTask = build(UserTask, entry, "")
     for label in spec.labels:
         if not isinstance(label, str):
             raise PmLlmError(f"labels: {label!r} is no text. Quote it: YAML takes yes, no and 1 for something else.")
@@ -123,8 +123,7 @@ def _parse(entry: Any) -> UserTask:
         key, value = ("split", spec.test_split) if one_split else ("data", spec.test_data)
         both = f"test_{key} and validation_{key} are both {value!r}"
         raise PmLlmError(f"task {spec.name or spec.data}: {both}. Give each its own rows.")
-    found: UserTask = spec
-    return found
+    return spec
 
 
 def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) -> Task:
