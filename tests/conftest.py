@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from pm_llm.cli import main
 from pm_llm.families import base as families
 from pm_llm.families.models import EMBEDDED
 from pm_llm.tasks.base import Task
@@ -151,3 +152,21 @@ def pm_llm(*arguments: str, **kwargs) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pm_llm.cli", *map(str, arguments)], capture_output=True, text=True, **kwargs
     )
+
+
+@pytest.fixture
+def run(capsys, pico_folders, tmp_path):
+    """Run `pm-llm run` in this process; give exit code and error line."""
+
+    def call(*arguments: str, **extra: object) -> tuple[int, str]:
+        base = {"--model": pico_folders["llama"], "--benchmark": "embedded", "--order": "sentiment,topic"}
+        base |= {"--output_dir": tmp_path / "run", "--max_train_samples": 8, "--max_test_samples": 2}
+        base |= {"--train.max_steps": 1, "--fisher.samples": 2, "--max_length": 96}
+        for key in [a for a in arguments if str(a).startswith("--")]:
+            base.pop(key, None)
+        if "--tasks" in arguments:
+            base.pop("--benchmark"), base.pop("--order")
+        code = main(["run", *[str(x) for pair in base.items() for x in pair], *map(str, arguments)])
+        return code, capsys.readouterr().err
+
+    return call
