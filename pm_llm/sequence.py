@@ -23,7 +23,7 @@ from pm_llm.system.mapped import Zeros, mapped_files
 from pm_llm.system.processes import on_main, process_state
 from pm_llm.system.progress import bar, say
 from pm_llm.system.sharding import launched
-from pm_llm.tasks.base import Task, checked, distinct
+from pm_llm.tasks.base import Task, checked
 from pm_llm.tasks.encoding import encoders_for
 from pm_llm.tasks.loading import load_tasks, scored
 from pm_llm.training.constrained import refuse_sharding
@@ -52,7 +52,6 @@ class ContinualSequence:
         self.restart_from, self.watchers = restart_from, watchers
         self.tasks = load_tasks(config) if tasks is None else checked(tasks)  # a stage each; a task may recur
         self.columns = scored(config, self.tasks)
-        distinct(self.tasks)
         if config.fuar:
             Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
         self.method = config.parsed_method()
