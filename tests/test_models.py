@@ -30,6 +30,17 @@ KINDS = {
         "decoder_sparse_step": 1,
         **EXPERTS,
     },
+    "Qwen3NextConfig": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "shared_expert_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+        "layer_types": ["linear_attention", "full_attention"],
+        **{"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8},
+        "linear_value_head_dim": 8,
+        **EXPERTS,
+    },
     "Qwen2MoeConfig": {
         "num_key_value_heads": 2,
         "intermediate_size": 48,
@@ -101,6 +112,13 @@ def test_answers_do_not_depend_on_who_is_in_the_batch(kind: str, tmp_path) -> No
     [
         ("GPT2Config", {**PLACES["GPT2Config"], "n_positions": 8}, {"max_length": 90}, "Nothing was trained"),
         ("OPTConfig", PLACES["OPTConfig"], {"lora.target_modules": "all-linear"}, "Leave it out of target_modules"),
+        ("FalconConfig", SMALL, {"lora.target_modules": "all-linear"}, "Nothing was trained"),
+        (
+            "Qwen2MoeConfig",
+            {**SMALL, **KINDS["Qwen2MoeConfig"]},
+            {"lora.target_modules": "all-linear"},
+            "Leave it out of target_modules",
+        ),
     ],
 )
 def test_what_cannot_work_is_known_before_training(kind: str, options, keys, said: str, tmp_path, monkeypatch) -> None:
