@@ -24,6 +24,7 @@ from pm_llm.tasks.loading import BENCHMARKS
 
 MAX_RANK = 4096  # of an adapter: beyond the width of most layers
 SEEDS = 2**32  # how many numpy knows
+SHORT = {"adapter": "path", "general": "data"}  # sections that may be given as the value of one key
 
 
 @dataclass
@@ -79,12 +80,54 @@ class FisherSection:
         choices=("dense", "factored", "kronecker"),
     )
     samples: int = option(128, "Training rows whose gradients are averaged.", least=1)
+    labels: str = option(
+        "given",
+        "Answers whose loss is differentiated: given (the rows' own), or sampled (drawn from the model: the true Fisher).",
+        choices=("given", "sampled"),
+    )
+    max_new_tokens: int = option(128, "Longest sampled answer in tokens.", least=1)
     batch_size: int = option(4, "Rows per forward pass.", least=1)
     storage: str = option(
         "memory",
         "Where a dense or Kronecker Fisher's sums lie: memory, or disk (files mapped into memory).",
         choices=("memory", "disk"),
     )
+
+
+@dataclass
+class AdapterSection:
+    """An adapter made elsewhere, which a run begins with."""
+
+    path: str | None = option(
+        None, "Folder or Hub id of a LoRA adapter made elsewhere, which the run begins with and later tasks keep."
+    )
+    revision: str | None = option(None, "Its revision on the Hub.")
+    subfolder: str | None = option(None, "The folder in it that holds the adapter.")
+    data: str | dict[str, Any] | list[Any] | None = option(
+        None,
+        "Its curvature is measured on: rows of its task, or prompts alone, which the model answers (given as an entry "
+        "of `tasks`); none: on text that the model writes itself.",
+    )
+    labels: str = option(
+        "given",
+        "Answers to these: given (where the rows have some), or sampled from the model.",
+        choices=("given", "sampled"),
+    )
+    protect: bool = option(True, "Whether its curvature is measured; without, nothing keeps later tasks off it.")
+
+
+@dataclass
+class GeneralSection:
+    """What the base model can do by itself, as a past task."""
+
+    data: str | dict[str, Any] | list[Any] | None = option(
+        None, "Rows or prompts that show what the base model must not lose (given as an entry of `tasks`)."
+    )
+    samples: int = option(256, "Of these, how many its curvature is measured on.", least=1)
+    labels: str = option(
+        "sampled", "Answers to these: sampled from the base model, or given in the rows.", choices=("given", "sampled")
+    )
+    weight: float = option(1.0, "Of its curvature, beside a task's.", above=0)
 
 
 @dataclass
@@ -124,7 +167,12 @@ class RunConfig:
     )
     tasks: list[Any] = option([], "Your own tasks: files, folders, dataset ids, or mappings with `data`.")
     probes: list[Any] = option([], "Tasks that are scored and never trained, given as `tasks` are.")
+    keep_test_rows: bool = option(
+        True, "Keep a finished task's test rows in the run, to score it on; without, only scores are kept of it."
+    )
     fuar: dict[str, Any] | None = option(None, "For FUAR: {kept: [a task a state], updated: task, acquired: task}.")
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    general: GeneralSection = field(default_factory=GeneralSection)
     method: str = option("pm", "Preset: " + ", ".join(PRESETS) + ".")
     start: Any = option(None, "Replaces the preset's start.")
     constrain: Any = option(None, "Replaces the preset's constraints: a name, a mapping, a list, or none.")
@@ -165,6 +213,11 @@ class RunConfig:
     seed: int = option(
         0, "Seed of rows, initial adapters, batches and perturbations.", least=0, most=SEEDS - 1, whole=True
     )
+    keep_curvature: int = option(
+        2,
+        "After how many of the last tasks what the merge remembers is kept: so far back a restart needs no old rows.",
+        least=1,
+    )
     output_dir: str = option("runs/default", "The run's folder.")
 
     def seed_of(self, number: int) -> int:
@@ -182,8 +235,11 @@ class RunConfig:
         if self.fuar is not None:
             if set(self.fuar) != {"kept", "updated", "acquired"} or not isinstance(self.fuar["kept"], list):
                 raise PmLlmError(f"fuar is {self.fuar!r}; it names kept (a list of tasks), updated and acquired.")
-            if self.evaluate != "all":
-                raise PmLlmError("fuar needs scores before training and after every task: set evaluate to all.")
+            if self.evaluate != "all" or not self.keep_test_rows:
+                raise PmLlmError(
+                    "fuar needs scores before training and after every task: set evaluate to all and keep_test_rows "
+                    "to true."
+                )
         for pattern, rank in self.lora.rank_pattern.items():
             check_pattern("lora.rank_pattern", pattern)
             check_number(f"lora.rank_pattern: {pattern!r}", rank, 1, MAX_RANK, whole=True)
@@ -197,6 +253,7 @@ class RunConfig:
         if not by_epochs and self.train.max_steps < 1:
             raise PmLlmError(f"train.max_steps is {self.train.max_steps}; it must be at least 1, or -1 for epochs.")
         check_no_secrets(self.plain())
+        self._check_beginning()
         self.parsed_method().check(
             Setting(
                 rank=max([self.lora.r, *self.lora.rank_pattern.values()]),
@@ -206,9 +263,18 @@ class RunConfig:
                 space=self.space,
                 own_start=method_of(self.method, self.start).start,
                 start_given=self.start is not None,
+                adapter=self.adapter.path is not None,
+                general=self.general.data is not None,
             )
         )
         return self
+
+    def _check_beginning(self) -> None:
+        for section, key in SHORT.items():
+            given, default = getattr(self, section), type(getattr(self, section))()
+            lost = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(default, f.name)]
+            if getattr(given, key) is None and lost:
+                raise PmLlmError(f"{section}.{lost[0]} is given, and {section}.{key} is not. Give both, or neither.")
 
     def plain(self) -> dict[str, Any]:
         """As YAML would hold it: no tuple, no :class:`Choice`; a path or a date as text."""
@@ -251,6 +317,12 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
                 f"{given['method']!r} has. Give {' '.join(f'--{w} {usual[w]}' for w in words)} for "
                 "the method's own, or the words that you want."
             )
+    for section, name in SHORT.items():  # a text stands for the section's first key
+        for found in (values, given):
+            if section in found and not isinstance(found[section], dict):
+                found[section] = {name: found[section]}
+        if section in given:
+            given |= {f"{section}.{key}": x for key, x in given.pop(section).items()}
     for key, value in given.items():
         section, _, name = key.rpartition(".")
         target = values.setdefault(section, {}) if section else values

@@ -223,7 +223,8 @@ class Setting:
     """What else of a run decides whether a method means something in it.
 
     `rank` is the largest of a task's adapter, `max_rank` what the running one is cut to; `own_start` the start before
-    `space: factors` made it one that continues, `start_given` whether that was asked for by name.
+    `space: factors` made it one that continues, `start_given` whether that was asked for by name. `adapter` and `general`
+    say whether the run begins with an adapter made elsewhere, and with the base's own abilities as a past task.
     """
 
     rank: int = 1
@@ -233,6 +234,8 @@ class Setting:
     space: str = "weights"
     own_start: Choice | None = None
     start_given: bool = False
+    adapter: bool = False
+    general: bool = False
 
 
 def rules(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
@@ -267,6 +270,7 @@ def rules(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
         start.offset and setting.load_in_4bit,
         "start subspace needs base weights that are not in 4 bits, but for init eva. Use that.",
     )
+    yield from _rules_of_beginning(parts, setting)
     for name in parts.constraints:
         yield from _rules_of_constraint(name, parts)
     yield from _rules_of_several(parts, setting)
@@ -281,6 +285,31 @@ def _rules_of_space(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]
     yield (
         factors and not parts.merge.in_factors,
         "space factors needs merge optimal, or another merge of the factors themselves.",
+    )
+
+
+def _rules_of_beginning(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
+    """Those of what a run begins with."""
+    merge, begun = parts.merge, setting.adapter or setting.general
+    word = "adapter" if setting.adapter else "general"
+    inherits = [name for name, one in parts.constraints.items() if one.fills("remember") and not one.old_data]
+    yield (
+        begun and parts.start.begins == "base",
+        f"{word} is what a run begins with, and start {parts.start.name()!r} leaves that out. Use another start.",
+    )
+    yield (
+        begun and bool(merge.stores) and not merge.quadratic,
+        f"{word} does not go with merge {parts.method.merge.name}: it is of all adapters as they were trained here "
+        "(it keeps " + merge.stores + "). Use merge optimal, sum, average or replace.",
+    )
+    yield (
+        setting.general and not merge.quadratic and not inherits,
+        "general is a past task's curvature, and this method has no use for one. Use merge optimal, or constrain "
+        "curvature, ewc, null_space or gradient_subspace.",
+    )
+    yield (
+        setting.general and getattr(merge, "fisher_scale", "") == "own",
+        "general has no task vector for fisher_scale own to measure by. Use raw, trace or measured.",
     )
 
 

@@ -13,8 +13,10 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.merges.merger import Merger
+from pm_llm.origin import Origin, read_sources
 from pm_llm.run.folder import RunDir
 from pm_llm.run.going_on import take_up
+from pm_llm.run.kept import kept_tasks
 from pm_llm.run.reading import TASK_ADAPTER
 from pm_llm.run.record import StageRecord
 from pm_llm.run.results import gather_results, versions
@@ -50,13 +52,15 @@ class ContinualSequence:
     ) -> None:
         self.config = config.check()
         self.restart_from, self.watchers = restart_from, watchers
-        self.tasks = load_tasks(config) if tasks is None else checked(tasks)  # a stage each; a task may recur
+        self.run_dir = RunDir(config.output_dir)
+        kept = kept_tasks(self.run_dir, config, restart_from) if tasks is None else []
+        self.tasks = load_tasks(config, kept) if tasks is None else checked(tasks)  # a stage each; a task may recur
+        self.sources = None if self.run_dir.begun_with() else read_sources(config)
         self.columns = scored(config, self.tasks)
         if config.fuar:
             Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
         self.method = config.parsed_method()
         self.state = process_state()
-        self.run_dir = RunDir(config.output_dir)
         self.stopping = Stopping()
         on_disk = config.fisher.storage == "disk"
         self.zeros: Zeros = mapped_files(self.run_dir.path / "work" / "sums") if on_disk else torch.zeros
@@ -77,6 +81,10 @@ class ContinualSequence:
             run = self._open()
             stages = run["stages"]
             self.session = self._session(run["rows"]["train"])
+            if run["origin"]:
+                self._begin(run["origin"], measured=not stages)
+            elif sources := self.sources or read_sources(self.config):
+                Origin(self.session, sources).run()
             if stages:
                 self._go_on(stages)
             elif self.config.evaluate == "all":
@@ -121,6 +129,21 @@ class ContinualSequence:
             self.watchers,
         )
 
+    def _begin(self, origin: dict[str, Any], measured: bool) -> None:
+        """The session as it began, where that was not with the bare model; with `measured` ready for the first task."""
+        session = self.session
+        session.modules, session.folds = origin["modules"], origin["folds"]
+        if measured:
+            self._take_origin()
+            session.begin_at(session.running or Adapter.load(self.run_dir.origin))
+
+    def _take_origin(self) -> None:
+        """What merge and constraints remember of what the run began with, and its adapter."""
+        session = self.session
+        session.merger.load_state_dict(self.run_dir.curvature(-1) or {}, session.folds)
+        session.memories = self.run_dir.memories(-1, len(self.method.constrain))
+        session.running = Adapter.load(self.run_dir.origin)
+
     def _go_on(self, stages: list[StageRecord]) -> None:
         """The session as it was after the finished stages; scores that the last one lacks are made."""
         session, done = self.session, len(stages)
@@ -129,11 +152,11 @@ class ContinualSequence:
         others = [f"{name} {before[name]} then, {now[name]} now" for name in before if now.get(name) != before[name]]
         if others:
             say(f"versions differ: {', '.join(others)}; what follows may come out otherwise than it would have")
-        curvature = self.run_dir.curvature()
+        curvature = self.run_dir.curvature(done - 1)
         if curvature is None and stages[-1].remembers:
             self._replay(stages)
         else:
-            session.merger.load_state_dict(curvature or {}, done)
+            session.merger.load_state_dict(curvature or {}, session.folds + done)
         session.running = Adapter.load(self.run_dir.adapter)
         session.memories = self.run_dir.memories(done - 1, len(self.method.constrain))
         if session.start.begins == "last":
@@ -150,6 +173,8 @@ class ContinualSequence:
         Raises:
             PmLlmError: If another coefficient comes out than was used.
         """
+        if self.run_dir.state()["origin"]:
+            self._take_origin()
         for number, record in enumerate(stages, start=1):
             say(f"curvature of task {number} of {len(stages)}, {record.task}, once more")
             Stage(self.session, number).replay(Adapter.load(self.run_dir.stage_adapter(number - 1, TASK_ADAPTER)))

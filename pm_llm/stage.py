@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import set_seed
@@ -22,10 +23,10 @@ from transformers import set_seed
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.in_base import folded
 from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
-from pm_llm.config import RunConfig
+from pm_llm.config import LoraSection, RunConfig
 from pm_llm.constraints.base import Constraint, Context, Live
 from pm_llm.evaluation.answering import Generate, answer_task
-from pm_llm.evaluation.generate import generate
+from pm_llm.evaluation.generate import generate, sample
 from pm_llm.evaluation.matrix import asked_for
 from pm_llm.families.base import Row
 from pm_llm.families.models import Base, load_base
@@ -35,12 +36,14 @@ from pm_llm.fisher.rows import ChosenRows
 from pm_llm.merges.base import Factors, Fold, Trained
 from pm_llm.merges.merger import Merger
 from pm_llm.methods import Method
-from pm_llm.run.folder import RunDir, jsonl
+from pm_llm.run.folder import RunDir
 from pm_llm.run.going_on import stage_key
+from pm_llm.run.kept import write_kept
 from pm_llm.run.reading import ADAPTER, LOG, MEMORY, TASK_ADAPTER
 from pm_llm.run.record import StageRecord
 from pm_llm.run.results import stage_record
 from pm_llm.starts.base import Start
+from pm_llm.system.files import jsonl
 from pm_llm.system.mapped import Zeros
 from pm_llm.system.processes import Clock, on_main, process_state, total
 from pm_llm.system.progress import say
@@ -73,7 +76,9 @@ class Session:
     """What a run has at hand from stage to stage.
 
     `running` is the merged adapter, `last` the one that was trained last (where the start needs it), `memories` what
-    each constraint remembers, `rows` the digests of the tasks' training rows, `generate` what answers prompts.
+    each constraint remembers, `rows` the digests of the tasks' training rows, `generate` what answers prompts. `modules`
+    are the adapted ones by name, where what the run began with has more than the configuration names, and `folds` says
+    for how many tasks that stands in the merge.
     """
 
     config: RunConfig
@@ -91,6 +96,8 @@ class Session:
     last: Adapter | None = None
     memories: list[dict[str, Tensor]] = field(default_factory=list)
     generate: Generate = generate
+    modules: list[str] | None = None
+    folds: int = 0
     start: Start = field(init=False)
     base: Base = field(init=False)
     model: Any = field(init=False)
@@ -111,9 +118,27 @@ class Session:
         """The running adapter by module; empty before the first task."""
         return {} if self.running is None else self.running.factors
 
+    @property
+    def lora(self) -> LoraSection:
+        """The configuration of a task's adapter."""
+        lora = self.config.lora
+        return replace(lora, target_modules=self.modules, layers_to_transform=None) if self.modules else lora
+
     def prepare(self) -> None:
         """Put the next task's adapter into the model, as the start wants it."""
-        self.model = self.start.prepare(self.model, self.running, self.config.lora, self.base.family, self.last)
+        self.model = self.start.prepare(self.model, self.running, self.lora, self.base.family, self.last)
+
+    def begin_at(self, adapter: Adapter) -> None:
+        """Let the first task begin at an adapter."""
+        self.last = adapter if self.start.begins == "last" else None
+        self.running = adapter
+        if not isinstance(self.model, PeftModel):
+            self.prepare()
+        self.activate(adapter)
+
+    def memory_tensors(self) -> dict[str, Tensor]:
+        """What all constraints remember, by the number of each."""
+        return {f"{i}.{key}": x.contiguous() for i, one in enumerate(self.memories) for key, x in one.items()}
 
     def activate(self, merged: Adapter) -> None:
         """Make an adapter the running one: alone active, and frozen."""
@@ -132,8 +157,8 @@ class Session:
 
     def evaluate(self, stage: int, scores: dict[str, Any]) -> None:
         """Score and commit what stage `stage` (from 0; -1: the untrained model) is to be scored on and is not yet."""
-        names = [task.name for task in self.tasks]
-        wanted = asked_for(self.config.evaluate, names, list(self.columns), stage)
+        names, keep = [task.name for task in self.tasks], self.config.keep_test_rows
+        wanted = asked_for(self.config.evaluate, names, list(self.columns), stage, keep)
         for name in [name for name in wanted if name not in scores]:
             clock = Clock(process_state().device)
             found = answer_task(
@@ -141,9 +166,11 @@ class Session:
             )
             clock.stop("evaluate")
             took, memory = clock.seconds["evaluate"], clock.peak_memory["evaluate"]
-            score = found.score()
-            on_main(partial(self.run_dir.commit_score, stage, name, score, found.lines(), took, memory))
+            score, lines = found.score(), found.lines() if keep else None
+            on_main(partial(self.run_dir.commit_score, stage, name, score, lines, took, memory))
             scores[name] = {"score": score}
+        if not keep and stage >= 0:
+            on_main(partial(self.run_dir.forget_rows, stage))
 
 
 class Stage:
@@ -169,6 +196,7 @@ class Stage:
         self.new: Adapter  # as it was trained
         self.fisher: Fisher | None = None
         self.merged: Adapter
+        self.drawn: ChosenRows | None = None  # the chosen rows with answers of the trained model
 
     def run(self) -> StageRecord:
         """Train the task, merge it, commit and score it; returns the stage's record."""
@@ -260,7 +288,7 @@ class Stage:
         context = replace(self._new_context(), new=self.new.factors)
         wanted = [one.needs.form(self.session.config.fisher.form) for one in self.constraints]
         found = {
-            form: self.chosen.fisher(self.session.model, form, zeros=self.session.zeros)
+            form: self._measured_on(self.chosen).fisher(self.session.model, form, zeros=self.session.zeros)
             for form in dict.fromkeys(wanted)
             if form is not None
         }
@@ -286,7 +314,9 @@ class Stage:
             self.merged.save(folder / ADAPTER)
             self.new.save(folder / TASK_ADAPTER)
             (folder / LOG).write_bytes(jsonl(self.logs))
-            memory = {f"{i}.{key}": x.contiguous() for i, one in enumerate(session.memories) for key, x in one.items()}
+            answer = session.encoders[self.task.name].max_new_tokens
+            write_kept(folder, self.task, answer, session.rows[self.number - 1])
+            memory = session.memory_tensors()
             if memory:
                 save_file(memory, folder / MEMORY)
 
@@ -308,7 +338,25 @@ class Stage:
         if rule.needs.direction:
             fold = Fold(merger.tasks + 1, session.past, self.new.factors, trained=self.trained())
             direction = rule.direction(fold)
-        return chosen.fisher(session.model, form, direction, self.loss_before, session.zeros)
+        rows = self._measured_on(chosen)
+        found = rows.fisher(session.model, form, direction, self.loss_before, session.zeros)
+        if rows is chosen or self.loss_before is None:
+            return found
+        own = chosen.fisher(session.model, "factored", direction, self.loss_before)  # the loss is that of the task
+        return replace(found, losses=own.losses, slopes=own.slopes)
+
+    def _measured_on(self, chosen: ChosenRows) -> ChosenRows:
+        """The rows as they are, or with answers drawn from the model (`fisher.labels: sampled`)."""
+        session, config = self.session, self.session.config
+        if config.fisher.labels == "given":
+            return chosen
+        if self.drawn is None or chosen is not self.chosen:
+            family, how = session.base.family, config.evaluation
+            encoder = replace(session.encoders[self.task.name], max_new_tokens=config.fisher.max_new_tokens)
+            prompts = [family.prompt_of(row) for row in chosen.rows]
+            answers = sample(session.model, encoder, prompts, self.seed, how.batch_size, how.batch_tokens)
+            self.drawn = chosen.answered([family.row(*pair) for pair in zip(prompts, answers, strict=True)])
+        return self.drawn
 
     def _fisher(self) -> Fisher | None:
         return self.measured_as(self.session.merger, self.chosen)
@@ -333,7 +381,7 @@ class Stage:
     def _new_context(self) -> Context:
         session = self.session
         return Context(
-            self.number,
+            session.folds + self.number,
             session.past,
             session.merger.rule,
             Live(lora_layers(session.model), TASK, total, session.base.family),

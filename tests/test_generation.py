@@ -25,7 +25,7 @@ from pm_llm.evaluation.generate import common_prefix, generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels, label_ids, log_likelihoods
 from pm_llm.evaluation.predictions import MissingPredictionError, gather, read_predictions
 from pm_llm.families.models import load_base
-from pm_llm.run.folder import jsonl
+from pm_llm.system.files import jsonl
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.encoding import Encoder, longest_answer

@@ -278,6 +278,15 @@ def check_same_place(running: Adapter, new: Adapter) -> None:
             )
 
 
+def same_base(one: str, other: str) -> bool:
+    """Whether two names may stand for one base model: an id and a folder may; two folders if their files are alike."""
+    here = [Path(name) if Path(name).is_dir() else None for name in (one, other)]
+    if here[0] is not None and here[1] is not None:
+        files = [{p.name: p.stat().st_size for p in folder.glob("*.safetensors")} for folder in here if folder]
+        return _spelt(one) == _spelt(other) or files[0] == files[1]
+    return (here[0] is None) != (here[1] is None) or _spelt(one) == _spelt(other)
+
+
 def _spelt(base: str) -> str:
     """A base model's name, however it is written: folders in full, ids in small letters."""
     return str(Path(base).resolve()) if Path(base).exists() else base.rstrip("/").lower()

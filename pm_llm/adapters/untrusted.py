@@ -20,6 +20,7 @@ from pm_llm.config import MAX_RANK
 from pm_llm.errors import PmLlmError, first_line
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 MAX_NAMES, MAX_PATTERN = 10_000, 10_000  # modules of an adapter, and characters of one pattern
 PATIENCE = 10.0  # seconds to match patterns in, the start of a process included
@@ -28,25 +29,46 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
-def fetched(adapter: str) -> str:
+def fetched(adapter: str, revision: str | None = None, subfolder: str | None = None) -> str:
     """The folder of an adapter given as a folder or a Hub id, after :func:`check_files`.
+
+    Args:
+        adapter: The folder, or the id.
+        revision: A branch, tag or commit on the Hub.
+        subfolder: The folder in it that holds the adapter.
 
     Raises:
         PmLlmError: If there is none, or it is refused.
     """
-    folder = Path(adapter)
+    folder, inside = Path(adapter), Path(subfolder or "")
+    if inside.is_absolute() or ".." in inside.parts:
+        raise PmLlmError(f"the subfolder {subfolder!r} is not in the adapter's folder. Give a folder in it.")
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+        folder = _from_hub(adapter, revision, inside)
+    elif revision is not None:
+        raise PmLlmError(f"the adapter {adapter!r} is a folder here, and {revision!r} is a revision on the Hub. Leave it out.")
+    check_files(folder / inside)
+    return str(folder / inside)
 
-        try:
-            folder = Path(snapshot_download(adapter, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-        except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
-            reason = first_line(error)
-            raise PmLlmError(
-                f"cannot load the adapter {adapter!r}: it is no folder, and the Hub says: {reason}"
-            ) from error
-    check_files(folder)
-    return str(folder)
+
+def _from_hub(adapter: str, revision: str | None, inside: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    names = [(inside / name).as_posix() for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)]
+    what = f"cannot load the adapter {adapter!r}: "
+    try:
+        return Path(snapshot_download(adapter, revision=revision, allow_patterns=names))
+    except RevisionNotFoundError as error:
+        raise PmLlmError(f"{what}it has no revision {revision!r} on the Hub. Name a branch, a tag or a commit.") from error
+    except GatedRepoError as error:
+        raise PmLlmError(f"{what}the Hub asks for a login that has access. Ask for access, then `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise PmLlmError(
+            f"{what}it is no folder, and the Hub has none of that name, or shows it after a login only: `hf auth login`."
+        ) from error
+    except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
+        raise PmLlmError(f"{what}it is no folder, and the Hub says: {first_line(error)}") from error
 
 
 def check_files(folder: Path) -> dict[str, Any]:

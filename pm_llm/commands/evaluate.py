@@ -30,8 +30,8 @@ def call(given: argparse.Namespace) -> int:
 
     config = config_of(given)
     from pm_llm.evaluation.answering import evaluate_adapter
-    from pm_llm.run.folder import RunDir, jsonl
-    from pm_llm.system.files import replace_bytes, writing
+    from pm_llm.run.folder import RunDir
+    from pm_llm.system.files import jsonl, replace_bytes, writing
     from pm_llm.system.processes import process_state, shut_down
     from pm_llm.system.progress import say
     from pm_llm.tasks.loading import load_tasks, scored

@@ -27,16 +27,17 @@ def call(given: argparse.Namespace) -> int:
     from pm_llm.evaluation.predictions import read_all
     from pm_llm.run.folder import RunDir
 
-    paths, tasks = [Path(given.predictions)], None
+    paths, tasks, unkept = [Path(given.predictions)], None, False
     if paths[0].is_dir():
         run_dir = RunDir.open(paths[0])
         state = run_dir.state()
-        stages = state["stages"]
+        stages, unkept = state["stages"], not state["config"]["keep_test_rows"]
         known = bool(stages) and stages[-1].facts.knows_task
         tasks = [] if known else state["tasks"]  # no mean of what its result is not used for
         paths = run_dir.predictions(len(stages) - 1)
     found = read_all(paths)
     if not found:
-        raise PmLlmError(f"{given.predictions} holds no predictions: nothing has been scored yet.")
+        why = "keep_test_rows is false" if unkept else "nothing has been scored yet"
+        raise PmLlmError(f"{given.predictions} holds no predictions: {why}.")
     print("\n".join(score_lines(list(found.values()), given.scorer, tasks)))
     return 0

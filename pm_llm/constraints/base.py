@@ -119,7 +119,8 @@ class Constraint:
     `trains_weights` whether the base weights are trained in place of A and B, `fixes_a` whether A stays as it is while
     B is trained, `moves` whether it moves A by itself, or says where A may go. `anew` says why the task's adapter must
     be a new one (empty: it need not be), `in_factors_too` whether it need not where A and B themselves are merged.
-    `needs` says what :meth:`remember` is given. `old_data` says whether rows of past tasks are kept, `stores` what is
+    `needs` says what :meth:`remember` is given, `inherits` the form of the Fisher for :meth:`inherit` (empty: as
+    `needs`). `old_data` says whether rows of past tasks are kept, `stores` what is
     kept between tasks.
     """
 
@@ -133,6 +134,7 @@ class Constraint:
     anew: ClassVar[str] = ""
     in_factors_too: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs()
+    inherits: ClassVar[str] = ""
     old_data: ClassVar[bool] = False
     stores: ClassVar[str] = ""
     prepared = False
@@ -168,6 +170,11 @@ class Constraint:
 
     def remember(self, context: Context) -> None:
         """After a task was trained, before it is merged."""
+
+    def inherit(self, context: Context) -> None:
+        """Remember what was learned elsewhere, before the first task; `needs` may ask otherwise for that, see
+        `inherits`."""
+        self.remember(context)
 
     def memory(self) -> dict[str, Tensor]:
         """What :meth:`remember` has gathered, to go on from."""

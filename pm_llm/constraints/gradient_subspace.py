@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.algebra.bases import Sketch, extended, without
+from pm_llm.algebra.bases import Sketch, extended, extended_by_moments, without
 from pm_llm.constraints.base import Context, Live, Step
 from pm_llm.constraints.spans import Spans
 from pm_llm.system.options import option
@@ -36,6 +36,7 @@ class GradientSubspace(Spans):
     stores = "a basis of past gradients a module"
     called = "gradient_subspace"
     moves = True
+    inherits = "kronecker"
 
     def begin(self, context: Context) -> None:
         assert context.live is not None
@@ -64,6 +65,14 @@ class GradientSubspace(Spans):
                 past = self.bases.get(name)
                 past = None if past is None else past.cpu()
                 self.bases[name] = extended(past, sketch.rows, self.share, int(self.most * d_in))
+
+    def inherit(self, context: Context) -> None:
+        """What was learned elsewhere left no sketch: `C = sum G' G` of the weights' gradients, the Kronecker Fisher's
+        side of the inputs, has the directions that a sketch of them would hold."""
+        assert context.fisher is not None
+        for name, one in context.fisher.modules.items():
+            most = int(self.most * len(one.C))
+            self.bases[name] = extended_by_moments(self.bases.get(name), one.C, self.share, most)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         return {f"sketch.{name}": [s.rows] for name, s in self._sketches.items() if s.rows is not None}

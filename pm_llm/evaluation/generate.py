@@ -33,21 +33,59 @@ def generate(
     Rows of like length share a batch (:func:`pm_llm.evaluation.batches.pack`), and a decoder reads what their prompts
     begin with in common once. Answers end with end of sequence or `max_new_tokens`. The model's mode is restored.
     """
-    tokenizer = encoder.tokenizer
     prompts = [encoder.prompt(example) for example in examples]
+    found = _outputs(model, encoder, prompts, batch_size, batch_tokens, progress)
+    return [encoder.said(example, *pair) for example, pair in zip(examples, zip(prompts, found, strict=True), strict=True)]
 
-    def answer(batch: Sequence[int]) -> list[str]:
+
+@torch.inference_mode()
+def sample(
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[list[int]],
+    seed: int,
+    batch_size: int,
+    batch_tokens: int = 8192,
+    progress: Callable[[int], Any] | None = None,
+) -> list[list[int]]:
+    """An answer to each prompt (both in tokens), drawn from the model itself at temperature 1.
+
+    An answer ends with the end of sequence, or is cut at `encoder.max_new_tokens`. Draws depend on `seed` and on the
+    batches, and not on how many processes share them.
+    """
+    ends = {*_listed(model.generation_config.eos_token_id), encoder.tokenizer.eos_token_id}
+    found = _outputs(model, encoder, prompts, batch_size, batch_tokens, progress, seed)
+    lengths = [next((i for i, token in enumerate(ids, start=1) if token in ends), len(ids)) for ids in found]
+    return [ids[:n] for ids, n in zip(found, lengths, strict=True)]
+
+
+def _outputs(
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[list[int]],
+    batch_size: int,
+    batch_tokens: int,
+    progress: Callable[[int], Any] | None,
+    seed: int | None = None,
+) -> list[list[int]]:
+    """The tokens after each prompt, with padding at their end: the likeliest ones, or with a seed drawn ones."""
+    how = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+    def answer(batch: Sequence[int]) -> list[list[int]]:
         inputs, cache = read.batch(batch)
-        output = model.generate(
-            **inputs,
-            **({} if cache is None else {"past_key_values": cache}),
-            max_new_tokens=encoder.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        output = encoder.family.new_tokens(output, inputs)
-        return [encoder.said(examples[i], prompts[i], ids) for i, ids in zip(batch, output.tolist(), strict=True)]
+        with torch.random.fork_rng():
+            if seed is not None:
+                torch.manual_seed(seed * 1_000_003 + min(batch))
+            output = model.generate(
+                **inputs,
+                **({} if cache is None else {"past_key_values": cache}),
+                max_new_tokens=encoder.max_new_tokens,
+                num_beams=1,
+                pad_token_id=encoder.tokenizer.pad_token_id,
+                **how,
+            )
+        found: list[list[int]] = encoder.family.new_tokens(output, inputs).tolist()
+        return found
 
     with evaluating(model):
         read = Prompts(model, encoder, prompts)
@@ -55,6 +93,10 @@ def generate(
         extra = read.common + encoder.max_new_tokens
         batches = pack(lengths, extra, batch_size, batch_tokens, one_length=read.one_length)
         return in_batches(batches, answer, progress)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 class Prompts:

@@ -21,6 +21,7 @@ NUMBERS = {
         "forward_transfer",
     ),
 }
+WITHOUT_ROWS = ("plasticity", "forward_transfer")  # what needs no score of a task after its own stage
 NEED_TWO = ("backward_transfer", "forgetting", "forward_transfer")
 
 
@@ -151,16 +152,21 @@ class Matrix:
             raise MissingScoreError("transfer and forgetting need at least two tasks.")
         return len(self.stages) - 1
 
-    def summary(self, evaluate: str = "seen") -> dict[str, float]:
+    def summary(self, evaluate: str = "seen", keep: bool = True) -> dict[str, float]:
         """The numbers that `evaluate` (seen, final, diagonal+final, all) measures, by name; some need two tasks.
+
+        Args:
+            evaluate: What was scored.
+            keep: Whether test rows of finished tasks were kept; else nothing is known of a task after its own stage.
 
         Raises:
             MissingScoreError: If one of their scores was not measured.
         """
         several = len(set(self.stages)) > 1
-        return {name: getattr(self, name)() for name in NUMBERS[evaluate] if several or name not in NEED_TWO}
+        names = [name for name in NUMBERS[evaluate] if keep or name in WITHOUT_ROWS]
+        return {name: getattr(self, name)() for name in names if several or name not in NEED_TWO}
 
-    def with_task_known(self, evaluate: str = "seen") -> dict[str, float]:
+    def with_task_known(self, evaluate: str = "seen", keep: bool = True) -> dict[str, float]:
         """The same where each task is answered by the model of its own (last) stage, if that is measured."""
         if evaluate == "final":
             return {}
@@ -204,12 +210,16 @@ class Matrix:
         return "\n".join(lines)
 
 
-def asked_for(evaluate: str, stages: Sequence[str], columns: Sequence[str], stage: int) -> list[str]:
-    """The tasks that are scored after stage `stage` (from 0; -1: before the first), under `evaluate`."""
-    if evaluate == "all" or stage == len(stages) - 1:
-        return list(columns)
+def asked_for(
+    evaluate: str, stages: Sequence[str], columns: Sequence[str], stage: int, keep: bool = True
+) -> list[str]:
+    """The tasks that are scored after stage `stage` (from 0; -1: before the first), under `evaluate`; without `keep`
+    none whose last stage is over, as its test rows are gone."""
     seen = list(dict.fromkeys(stages[: stage + 1]))
-    return {"seen": seen, "final": [], "diagonal+final": seen and [stages[stage]]}[evaluate]
+    found = {"all": list(columns), "seen": seen, "final": [], "diagonal+final": seen and [stages[stage]]}[evaluate]
+    found = list(columns) if stage == len(stages) - 1 else found
+    gone = set() if keep else set(stages[: max(stage, 0)]) - set(stages[max(stage, 0) :])
+    return [name for name in found if name not in gone]
 
 
 def gap_closed(method: float, seqlora: float, joint: float) -> float:

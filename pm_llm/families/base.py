@@ -69,6 +69,10 @@ class Family:
         """A training row; labels are -100 where nothing is learnt."""
         raise NotImplementedError
 
+    def prompt_of(self, row: Row) -> list[int]:
+        """The prompt of a training row."""
+        raise NotImplementedError
+
     def lead(self, example: Example) -> str:
         """What stands between prompt and answer."""
         return ""

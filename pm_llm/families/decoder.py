@@ -63,6 +63,10 @@ class Decoder(Family):
     def row(self, prompt: list[int], answer: list[int]) -> Row:
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
+    def prompt_of(self, row: Row) -> list[int]:
+        learnt = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
+        return row["input_ids"][:learnt]
+
     def lead(self, example: Example) -> str:
         """A decoder goes on from "...Answer:" with a space before the word."""
         blank = example.prompt[-1:].isspace() or (example.completion[:1].isspace() and not example.framed)

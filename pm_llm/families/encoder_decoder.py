@@ -42,6 +42,9 @@ class EncoderDecoder(Family):
     def row(self, prompt: list[int], answer: list[int]) -> Row:
         return {"input_ids": prompt, "labels": answer}
 
+    def prompt_of(self, row: Row) -> list[int]:
+        return row["input_ids"]
+
     def trainer_class(self) -> Any:
         from pm_llm.training.trainers import ContinualSeq2SeqTrainer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -33,10 +34,18 @@ class ChosenRows:
         self, task: str, rows: Sequence[dict[str, Any]], config: FisherSection, seed: int, tokenizer: Any
     ) -> None:
         self.task, self.size, self.tokenizer, self.state = task, config.batch_size, tokenizer, process_state()
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: config.samples].tolist()
-        mine = [rows[i] for i in chosen[self.state.process_index :: self.state.num_processes]]
+        self._take([rows[i] for i in drawn(len(rows), config.samples, seed)])
+
+    def _take(self, rows: list[dict[str, Any]]) -> None:
+        mine = rows[self.state.process_index :: self.state.num_processes]
         # of like lengths together: less padding
-        self.count, self.mine = len(chosen), sorted(mine, key=lambda row: len(row["input_ids"]))
+        self.rows, self.count, self.mine = rows, len(rows), sorted(mine, key=lambda row: len(row["input_ids"]))
+
+    def answered(self, rows: list[dict[str, Any]]) -> ChosenRows:
+        """The same with other answers: encoded rows in the order of :attr:`rows`."""
+        found = copy(self)
+        found._take(rows)
+        return found
 
     def fisher(
         self,
@@ -73,3 +82,9 @@ class ChosenRows:
         collate = DataCollatorForSeq2Seq(self.tokenizer, model)
         for at in range(0, len(self.mine), self.size):
             yield collate(self.mine[at : at + self.size]).to(self.state.device)
+
+
+def drawn(count: int, most: int, seed: int) -> list[int]:
+    """Numbers of at most `most` of `count` rows, drawn by a seed."""
+    found: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].tolist()
+    return found

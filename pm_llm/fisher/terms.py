@@ -110,7 +110,11 @@ class Watched:
 
     def joined(self, i: int, j: int, terms: Terms) -> Watched:
         """For the terms of :meth:`Terms.joined`, which are given."""
-        left = {k: float(terms.inner(x, x).sum() / self.exact[k]) for k, x in enumerate(self.vectors()) if k in (i, j)}
+        left = {
+            k: float(terms.inner(x, x).sum() / self.exact[k]) if self.exact[k] > 0 else float("inf")
+            for k, x in enumerate(self.vectors())
+            if k in (i, j)
+        }
         kept = min(left, key=left.__getitem__)
         order = [k for k in range(len(self.exact)) if k not in (i, j)] + [kept]
         return Watched(self.B[order], self.A[order], self.exact[order])

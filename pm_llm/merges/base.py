@@ -127,11 +127,22 @@ class Merge:
         if not fold.running or (instead and alpha == 1):
             return new
         past = fold.running[name]
+        if not instead and not past.B.any():  # nothing is in it yet
+            return new
         return lowrank.add(past.scale(1 - alpha) if instead else past, new)
 
     def direction(self, fold: Fold) -> dict[str, LowRank]:
         """The task vector of each module, as a change of its weights."""
         return {name: fold.delta(name) for name in fold.new}
+
+    def inherit(self, fold: Fold, scaled: bool = True, weight: float = 1.0) -> None:
+        """Remember what a run begins with: a past task that no fold has made.
+
+        Args:
+            fold: Its adapter as `new`, on what is remembered already as `running`, and its Fisher.
+            scaled: Whether there is a task vector, by which its Fisher can be put on the common scale.
+            weight: Of its Fisher.
+        """
 
     def weights(self, name: str) -> tuple[Tensor, Tensor] | None:
         """How much the rows (d_out) and columns (d_in) of a module matter to the tasks so far, if the rule knows."""

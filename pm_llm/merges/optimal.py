@@ -127,6 +127,16 @@ class Optimal(Merge):
         self.past = each(lambda name: self._sum(fold, fisher.modules[name].divided(size), name, used[name]), fold.new)
         return Coefficients(used, raw)
 
+    def inherit(self, fold: Fold, scaled: bool = True, weight: float = 1.0) -> None:
+        """With one past task more, which the merged model holds whole; the Fisher of one without a task vector is on
+        the scale `raw`, or `trace`: with labels sampled from the model it is in nats as `measured` is."""
+        given = self._checked(fold)
+        fisher = replace(given, modules=each(lambda name: given.modules[name].kept(self._room()), fold.new))
+        size = 1.0
+        if scaled or self.fisher_scale == "trace":
+            size = scale_of(fisher, self.fisher_scale, self._own(fold, fisher)[1])
+        self.past = each(lambda name: self._sum(fold, fisher.modules[name].divided(size / weight), name, 1.0), fold.new)
+
     def _sum(self, fold: Fold, one: Diagonal, name: str, alpha: float) -> Past:
         """S_t = S_{t-1} + F_t; in place of m_t the sums keep the slope S_t M_t - m_t at the merged model."""
         theta = fold.new[name] if self.space == "factors" else fold.theta(name)

@@ -30,7 +30,9 @@ def numbers(results: Results) -> list[str]:
     known = [(label, results.numbers[key]) for key, label in NUMBERS.items() if key in results.numbers]
     if results.facts.knows_task:
         known = [(f"{label}, each task by its own adapter", x) for label, x in known[:1]]
-    return [f"{label}: nothing was gained" if x is None else f"{label}: {x:.2f}" for label, x in known]
+    lines = [f"{label}: nothing was gained" if x is None else f"{label}: {x:.2f}" for label, x in known]
+    gap = "not measured: a task's score after later ones (keep_test_rows is false: its test rows are not kept)"
+    return lines if results.config.get("keep_test_rows", True) else [*lines, gap]
 
 
 def compare(runs: Sequence[Results], joint: float | None = None, names: Sequence[str] = ()) -> str:

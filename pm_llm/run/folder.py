@@ -4,9 +4,12 @@
                            manifest (size and SHA-256 of every other file); it holds its own digest
     config.yaml            the configuration, for people
     stages/01-agnews/      adapter/ (merged, standard PEFT), task_adapter/ (as trained), log.jsonl, predictions/
-    curvature.safetensors  in the last stage's folder only: what the merge rule remembers
+    task.json, test_rows.jsonl   in a stage's folder: what is kept of the task, see kept.py
+    curvature.safetensors  in the folders of the last stages (`keep_curvature`): what the merge rule remembers
     memory.safetensors     in a stage's folder: what the constraints remember, where they do
     adapter -> stages/..   the merged adapter after the last trained task, at a stable path
+    origin/                what the run began with, where that was not the bare model: adapter/, curvature.safetensors,
+                           memory.safetensors
     untrained/             predictions before the first task, where they were asked for
     work/                  the Trainer's checkpoints of the task in training
     results.json, matrix.png, report.html, README.md
@@ -32,12 +35,14 @@ from pm_llm.run.reading import (
     ADAPTER,
     CURVATURE,
     FORMAT,
+    ORIGIN,
     OURS,
     OWN,
     RESULTS,
     STAGES,
     STATE,
     SUMS,
+    TEST_ROWS,
     UNTRAINED,
     WORK,
     Reading,
@@ -47,6 +52,7 @@ from pm_llm.run.record import Results, StageRecord
 from pm_llm.system.coerce import write_yaml
 from pm_llm.system.files import (
     digests,
+    jsonl,
     remove_tree,
     rename_tree,
     replace_bytes,
@@ -94,7 +100,8 @@ class RunDir(Reading):
     def begin(self, state: dict[str, Any]) -> None:
         """Make the folder a run's that has done nothing yet."""
         with writing(self.path):
-            self._write_state({**state, "stages": [], "untrained": None, "files": {}})  # from here it is a run folder
+            empty = {"origin": None, "stages": [], "untrained": None, "files": {}}
+            self._write_state({**state, **empty})  # from here it is a run folder
             self._clear_work()
             self.sweep()
             self._record_config(state["config"])
@@ -150,7 +157,9 @@ class RunDir(Reading):
                 _remove(folder)
         if RESULTS not in state["files"]:
             _remove(self.path / RESULTS)
-        for folder in [*(self.path / STAGES / name for name in stages), self.path / UNTRAINED]:
+        if state["origin"] is None:
+            _remove(self.path / ORIGIN)
+        for folder in [*(self.path / STAGES / name for name in stages), self.path / ORIGIN, self.path / UNTRAINED]:
             for file in [path for path in folder.rglob("*") if path.is_file()]:
                 if file.relative_to(self.path).as_posix() not in state["files"]:
                     file.unlink()
@@ -167,6 +176,16 @@ class RunDir(Reading):
         if but is None and not any(work.iterdir()):
             work.rmdir()
 
+    def commit_origin(self, record: dict[str, Any], fill: Callable[[Path], None]) -> None:
+        """Make what the run begins with part of it: its folder as `fill` fills it, then state."""
+        temporary, folder = self.path / f".{ORIGIN}.tmp", self.path / ORIGIN
+        with writing(self.path, leftover=temporary):
+            _remove(temporary)
+            temporary.mkdir()
+            fill(temporary)
+            rename_tree(temporary, folder)
+            self.record([path for path in folder.rglob("*") if path.is_file()], origin=record)
+
     def commit_stage(
         self, number: int, record: StageRecord, fill: Callable[[Path], None], curvature: dict[str, Tensor]
     ) -> None:
@@ -181,9 +200,11 @@ class RunDir(Reading):
                 save_file(curvature, temporary / CURVATURE)
             rename_tree(temporary, folder)
             state = self.state()
-            old = [file for file in state["files"] if file.endswith(f"/{CURVATURE}")]
             record.folder, record.remembers = name, bool(curvature)
             state["stages"].append(record)
+            recent = {stage.folder for stage in state["stages"][-record.config["keep_curvature"] :]}
+            old = [f"{STAGES}/{stage.folder}/{CURVATURE}" for stage in state["stages"] if stage.folder not in recent]
+            old = [file for file in old if file in state["files"]]
             state["files"] = {k: x for k, x in state["files"].items() if k not in old}
             state["files"] |= digests(self.path, [path for path in folder.rglob("*") if path.is_file()])
             self._write_state(state)
@@ -193,17 +214,20 @@ class RunDir(Reading):
             _remove(self.work(number, record.task))
 
     def commit_score(
-        self, stage: int, task: str, score: float, lines: list[dict[str, Any]], seconds: float, peak_memory: int
+        self, stage: int, task: str, score: float, lines: list[dict[str, Any]] | None, seconds: float, peak_memory: int
     ) -> None:
-        """Keep what stage `stage` (from 0; -1: the untrained model) answers on a task, its score, and what it took."""
+        """Keep what stage `stage` (from 0; -1: the untrained model) answers on a task (None: nothing of that), its
+        score, and what it took."""
         state = self.state()
         scores = (state["untrained"] or {}) if stage < 0 else state["stages"][stage].scores
         above = Path(UNTRAINED) if stage < 0 else Path(STAGES) / state["stages"][stage].folder / "predictions"
         name = (above / f"{stage_folder(len(scores) + 1, task)}.jsonl").as_posix()
         with writing(self.path):
-            (self.path / above).mkdir(exist_ok=True)
-            replace_bytes(self.path / name, jsonl(lines))
-            scores[task] = {"score": score, "predictions": name}
+            scores[task] = {"score": score, "predictions": None if lines is None else name}
+            if lines is not None:
+                (self.path / above).mkdir(exist_ok=True)
+                replace_bytes(self.path / name, jsonl(lines))
+                state["files"] |= digests(self.path, [self.path / name])
             if stage < 0:
                 state["untrained"] = scores
             else:
@@ -211,8 +235,13 @@ class RunDir(Reading):
                 record.seconds["evaluate"] += seconds
                 most = record.peak_memory_bytes.get("evaluate", 0)
                 record.peak_memory_bytes["evaluate"] = max(peak_memory, most)
-            state["files"] |= digests(self.path, [self.path / name])
             self._write_state(state)
+
+    def forget_rows(self, stage: int) -> None:
+        """Keep no test rows of the task of stage `stage` (from 0)."""
+        name = f"{STAGES}/{self.state()['stages'][stage].folder}/{TEST_ROWS}"
+        self.forget(lambda known: known == name)
+        (self.path / name).unlink(missing_ok=True)
 
     def write(self, name: str, content: str | bytes, **changes: Any) -> None:
         """Write a file of the run's folder and list it in the manifest, with `changes` of the state."""
@@ -251,11 +280,6 @@ class RunDir(Reading):
         replace_bytes(self.path / STATE, json.dumps({**state, "digest": sha256_of(state)}, indent=1).encode())
 
 
-def jsonl(rows: list[dict[str, Any]]) -> bytes:
-    """A line a row."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
 def _remove(path: Path) -> None:
     """A file, link or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -266,4 +290,4 @@ def _remove(path: Path) -> None:
 
 def _is_kept(name: str) -> bool:
     """Whether a file is of what has run, and not made from it."""
-    return name.startswith((f"{STAGES}/", f"{UNTRAINED}/")) or name == "config.yaml"
+    return name.startswith((f"{STAGES}/", f"{ORIGIN}/", f"{UNTRAINED}/")) or name == "config.yaml"

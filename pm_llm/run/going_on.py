@@ -17,7 +17,7 @@ from pm_llm.tasks.base import Example, Task
 # keys without influence on any result, beyond the rounding of sums
 FREE = (
     *("output_dir", "train.save_steps", "fisher.storage", "fold_running"),
-    *("fisher.batch_size", "evaluation.batch_size", "evaluation.batch_tokens"),
+    *("keep_curvature", "fisher.batch_size", "evaluation.batch_size", "evaluation.batch_tokens"),
 )
 # keys that say which rows are trained and scored on: judged by the rows themselves
 ROWS = (
@@ -52,7 +52,8 @@ def take_up(
     """
     plain, names = config.plain(), [task.name for task in tasks]
     del plain["output_dir"]
-    rows = _rows(tasks, columns, lengths)
+    known = run_dir.state()["rows"]["test"] if run_dir.has_state() else {}
+    rows = _rows(tasks, columns, lengths, known)
     new = {"tasks": names, "config": plain, "rows": rows}
     if not run_dir.has_state():
         if restart_from is not None:
@@ -67,10 +68,12 @@ def take_up(
         stage, token = len(stages), None
     kept = stages[:stage]
     if not kept:
-        same = token is None and (_settings(state["config"]), state["rows"]) == (_settings(plain), rows)
-        if not same:
-            run_dir.begin({**new, "restarted": token})
-            return
+        settings = _settings(state["config"]) == _settings(plain)
+        if token is not None or not settings or state["rows"] != rows:
+            if not settings or state["origin"] is None:
+                run_dir.begin({**new, "restarted": token})
+                return
+            token = token or sha256_of([0, _settings(plain), rows])  # what it begins with is measured already
     else:
         differences = _differences(state, kept, new, restarted=token is not None)
         if not differences and kept:  # a method of the same name, of another version of pm_llm
@@ -81,20 +84,27 @@ def take_up(
                 "choose another output_dir, or delete the folder. What has not run yet may change: tasks that follow, "
                 "and with --restart-from TASK the `train` section."
             )
-    run_dir.check([f"stages/{record.folder}/" for record in kept] + ["untrained/"])
+    run_dir.check([f"stages/{record.folder}/" for record in kept] + ["origin/", "untrained/"])
     if token is not None:
         run_dir.restart(stage, token, plain)
     run_dir.go_on(plain, rows, names)
 
 
-def _rows(tasks: Sequence[Task], columns: Mapping[str, Task], lengths: Mapping[str, int]) -> dict[str, Any]:
-    """Digests of the rows that are trained on, a stage each, and of those that are scored, by name."""
+def _rows(
+    tasks: Sequence[Task], columns: Mapping[str, Task], lengths: Mapping[str, int], known: Mapping[str, str]
+) -> dict[str, Any]:
+    """Digests of the rows that are trained on, a stage each, and of those that are scored, by name; of finished tasks
+    those that are known."""
     return {
         "train": [
-            _fingerprint(task.train, *(_fingerprint(found, name) for name, found in task.foreign)) for task in tasks
+            task.kept.train
+            if task.kept
+            else _fingerprint(task.train, *(_fingerprint(found, name) for name, found in task.foreign))
+            for task in tasks
         ],
         "test": {
-            name: _fingerprint(task.test, task.scorer, task.labels, lengths[name]) for name, task in columns.items()
+            name: known[name] if task.kept else _fingerprint(task.test, task.scorer, task.labels, lengths[name])
+            for name, task in columns.items()
         },
     }
 

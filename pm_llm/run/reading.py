@@ -22,12 +22,13 @@ from pm_llm.system.lock import Lock
 
 ADAPTER, TASK_ADAPTER, CURVATURE, LOG = "adapter", "task_adapter", "curvature.safetensors", "log.jsonl"
 MEMORY = "memory.safetensors"
+ORIGIN, KEPT, TEST_ROWS = "origin", "task.json", "test_rows.jsonl"
 STATE, RESULTS, STAGES, UNTRAINED, WORK = "state.json", "results.json", "stages", "untrained", "work"
 SUMS = "sums"  # in work: a Fisher's sums in mapped files
-OWN = (STATE, RESULTS, ADAPTER, UNTRAINED, WORK, "config.yaml", "matrix.png", "report.html", "README.md", "figures")
+OWN = (STATE, RESULTS, ADAPTER, ORIGIN, UNTRAINED, WORK, "config.yaml", "matrix.png", "report.html", "README.md", "figures")
 OURS = re.compile(r"\d{2,}-.*|\.\d{2,}-.*\.tmp")  # folders that a run makes in stages and work
-FORMAT = 3  # of the folder; 1 had none written, 2 did not say what was true of the method
-KEYS = {"tasks", "config", "rows", "stages", "untrained", "files", "restarted"}
+FORMAT = 4  # of the folder; 1 had none written, 2 did not say what was true of the method, 3 kept no test rows
+KEYS = {"tasks", "config", "rows", "origin", "stages", "untrained", "files", "restarted"}
 
 Found = TypeVar("Found", bound="Reading")
 
@@ -53,6 +54,10 @@ class Reading:
             raise PmLlmError(f"{path} is not a run folder: state.json is missing.{hint}")
         return run
 
+    def begun_with(self) -> bool:
+        """Whether there is a run that has measured already what it began with."""
+        return self.has_state() and self.state()["origin"] is not None
+
     def has_state(self) -> bool:
         """Whether the folder holds a run. Raises PmLlmError if something else stands in its state's place."""
         state = self.path / STATE
@@ -66,7 +71,7 @@ class Reading:
         """Raise PmLlmError if a folder of the run is a link: what lies behind one is somebody's, and is not swept."""
         stages = self.path / STAGES
         inside = sorted(stages.iterdir()) if stages.is_dir() and not stages.is_symlink() else []
-        for folder in (stages, self.path / UNTRAINED, self.path / WORK, *inside):
+        for folder in (stages, self.path / ORIGIN, self.path / UNTRAINED, self.path / WORK, *inside):
             if folder.is_symlink():
                 raise PmLlmError(
                     f"{folder} is a link, and a run removes what is left over in its folders. Let output_dir itself "
@@ -196,16 +201,22 @@ class Reading:
         found: Path = self.path / STAGES / self.state()["stages"][stage].folder / which
         return found
 
-    def curvature(self) -> dict[str, Tensor] | None:
-        """What the merge rule remembers after the last stage; None where it is not on disk."""
+    @property
+    def origin(self) -> Path:
+        """The adapter that the run began with, where it did not begin with the bare model."""
+        return self.path / ORIGIN / ADAPTER
+
+    def curvature(self, stage: int) -> dict[str, Tensor] | None:
+        """What the merge rule remembers after stage `stage` (from 0; -1: of what the run began with); None where it is
+        not on disk."""
         state = self.state()
-        name = f"{STAGES}/{state['stages'][-1].folder}/{CURVATURE}"
+        name = f"{_folder(state, stage)}/{CURVATURE}"
         return load_file(self.path / name) if name in state["files"] else None
 
     def memories(self, stage: int, count: int) -> list[dict[str, Tensor]]:
-        """What each of `count` constraints remembers after stage `stage` (from 0)."""
+        """What each of `count` constraints remembers after stage `stage` (from 0; -1: of what the run began with)."""
         state = self.state()
-        name = f"{STAGES}/{state['stages'][stage].folder}/{MEMORY}"
+        name = f"{_folder(state, stage)}/{MEMORY}"
         found = load_file(self.path / name) if name in state["files"] else {}
         memories: list[dict[str, Tensor]] = [{} for _ in range(count)]
         for key, tensor in found.items():
@@ -221,7 +232,7 @@ class Reading:
         """
         state = self.state()
         names = (state["untrained"] or {}) if stage < 0 else state["stages"][stage].scores
-        files = [entry["predictions"] for entry in names.values()]
+        files = [entry["predictions"] for entry in names.values() if entry["predictions"]]
         if files:
             self.check(files)
         return [self.path / name for name in files]
@@ -241,10 +252,14 @@ def stage_folder(number: int, name: str) -> str:
     return f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:80]}"
 
 
+def _folder(state: dict[str, Any], stage: int) -> str:
+    return ORIGIN if stage < 0 else f"{STAGES}/{state['stages'][stage].folder}"
+
+
 def _names(state: dict[str, Any]) -> list[str]:
     """All paths that a state names."""
     scores = [state["untrained"] or {}, *(stage.scores for stage in state["stages"])]
-    predictions = [one["predictions"] for found in scores for one in found.values()]
+    predictions = [one["predictions"] for found in scores for one in found.values() if one["predictions"]]
     return [*state["files"], *(stage.folder for stage in state["stages"]), *predictions]
 
 

@@ -89,7 +89,7 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
         stage_settings=[_own(stage, run) for stage in stages],
         scorers=scorers,
         lower_is_better=matrix.lower_is_better,
-        test_rows=[len(task.test) for task in columns.values()],
+        test_rows=[task.kept.test_rows if task.kept else len(task.test) for task in columns.values()],
         matrix=matrix.rows(),
         untrained={name: x["score"] for name, x in run["untrained"].items()} if run["untrained"] else None,
         coefficients=[stage.coefficient for stage in stages],
@@ -104,7 +104,7 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
         losses=[stage.losses for stage in stages],
         seconds=[stage.seconds for stage in stages],
         peak_memory_bytes=[max(stage.peak_memory_bytes.values()) for stage in stages],
-        numbers={**measured(config["evaluate"]), **fuar},
+        numbers={**measured(config["evaluate"], config["keep_test_rows"]), **fuar},
     )
 
 

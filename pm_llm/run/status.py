@@ -34,7 +34,7 @@ def describe_run(path: str | Path) -> str:
     for i, name in enumerate(state["tasks"]):
         if i < done:
             stage = state["stages"][i]
-            asked = asked_for(evaluate, state["tasks"], columns, i)
+            asked = asked_for(evaluate, state["tasks"], columns, i, state["config"]["keep_test_rows"])
             missing = [task for task in asked if task not in stage.scores]
             what = f"trained, scored on {len(asked) - len(missing)} of {len(asked)}" if missing else "done"
             if missing and i == done - 1:

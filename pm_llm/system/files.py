@@ -216,3 +216,8 @@ def size_of(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} GiB"
+
+
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """A line a row."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

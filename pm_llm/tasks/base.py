@@ -56,6 +56,17 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a run has kept of a finished task: its longest answer in tokens, the digest of its training rows, and how
+    many rows it had."""
+
+    answer: int
+    train: str
+    train_rows: int
+    test_rows: int
+
+
+@dataclass(frozen=True)
 class Task:
     """A named task. `labels` are the options of a classification task, in prompt order, if it is one.
 
@@ -64,6 +75,9 @@ class Task:
 
     `special_tokens` says what the text of a special token means in a row: `text`, its letters, `token`, the token, or
     None: nothing is said, and such rows are refused.
+
+    `source` is what the configuration gave, `files` what was read, each with its size in bytes and its time of change
+    in ns. `kept` is there for a task that a run has finished: it has no training rows any more.
     """
 
     name: str
@@ -75,13 +89,17 @@ class Task:
     foreign: tuple[tuple[str, Sequence[Example]], ...] = ()
     whole: Sequence[Example] = ()
     special_tokens: str | None = "text"
+    source: str = ""
+    files: tuple[tuple[str, int, int], ...] = ()
+    kept: Kept | None = None
 
-    def checked(self, problems: Problems, explained: bool = False) -> Task:
+    def checked(self, problems: Problems, explained: bool = False, answers: bool = True) -> Task:
         """This task, without the rows that `problems` says to drop; what is wrong is added to `problems`.
 
         Args:
             problems: Where what is wrong goes.
             explained: Whether `problems` says already why a split has no rows.
+            answers: Whether every row needs one.
         """
         from pm_llm.evaluation.scorers import SCORERS
 
@@ -90,7 +108,7 @@ class Task:
         name_of(self.name, "the name of a task")
         self._check_labels(problems)
         seen: dict[tuple[str, str], str] = {}
-        kept: dict[str, Any] = {split: self._good(split, seen, problems) for split in SPLITS}
+        kept: dict[str, Any] = {split: self._good(split, seen, problems, answers) for split in SPLITS}
         empty = [split for split in ("train", "test") if not kept[split]]
         if empty and not explained:
             problems.add("", f"task {self.name!r} has no {empty[0]} rows. Check its file, split name and filters.")
@@ -109,12 +127,12 @@ class Task:
                     "neither case nor punctuation. Use scorer accuracy.",
                 )
 
-    def _good(self, split: str, seen: dict[tuple[str, str], str], problems: Problems) -> list[Example]:
+    def _good(self, split: str, seen: dict[tuple[str, str], str], problems: Problems, answers: bool) -> list[Example]:
         """The split's good rows; `seen` are the ids so far, by file, with their places."""
         kept: list[Example] = []
         for number, row in enumerate(getattr(self, split), start=1):
             place = row.place or f"task {self.name!r}, {split}:row {number}"
-            wrong = self._wrong(row)
+            wrong = self._wrong(row, answers)
             if wrong is None and row.id is not None:
                 first = seen.setdefault((place.rpartition(":")[0], row.id), place)
                 wrong = None if first == place else f"its id {row.id!r} is that of {first} too."
@@ -124,14 +142,14 @@ class Task:
                 problems.row(place, wrong)
         return kept
 
-    def _wrong(self, row: Example) -> str | None:
-        if not all(reference.strip() for reference in row.references):
+    def _wrong(self, row: Example, answers: bool) -> str | None:
+        if answers and not all(reference.strip() for reference in row.references):
             return "its answer (completion or label) is empty. Every row needs one."
         if not row.prompt.strip():
             return "its prompt is empty."
         if len(row.prompt) > MAX_CHARACTERS:
             return f"its prompt has {len(row.prompt):,} characters; at most {MAX_CHARACTERS:,} are taken."
-        if self.labels and row.completion not in self.labels:
+        if answers and self.labels and row.completion not in self.labels:
             return f"its label {row.completion!r} is none of the task's: {', '.join(self.labels)}."
         return None
 
@@ -150,7 +168,7 @@ class Task:
 def checked(tasks: Sequence[Task]) -> list[Task]:
     """Tasks made in Python, checked like those from files. Raises PmLlmError with all that is wrong."""
     problems = Problems()
-    found = [task.checked(problems) for task in tasks]
+    found = [task if task.kept else task.checked(problems) for task in tasks]
     problems.check()
     one_direction(found)
     return found
@@ -174,11 +192,13 @@ def _content(task: Task) -> tuple[Any, ...]:
     return task.scorer, task.labels, *rows
 
 
-def check_while(problems: Problems, load: Callable[[Problems], Task]) -> Task:
-    """The task that `load` gives, checked."""
-    before = problems.whole
+def check_while(problems: Problems, load: Callable[[Problems], Task], answers: bool = True) -> Task:
+    """The task that `load` gives, checked; with `answers` every row needs one."""
+    before, opened = problems.whole, len(problems.files)
     task = load(problems)
-    return task.checked(problems, explained=problems.whole > before)
+    files = dict.fromkeys((str(path), size, time) for path, size, time in problems.files[opened:])
+    task = replace(task, files=tuple(files))
+    return task.checked(problems, explained=problems.whole > before, answers=answers)
 
 
 def one_direction(tasks: Iterable[Task]) -> None:

@@ -27,14 +27,19 @@ PAIRS = (
     *(("text", answer) for answer in ("label", "target")),
     *(("sentence", answer) for answer in ("label",)),
 )
+PROMPTS = ("prompt", "instruction", "question", "input", "text", "sentence")  # alone, where no answer is needed
+NO_ANSWER = ""  # in place of the answer's column
 CHATS = ("messages", "conversations", "conversation")
 
 
-def examples_of(rows: list[Row], spec: UserTask, problems: Problems) -> list[Example]:
-    """The rows as examples; what is wrong with them, or would be left out of them, goes to `problems`."""
+def examples_of(rows: list[Row], spec: UserTask, problems: Problems, prompts: bool = False) -> list[Example]:
+    """The rows as examples; what is wrong with them, or would be left out of them, goes to `problems`.
+
+    With `prompts` rows may be prompts alone, and chats may end with a question; their answers are empty then.
+    """
     if not rows:
         return []
-    found = Counter(columns_of(row.values, spec) for row in rows)
+    found = Counter(columns_of(row.values, spec, prompts) for row in rows)
     if list(found) == [None]:
         problems.add(
             rows[0].place,
@@ -45,7 +50,7 @@ def examples_of(rows: list[Row], spec: UserTask, problems: Problems) -> list[Exa
     common = max((columns for columns in found if columns is not None), key=found.__getitem__)
     if not _all_used(rows, common, spec, problems):
         return []
-    examples = [common.example(row, spec, problems) for row in rows]
+    examples = [common.example(row, spec, problems, prompts) for row in rows]
     return [example for example in examples if example is not None]
 
 
@@ -74,7 +79,7 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
         )
         problems.add(
             left[texts[0]].place,
-            f"{first} and {columns.completion or 'its turns'} leave out {', '.join(texts)}. {how}.",
+            f"{first} and {columns.completion or ('no answer' if columns.completion == NO_ANSWER else 'its turns')} leave out {', '.join(texts)}. {how}.",
         )
         return False
     if left:
@@ -82,20 +87,24 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
     return True
 
 
-def columns_of(values: Mapping[str, Any], spec: UserTask) -> Columns | None:
-    """Where a row's question and answer stand; None if nothing is named and nothing known is found."""
+def columns_of(values: Mapping[str, Any], spec: UserTask, prompts: bool = False) -> Columns | None:
+    """Where a row's question and answer stand; None if nothing is named and nothing known is found. With `prompts`
+    there need be no answer."""
     if spec.messages is not None:
         return Columns((spec.messages,))
     if spec.prompt is not None or spec.completion is not None:
         given = spec.prompt if spec.prompt is not None else "prompt"
         names = tuple(given) if isinstance(given, list) else tuple(_fields(given)) or (given,)
-        return Columns(
-            names, spec.completion or "completion", given if isinstance(given, str) and _fields(given) else None
-        )
+        answer = spec.completion or ("completion" if "completion" in values or not prompts else NO_ANSWER)
+        return Columns(names, answer, given if isinstance(given, str) and _fields(given) else None)
     pair = next((pair for pair in PAIRS if values.keys() >= set(pair)), None)
-    if pair is None:
-        return next((Columns((chat,)) for chat in CHATS if chat in values), None)
-    prompt, completion = pair
+    chat = next((Columns((chat,)) for chat in CHATS if chat in values), None)
+    if pair is None and (chat is not None or not prompts):
+        return chat
+    alone = next((name for name in PROMPTS if name in values), None)
+    if pair is None and alone is None:
+        return None
+    prompt, completion = pair or (str(alone), NO_ANSWER)
     return Columns((prompt,), completion, joins=(INPUT, CONTEXT) if prompt == INSTRUCTION else (), before=BEFORE)
 
 
@@ -124,13 +133,15 @@ class Columns:
         chat = {"tools"} if self.completion is None else set()
         return {*self.prompt, *self.before, *self.joins, *chat} | ({self.completion} if self.completion else set())
 
-    def example(self, row: Row, spec: UserTask, problems: Problems) -> Example | None:
+    def example(self, row: Row, spec: UserTask, problems: Problems, prompts: bool = False) -> Example | None:
         """The row as an example; None, with the reason in `problems`, if it is none."""
         given = row.values.get(spec.id)
         name = None if given is None else str(given)
         if self.completion is None:
-            return _chat(row, self.prompt[0], row.values.get(self.prompt[0]), name, problems)
+            return _chat(row, self.prompt[0], row.values.get(self.prompt[0]), name, problems, prompts)
         answer = row.values.get(self.completion)
+        if prompts and isinstance(row.values.get(self.prompt[0]), list) and len(self.prompt) == 1 and answer is None:
+            return _chat(row, self.prompt[0], row.values[self.prompt[0]], name, problems, prompts)
         if isinstance(answer, list) and isinstance(row.values.get(self.prompt[0]), list) and len(self.prompt) == 1:
             both = [*row.values[self.prompt[0]], *answer]  # turns, as TRL has them
             return _chat(row, f"{self.prompt[0]} and {self.completion}", both, name, problems)
@@ -139,7 +150,7 @@ class Columns:
     def _plain(self, row: Row, name: str | None, problems: Problems) -> Example | None:
         wanted = [*self.prompt, *(column for column in self.joins if _has_text(row, column))]
         texts = {n: self._text(row, n, problems, joined=len(self.prompt) > 1) for n in wanted}
-        answers = _answers(row, self.completion or "", problems)
+        answers = [""] if self.completion == NO_ANSWER else _answers(row, self.completion or "", problems)
         if answers is None or not all(text is not None for text in texts.values()):
             return None
         body = self.template.format(**texts) if self.template else "\n\n".join(text or "" for text in texts.values())
@@ -194,10 +205,14 @@ def _turns_before(row: Row, columns: Sequence[str], problems: Problems) -> list[
     return turns
 
 
-def _chat(row: Row, column: str, given: Any, name: str | None, problems: Problems) -> Example | None:
+def _chat(
+    row: Row, column: str, given: Any, name: str | None, problems: Problems, prompts: bool = False
+) -> Example | None:
     turns, tools = chat_of(row, column, given, problems), tools_of(row, problems)
     if turns is None or tools is None:
         return None
+    if prompts and turns[-1]["role"] == "user":
+        return Example("", "", messages=tuple(turns), id=name, place=row.place, tools=tools)
     found = up_to_answer(turns)
     if isinstance(found, str):
         problems.row(row.place, found)

@@ -216,6 +216,10 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
     problems, encoders = Problems(drop=config.bad_rows == "drop"), {}
     bad: dict[int, Example] = {}  # by identity; held, so that it is not another's
     for task in tasks:
+        if task.kept is not None:  # its rows were looked at when it was trained
+            length = task.kept.answer
+            encoders[task.name] = Encoder(tokenizer, family, config.max_length, length, task.special_tokens)
+            continue
         rows = [*(task.whole or task.train), *task.validation, *task.test]  # what neighbours may train on, too
         blind = Encoder(tokenizer, family, config.max_length, 1, task.special_tokens)
         wrong = {id(row): what for row in rows if (what := blind.wrong(row)) is not None}

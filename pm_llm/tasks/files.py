@@ -69,6 +69,7 @@ def stem_of(path: Path) -> str:
 def read_rows(path: Path, problems: Problems) -> list[Row]:
     """All rows of a file, by its suffix. What cannot be read goes to `problems`."""
     kind = kind_of(path)
+    problems.opened(path)
     if kind is None:
         allowed = f"{', '.join(READERS)}, and all but Parquet with {PACKED}"
         problems.add(str(path), f"files of kind {path.suffix!r} cannot be read. Allowed: {allowed}.")
@@ -84,6 +85,7 @@ def read_rows(path: Path, problems: Problems) -> list[Row]:
 
 def read_json(path: Path, problems: Problems) -> Any:
     """A whole JSON file; None, with the reason in `problems`, if there is none."""
+    problems.opened(path)
     try:
         return json.loads(_decoded(path))
     except FileNotFoundError:

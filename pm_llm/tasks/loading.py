@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,47 +26,74 @@ BENCHMARKS = {
 }
 
 
-def load_tasks(config: RunConfig) -> list[Task]:
+def load_tasks(config: RunConfig, kept: Sequence[Task] = ()) -> list[Task]:
     """The tasks of a run, in the order they are trained, checked and cut to `max_train_samples`, `max_test_samples`.
 
     With `repeat` a task occurs several times. With `evaluation.split: validation` the `test` rows are the validation
     rows.
 
+    Args:
+        config: The run's.
+        kept: The tasks that the run has finished, from the first on: they are taken as they are, and their files are
+            not opened unless they come again.
+
     Raises:
         PmLlmError: If neither or both of `benchmark` and `tasks` are given, a name is unknown or occurs twice, or with
             everything that is wrong with files and rows, each with file and line.
     """
-    from pm_llm.tasks.order import blurred, pick_order
+    from pm_llm.tasks.order import blurred
 
-    if (config.benchmark is None) == (not config.tasks):
-        raise PmLlmError("give either `benchmark` (with `order`) or `tasks` (files or dataset ids), and not both.")
     problems = Problems(drop=config.bad_rows == "drop")
-    if config.benchmark is not None:
-        module = load_benchmark(config.benchmark)
-        names = pick_order(config.order, module.ORDERS, list(module.TASKS))
-        tasks = {
-            name: check_while(problems, partial(module.load_task, name, config.data_dir))
-            for name in dict.fromkeys(names)
-        }
-    else:
-        from pm_llm.tasks.user import load_user_tasks
-
-        own = load_user_tasks(config.tasks, Path(config.data_dir) if config.data_dir else None, problems)
-        tasks = {task.name: task for task in own}
-        if len(tasks) != len(own):
-            raise PmLlmError(
-                f"two tasks have one name: {', '.join(task.name for task in own)}. Give each its own `name`."
-            )
-        names = pick_order(config.order, {"as given": list(tasks)}, list(tasks))
+    names, load = _named(config, kept)
+    finished = {task.name: task for task in kept}
+    needed = dict.fromkeys([*names[len(kept) :], *(name for name in names if name not in finished)])
+    tasks = {name: load(name, problems) for name in needed}
     if config.evaluation.split == "validation":
         tasks = {name: _on_validation(task, problems) for name, task in tasks.items()}
     problems.tell()
-    one_direction(tasks.values())
-    cut = {
+    cut = finished | {
         name: task.subset(config.max_train_samples, config.max_test_samples, config.seed)
         for name, task in tasks.items()
     }
-    return blurred([cut[name] for name in names * config.repeat], config.blur, config.seed)
+    one_direction(cut[name] for name in dict.fromkeys(names))
+    return blurred([cut[name] for name in names], config.blur, config.seed)
+
+
+def _named(config: RunConfig, kept: Sequence[Task]) -> tuple[list[str], Callable[[str, Problems], Task]]:
+    """The names of a run's tasks, a stage each, and what reads one of them. Raises as :func:`load_tasks`."""
+    from pm_llm.tasks.order import pick_order
+    from pm_llm.tasks.user import load_user_task, task_name, user_tasks
+
+    if config.benchmark is None and not config.tasks:
+        raise PmLlmError("give `benchmark` (with `order`), or `tasks` (files or dataset ids), or both.")
+    folder, benchmark = Path(config.data_dir) if config.data_dir else None, config.benchmark
+    specs = user_tasks(config.tasks, folder, kept)
+    own = [task_name(spec, folder) for spec in specs]
+    names, module = [], None
+    if benchmark is not None:
+        module = load_benchmark(benchmark)
+        names = pick_order(config.order, module.ORDERS, list(module.TASKS))
+    elif len(set(own)) == len(own):
+        names = pick_order(config.order, {"as given": own}, own)
+    names = names * config.repeat + (own if module else [])
+    if len(set(own)) != len(own) or (module and set(own) & set(module.TASKS)):
+        raise PmLlmError(f"two tasks have one name: {', '.join(own)}. Give each its own `name`.")
+    by_name = dict(zip(own, specs, strict=True))
+    for task in kept:
+        spec = by_name.get(task.name)
+        if spec is not None and (spec.scorer, tuple(spec.labels)) != (task.scorer, task.labels):
+            raise PmLlmError(
+                f"task {task.name!r} is finished, and its scorer or labels are not what they were. Leave its entry as "
+                "it was, or give the rows as a probe."
+            )
+
+    def load(name: str, problems: Problems) -> Task:
+        if name in by_name:
+            return load_user_task(by_name[name], folder, problems)
+        assert module is not None
+        return check_while(problems, partial(module.load_task, name, config.data_dir))
+
+    return names, load
 
 
 def load_probes(config: RunConfig) -> list[Task]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pm_llm.errors import PmLlmError
@@ -29,6 +30,12 @@ class Problems:
     dropped: dict[str, set[str]] = field(default_factory=dict)
     rows: int = 0
     notes: dict[str, None] = field(default_factory=dict)
+    files: list[tuple[Path, int, int]] = field(default_factory=list)
+
+    def opened(self, path: Path) -> None:
+        """A file is read: it is noted with its size and time of change."""
+        if path.is_file():
+            self.files.append((path.absolute(), path.stat().st_size, path.stat().st_mtime_ns))
 
     def note(self, what: str) -> None:
         """Something to know that is not wrong, told once."""

@@ -69,19 +69,40 @@ def load_user_tasks(
     A folder without a `train.*` file (and no saved dataset) is a folder of tasks: one a file or subfolder, by name.
     One that holds nothing but splits is a task.
     """
-    specs = [_parse(one) for entry in entries for one in _expand(entry, folder)]
+    specs = user_tasks(entries, folder)
     return [check_while(problems, partial(_load, spec, folder, probe)) for spec in specs]
 
 
-def _expand(entry: Any, folder: Path | None) -> list[Any]:
+def user_tasks(entries: Sequence[Any], folder: Path | None, kept: Sequence[Task] = ()) -> list[UserTask]:
+    """What `entries` name; the files and folders of `kept` tasks may be gone."""
+    return [_parse(one) for entry in entries for one in _expand(entry, folder, kept)]
+
+
+def load_user_task(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
+    """One of them, read and checked."""
+    return check_while(problems, partial(_load, spec, folder, False))
+
+
+def rows_or_prompts(entries: Any, folder: Path | None, problems: Problems) -> list[Task]:
+    """Files or datasets given as `tasks` are, one entry or a list, all of their rows as training rows; of those that
+    are prompts alone, or are chats that end with a question, the answer is empty."""
+    listed = entries if isinstance(entries, list) else [entries]
+    specs = [_parse(one) for entry in listed for one in _expand(entry, folder)]
+    return [check_while(problems, partial(_load, spec, folder, True, prompts=True), answers=False) for spec in specs]
+
+
+def _expand(entry: Any, folder: Path | None, kept: Sequence[Task] = ()) -> list[Any]:
     path = _place(entry, folder) if isinstance(entry, str) else None
-    if path is None or not path.is_dir() or _is_saved(path):
+    gone = [Path(t.source) for t in kept if path is not None and Path(t.source).parent == path.absolute()]
+    if path is None or not (path.is_dir() or gone) or _is_saved(path):
         return [entry]
     children = sorted(
         child
-        for child in path.iterdir()
-        if not child.name.startswith(".") and (child.is_dir() or kind_of(child) is not None)
+        for child in {*gone, *(path.absolute().iterdir() if path.is_dir() else ())}
+        if child in gone or (not child.name.startswith(".") and (child.is_dir() or kind_of(child) is not None))
     )
+    if gone:
+        return [str(child) for child in children]
     splits = {_split_of(child) for child in children}
     alone = splits <= {"test", *_TEST_ALIASES} and all(child.is_file() for child in children)
     if not children or "train" in splits or alone:
@@ -126,9 +147,14 @@ def _parse(entry: Any) -> UserTask:
     return spec
 
 
-def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) -> Task:
+def task_name(spec: UserTask, folder: Path | None) -> str:
+    """Its own, or that of its file or folder."""
     path = _place(spec.data, folder)
-    name = name_of(spec.name or (stem_of(path) if kind_of(path) else path.name), f"the name of {spec.data!r}")
+    return name_of(spec.name or (stem_of(path) if kind_of(path) else path.name), f"the name of {spec.data!r}")
+
+
+def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems, prompts: bool = False) -> Task:
+    path, name = _place(spec.data, folder), task_name(spec, folder)
     here = path.is_dir() or kind_of(path) is not None or path.is_file() or spec.data.startswith((".", "/"))
     if here and spec.subset is not None:
         raise PmLlmError(f"task {name!r}: subset {spec.subset!r} is of a dataset on the Hub, and {path} is here.")
@@ -163,7 +189,7 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
 
     @cache  # a probe's rows are those of both splits
     def examples(load: Callable[[], list[Row]]) -> list[Example]:
-        return examples_of(load(), spec, problems)
+        return examples_of(load(), spec, problems, prompts)
 
     train, test, validation = examples(splits[spec.train_split]), None, None
     if scored is not None:
@@ -177,7 +203,14 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems) 
         what = f"task {name!r}: validation_size"
         train, validation = _split_off(train, spec.validation_size, spec.seed + 1, what, problems)
     return Task(
-        name, train, test, spec.scorer, tuple(spec.labels), validation or [], special_tokens=spec.special_tokens
+        name,
+        train,
+        test,
+        spec.scorer,
+        tuple(spec.labels),
+        validation or [],
+        special_tokens=spec.special_tokens,
+        source=str(path.absolute()) if here else spec.data,
     )
 
 

@@ -1,0 +1,102 @@
+"""What a run keeps of a finished task, so that the files it came from may vanish.
+
+`task.json` in a stage's folder has scorer, labels and the longest answer, and what was said of its training rows;
+`test_rows.jsonl` the rows that it goes on being scored on. Nothing that follows opens the task's files again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pm_llm.config import RunConfig
+from pm_llm.run.reading import CURVATURE, KEPT, STAGES, TEST_ROWS, Reading
+from pm_llm.system.files import jsonl
+from pm_llm.system.progress import say
+from pm_llm.tasks.base import Example, Kept, Task
+
+
+def write_kept(folder: Path, task: Task, answer: int, digest: str) -> None:
+    """Write both files into a stage's folder.
+
+    Args:
+        folder: The folder.
+        task: The task that is committed.
+        answer: Its longest answer in tokens.
+        digest: Of its training rows.
+    """
+    found = {
+        "name": task.name,
+        "scorer": task.scorer,
+        "labels": task.labels,
+        "special_tokens": task.special_tokens,
+        "source": task.source,
+        "files": task.files,
+        "kept": {"answer": answer, "train": digest, "train_rows": len(task.train), "test_rows": len(task.test)},
+    }
+    (folder / KEPT).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    (folder / TEST_ROWS).write_bytes(jsonl([_row(row) for row in task.test]))
+
+
+def _row(row: Example) -> dict[str, Any]:
+    defaults = {f.name: f.default for f in dataclasses.fields(Example)}
+    return {key: x for key, x in dataclasses.asdict(row).items() if x != defaults[key]}
+
+
+def read_kept(folder: Path) -> Task:
+    """The task that :func:`write_kept` wrote, without training rows, and without test rows where none are kept."""
+    found, lists = json.loads((folder / KEPT).read_text(encoding="utf-8")), {"messages", "alternatives", "tools"}
+    rows = (folder / TEST_ROWS).read_text(encoding="utf-8").split("\n") if (folder / TEST_ROWS).is_file() else []
+    plain = [json.loads(row) for row in rows if row]
+    test = [Example(**{key: tuple(x) if key in lists else x for key, x in row.items()}) for row in plain]
+    kept, labels, files = Kept(**found.pop("kept")), tuple(found.pop("labels")), found.pop("files")
+    return Task(train=[], test=test, labels=labels, files=tuple(map(tuple, files)), kept=kept, **found)
+
+
+def kept_tasks(run: Reading, config: RunConfig, restart_from: str | None = None) -> list[Task]:
+    """The finished tasks of a run, a stage each, as far as they need not be read from their files again.
+
+    None where their training rows are needed: for blurred boundaries, which mix rows of neighbours, and where what the
+    merge remembers has to be measured once more, after a restart further back than `keep_curvature`.
+
+    Args:
+        run: The run's folder; it may hold none.
+        config: The configuration asked for.
+        restart_from: The task that is redone, by name or number.
+    """
+    if not run.has_state() or config.blur:
+        return []
+    state = run.state()
+    stages, names = state["stages"], state["tasks"]
+    count = len(stages)
+    if restart_from is not None:
+        numbers = [i for i, name in enumerate(names) if restart_from in (name, str(i + 1))]
+        count = min([count, *numbers])
+    last = stages[count - 1] if count else None
+    if last is None or (last.remembers and f"{STAGES}/{last.folder}/{CURVATURE}" not in state["files"]):
+        return []
+    before, now = state["config"]["max_test_samples"], config.max_test_samples
+    if before != now:
+        say(f"max_test_samples {before} -> {now} acts on tasks that follow: of finished ones the run keeps its rows")
+    found = []
+    for record in stages[:count]:
+        folder = f"{STAGES}/{record.folder}"
+        run.check([f"{folder}/{KEPT}", f"{folder}/{TEST_ROWS}"])
+        found.append(read_kept(run.path / folder))
+    _tell_changed(found)
+    return found
+
+
+def _tell_changed(tasks: Sequence[Task]) -> None:
+    """Files that are there still, and are not as they were when they were read."""
+    seen = {}
+    for task in tasks:
+        for path, size, time in task.files:
+            there = Path(path)
+            if there.is_file() and (there.stat().st_size, there.stat().st_mtime_ns) != (size, time):
+                seen[path] = task.name
+    for path, name in seen.items():
+        say(f"{path} has changed since task {name!r} was trained on it; the run goes by what it has kept")
