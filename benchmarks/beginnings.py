@@ -78,7 +78,8 @@ def train_elsewhere(model: str, rows: list[dict[str, Any]], seed: int, out: Path
     given = Dataset.from_list([{"prompt": x["prompt"], "completion": f" {x['completion']}"} for x in rows])
     settings = SFTConfig(
         output_dir=str(out / "trl"),
-        max_steps=50,
+        max_steps=40,
+        gradient_checkpointing=False,
         per_device_train_batch_size=8,
         learning_rate=2e-3,
         lr_scheduler_type="constant",

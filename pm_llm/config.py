@@ -306,7 +306,12 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
             raise PmLlmError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise PmLlmError(f"{path} holds no mapping of keys to values.")
-    values, given = cleaned(values, str(path or "the command line")), cleaned(overrides or {}, "the command line")
+    return configured(values, overrides, str(path or "the command line"))
+
+
+def configured(values: dict[str, Any], overrides: dict[str, Any] | None, path: str) -> RunConfig:
+    """A configuration from values as `path` holds them, and overrides. Raises as :func:`load_config`."""
+    values, given = cleaned(values, path), cleaned(overrides or {}, "the command line")
     method = values.get("method", RunConfig.method)
     if given.get("method", method) != method:
         usual = {"start": "null", "constrain": "null", "merge": "null", "space": RunConfig.space}

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pm_llm.adapters.adapter import Adapter
-from pm_llm.config import RunConfig
+from pm_llm.config import RunConfig, configured
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.matrix import UNTRAINED, Matrix
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix, asked_for
 from pm_llm.merges.merger import Merger
 from pm_llm.origin import Origin, read_sources
+from pm_llm.run.adding import added
 from pm_llm.run.folder import RunDir
 from pm_llm.run.going_on import take_up
-from pm_llm.run.kept import kept_tasks
+from pm_llm.run.kept import kept_tasks, read_all
 from pm_llm.run.reading import TASK_ADAPTER
 from pm_llm.run.record import StageRecord
 from pm_llm.run.results import gather_results, versions
@@ -41,6 +43,7 @@ class ContinualSequence:
             `evaluation.split` ...) act in :func:`load_tasks`. By default what that gives.
         restart_from: Redo from this task on (its name, or its number in the sequence); what comes before is kept.
         watchers: What looks on, see :class:`pm_llm.stage.Watcher`.
+        adding: Whether the tasks that follow the finished ones may be trained otherwise (`train` keys).
     """
 
     def __init__(
@@ -49,12 +52,12 @@ class ContinualSequence:
         tasks: list[Task] | None = None,
         restart_from: str | None = None,
         watchers: Sequence[Watcher] = (),
+        adding: bool = False,
     ) -> None:
         self.config = config.check()
-        self.restart_from, self.watchers = restart_from, watchers
+        self.restart_from, self.watchers, self.adding = restart_from, watchers, adding
         self.run_dir = RunDir(config.output_dir)
-        kept = kept_tasks(self.run_dir, config, restart_from) if tasks is None else []
-        self.tasks = load_tasks(config, kept) if tasks is None else checked(tasks)  # a stage each; a task may recur
+        self.tasks = self._load() if tasks is None else checked(tasks)  # a stage each; a task may recur
         self.sources = None if self.run_dir.begun_with() else read_sources(config)
         self.columns = scored(config, self.tasks)
         if config.fuar:
@@ -64,6 +67,55 @@ class ContinualSequence:
         self.stopping = Stopping()
         on_disk = config.fisher.storage == "disk"
         self.zeros: Zeros = mapped_files(self.run_dir.path / "work" / "sums") if on_disk else torch.zeros
+
+    @classmethod
+    def open(
+        cls, run: str | Path, keys: Mapping[str, Any] | None = None, watchers: Sequence[Watcher] = ()
+    ) -> ContinualSequence:
+        """A run as it is, with its own settings, to add tasks to.
+
+        Args:
+            run: The run's folder.
+            keys: Keys of the configuration by dotted name that are to change, as far as they may.
+            watchers: What looks on.
+
+        Raises:
+            PmLlmError: If there is no run, or a key may not change.
+        """
+        run_dir = RunDir.open(run)
+        state = run_dir.state()
+        config = configured({**state["config"], "output_dir": str(run)}, dict(keys or {}), str(run_dir.path))
+        finished = len(state["stages"]) == len(state["tasks"])
+        return cls(config, read_all(run_dir, state["stages"]) if finished else None, watchers=watchers, adding=True)
+
+    def add(self, *tasks: Task | str | dict[str, Any]) -> dict[str, Any]:
+        """Train tasks after those that the run has finished, and return the results.
+
+        Args:
+            tasks: Each a task, an entry as `tasks` takes them, or the name of a task of the run's benchmark.
+
+        Raises:
+            PmLlmError: If the run has unfinished tasks (other than these, which are gone on with then), or a task of
+                that name.
+        """
+        state = self.run_dir.state()
+        more = added(self.config, state, tasks, str(self.run_dir.path))
+        if more is None:  # they were begun already
+            return self.run()
+        own = [*self.tasks, *(task for task in tasks if isinstance(task, Task))]
+        given = own if len(own) > len(self.tasks) else None
+        return ContinualSequence(more, given, watchers=self.watchers, adding=True).run()
+
+    def conclude(self) -> dict[str, Any]:
+        """The results of a finished run, written anew; the model is loaded only where a score is missing."""
+        state = self.run_dir.state()
+        names, stages = [task.name for task in self.tasks], state["stages"]
+        keep, last = self.config.keep_test_rows, len(stages) - 1
+        asked = asked_for(self.config.evaluate, names, list(self.columns), last, keep)
+        if len(stages) < len(names) or any(name not in stages[last].scores for name in asked):
+            return self.run()
+        with self.run_dir.locked():
+            return self._finish()
 
     def run(self) -> dict[str, Any]:
         """Train everything that is not done yet and return the results (as in `results.json`).
@@ -80,7 +132,7 @@ class ContinualSequence:
             on_main(lambda: stack.enter_context(self.run_dir.locked()) and None)
             run = self._open()
             stages = run["stages"]
-            self.session = self._session(run["rows"]["train"])
+            self.session = self._session(run["rows"])
             if run["origin"]:
                 self._begin(run["origin"], measured=not stages)
             elif sources := self.sources or read_sources(self.config):
@@ -97,6 +149,21 @@ class ContinualSequence:
             found: dict[str, Any] = on_main(self._finish)
             return found
 
+    def _load(self) -> list[Task]:
+        """The tasks of the configuration; of finished ones what the run has kept."""
+        kept = kept_tasks(self.run_dir, self.config, self.restart_from)
+        try:
+            return load_tasks(self.config, kept)
+        except PmLlmError as error:
+            state = self.run_dir.state() if self.run_dir.has_state() and not self.config.blur else None
+            if kept or state is None or not state["stages"]:
+                raise
+            raise PmLlmError(
+                f"what the merge remembers of {self.run_dir.path} at that task is not kept any more (keep_curvature), "
+                f"so it must be measured again on the rows of all tasks before it, and they cannot be read: {error} "
+                "Bring the files back, or restart or restore to a later task."
+            ) from error
+
     def _check_devices(self) -> None:
         if self.state.num_processes == 1 and self.state.device.type == "cuda" and torch.cuda.device_count() > 1:
             raise PmLlmError(
@@ -108,11 +175,12 @@ class ContinualSequence:
     def _open(self) -> dict[str, Any]:
         """The run's state: begun, or as far as it has come."""
         lengths = {name: encoder.max_new_tokens for name, encoder in self.encoders.items()}
-        on_main(lambda: take_up(self.run_dir, self.config, self.tasks, self.columns, lengths, self.restart_from))
+        how = (self.restart_from, self.adding)
+        on_main(lambda: take_up(self.run_dir, self.config, self.tasks, self.columns, lengths, *how))
         found: dict[str, Any] = on_main(self.run_dir.state)
         return found
 
-    def _session(self, rows: list[str]) -> Session:
+    def _session(self, rows: dict[str, Any]) -> Session:
         merger = Merger(self.method.merge, max_rank=self.config.max_rank, truncation=self.config.truncation)
         merger.rule.zeros = self.zeros
         return Session(
@@ -153,7 +221,7 @@ class ContinualSequence:
         if others:
             say(f"versions differ: {', '.join(others)}; what follows may come out otherwise than it would have")
         curvature = self.run_dir.curvature(done - 1)
-        if curvature is None and stages[-1].remembers:
+        if curvature is None and stages[-1].remembers and done < len(self.tasks):
             self._replay(stages)
         else:
             session.merger.load_state_dict(curvature or {}, session.folds + done)

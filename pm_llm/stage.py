@@ -7,7 +7,7 @@ once more (:meth:`Stage.replay`), and on whole models after training where that 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -76,7 +76,7 @@ class Session:
     """What a run has at hand from stage to stage.
 
     `running` is the merged adapter, `last` the one that was trained last (where the start needs it), `memories` what
-    each constraint remembers, `rows` the digests of the tasks' training rows, `generate` what answers prompts. `modules`
+    each constraint remembers, `rows` the digests of the `train` and `test` rows, `generate` what answers prompts. `modules`
     are the adapted ones by name, where what the run began with has more than the configuration names, and `folds` says
     for how many tasks that stands in the merge.
     """
@@ -87,7 +87,7 @@ class Session:
     tasks: Sequence[Task]
     columns: dict[str, Task]
     encoders: dict[str, Encoder]
-    rows: Sequence[str]
+    rows: Mapping[str, Any]
     merger: Merger
     zeros: Zeros
     stopping: Stopping
@@ -258,7 +258,7 @@ class Stage:
 
     def _train(self) -> None:
         session, context = self.session, self._context
-        key = stage_key(session.config, self.number, session.rows[self.number - 1], process_state().num_processes)
+        key = stage_key(session.config, self.number, session.rows["train"][self.number - 1], process_state().num_processes)
         checkpoints = Checkpoints(session.run_dir.work(self.number, self.task.name), key)
         rows, steps = context.rows, session.config.train.max_steps
         for constraint in self.constraints:
@@ -315,7 +315,8 @@ class Stage:
             self.new.save(folder / TASK_ADAPTER)
             (folder / LOG).write_bytes(jsonl(self.logs))
             answer = session.encoders[self.task.name].max_new_tokens
-            write_kept(folder, self.task, answer, session.rows[self.number - 1])
+            rows = session.rows
+            write_kept(folder, self.task, answer, rows["train"][self.number - 1], rows["test"][self.task.name])
             memory = session.memory_tensors()
             if memory:
                 save_file(memory, folder / MEMORY)

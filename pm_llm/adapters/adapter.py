@@ -41,6 +41,15 @@ _HARMLESS = {
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise PmLlmError unless weights can be written in it."""
+    if dtype not in DTYPES:
+        raise PmLlmError(f"--dtype is {dtype!r}; it must be {', '.join(DTYPES)}.")
+
+
 class _Scaled(Mapping[str, LowRank]):
     """Low-rank updates made when they are asked for, so that few of a mapped file's modules are in memory at once."""
 
@@ -135,11 +144,22 @@ class Adapter:
         return state
 
     # ---- disk ----
-    def save(self, folder: str | Path) -> None:
-        """Write an ordinary PEFT adapter folder (config and safetensors), of one rank over all modules."""
+    def save(self, folder: str | Path, dtype: str | None = None) -> None:
+        """Write an ordinary PEFT adapter folder (config and safetensors), of one rank over all modules.
+
+        Args:
+            folder: The folder.
+            dtype: Of the weights, a name in `DTYPES`; None: as they are, float32 but for a file's own.
+        """
         folder, one = Path(folder), self.of_one_rank()
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(one.peft_state(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        state = one.peft_state()
+        if dtype is not None:
+            check_dtype(dtype)
+            state = {name: x.to(getattr(torch, dtype)) for name, x in state.items()}
+            if not all(bool(torch.isfinite(x).all()) for x in state.values()):
+                raise PmLlmError(f"--dtype {dtype} cannot hold weights of this adapter. Use bfloat16 or float32.")
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         one.peft_config().save_pretrained(str(folder))
         readable(folder, WEIGHTS_FILE)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from pm_llm.commands.keys import add_keys, config_of
 from pm_llm.config import flags
+
+if TYPE_CHECKING:
+    from pm_llm.sequence import ContinualSequence
 
 
 def add(commands: Any) -> None:
@@ -29,16 +33,22 @@ def add(commands: Any) -> None:
 def call(given: argparse.Namespace) -> int:
     """`pm-llm run`: train, then print the matrix and what follows from it."""
     config = config_of(given)
+    from pm_llm.sequence import ContinualSequence
+
+    sequence = ContinualSequence(config, restart_from=given.restart_from)
+    return train(sequence, sequence.run)
+
+
+def train(sequence: ContinualSequence, go: Callable[[], dict[str, Any]]) -> int:
+    """Let a sequence go, and print what came out; the exit status."""
     from pm_llm.report.tables import describe
     from pm_llm.run.record import Results
-    from pm_llm.sequence import ContinualSequence
     from pm_llm.system.processes import shut_down
     from pm_llm.system.progress import say
     from pm_llm.training.stopping import Stopped
 
-    sequence = ContinualSequence(config, restart_from=given.restart_from)
     try:
-        results = sequence.run()
+        results = go()
     except Stopped as stop:
         say(f"{stop}; the same command goes on from here. Where that is: pm-llm status {sequence.run_dir.path}")
         return 128 + stop.number

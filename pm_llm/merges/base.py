@@ -149,6 +149,11 @@ class Merge:
         return None
 
     @property
+    def is_sum(self) -> bool:
+        """Whether it merges by `M_t = M_{t-1} + alpha_t Delta_t`, so that a task's part can be taken out again."""
+        return type(self).merge is Merge.merge and not self.in_factors
+
+    @property
     def weighs(self) -> bool:
         """Whether it knows :meth:`weights`, by which truncation can keep what matters to tasks."""
         return not self.in_factors and type(self).weights is not Merge.weights

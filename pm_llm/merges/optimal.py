@@ -153,6 +153,10 @@ class Optimal(Merge):
     def merge(self, fold: Fold, name: str, alpha: float) -> LowRank:
         return entrywise(fold, name, alpha) if self.in_factors and fold.running else super().merge(fold, name, alpha)
 
+    @property
+    def is_sum(self) -> bool:
+        return not self.in_factors
+
     def direction(self, fold: Fold) -> dict[str, LowRank]:
         """In factors the way (dB, dA) changes the weights by `dB A + B dA`."""
         if self.space == "weights":

@@ -100,7 +100,7 @@ class RunDir(Reading):
     def begin(self, state: dict[str, Any]) -> None:
         """Make the folder a run's that has done nothing yet."""
         with writing(self.path):
-            empty = {"origin": None, "stages": [], "untrained": None, "files": {}}
+            empty = {"origin": None, "stages": [], "undone": [], "untrained": None, "files": {}}
             self._write_state({**state, **empty})  # from here it is a run folder
             self._clear_work()
             self.sweep()
@@ -121,7 +121,7 @@ class RunDir(Reading):
         """Forget stage `number` (from 0) and those after it. `token` stands for the command that wants it and `config`
         are its settings, so that the same command goes on if it is stopped here."""
         state = self.state()
-        folders = {stage.folder for stage in state["stages"][number:]}
+        folders = {stage.folder for stage in (*state["stages"][number:], *state["undone"])}
         files = {
             name: known
             for name, known in state["files"].items()
@@ -129,7 +129,8 @@ class RunDir(Reading):
         }
         with writing(self.path):
             stages = state["stages"][:number]
-            self._write_state({**state, "config": config, "stages": stages, "files": files, "restarted": token})
+            changed = {"config": config, "stages": stages, "undone": [], "files": files, "restarted": token}
+            self._write_state({**state, **changed})
             self._clear_work()
             self.sweep()
 
@@ -142,6 +143,7 @@ class RunDir(Reading):
         """Remove what a killed process left half-done, and let `adapter` point to the last stage's."""
         state = self.state()
         stages = [stage.folder for stage in state["stages"]]
+        known = [*stages, *(stage.folder for stage in state["undone"])]
         (self.path / STAGES).mkdir(exist_ok=True)
         if not (self.path / ADAPTER).is_symlink():  # what a copy may have made of the link
             _remove(self.path / ADAPTER)
@@ -153,13 +155,13 @@ class RunDir(Reading):
             if temporary.name[1:-4] in OWN or temporary.is_file():
                 _remove(temporary)
         for folder in (self.path / STAGES).iterdir():
-            if folder.name not in stages and OURS.fullmatch(folder.name):
+            if folder.name not in known and OURS.fullmatch(folder.name):
                 _remove(folder)
         if RESULTS not in state["files"]:
             _remove(self.path / RESULTS)
         if state["origin"] is None:
             _remove(self.path / ORIGIN)
-        for folder in [*(self.path / STAGES / name for name in stages), self.path / ORIGIN, self.path / UNTRAINED]:
+        for folder in [*(self.path / STAGES / name for name in known), self.path / ORIGIN, self.path / UNTRAINED]:
             for file in [path for path in folder.rglob("*") if path.is_file()]:
                 if file.relative_to(self.path).as_posix() not in state["files"]:
                     file.unlink()
@@ -190,6 +192,7 @@ class RunDir(Reading):
         self, number: int, record: StageRecord, fill: Callable[[Path], None], curvature: dict[str, Tensor]
     ) -> None:
         """Make stage `number` (from 1) part of the run: its folder as `fill` fills it, then state, then the link."""
+        self._forget_undone()
         name = stage_folder(number, record.task)
         temporary, folder = self.path / STAGES / f".{name}.tmp", self.path / STAGES / name
         with writing(self.path, leftover=temporary):
@@ -212,6 +215,37 @@ class RunDir(Reading):
             for file in old:
                 (self.path / file).unlink(missing_ok=True)
             _remove(self.work(number, record.task))
+
+    def restore(self, count: int) -> None:
+        """Let the first `count` finished stages be the run's, of those that are and those that are taken back."""
+        state = self.state()
+        stages = [*state["stages"], *state["undone"]]
+        names = [stage.task for stage in stages[:count]]
+        rows = {**state["rows"], "train": [*state["rows"]["train"]][:count]}
+        changed = {
+            "stages": stages[:count],
+            "undone": stages[count:],
+            "tasks": names,
+            "rows": rows,
+            "config": {**state["config"], "order": names, "repeat": 1},
+            "files": {name: known for name, known in state["files"].items() if _is_kept(name)},
+        }
+        with writing(self.path):
+            self._write_state({**state, **changed})
+            self._clear_work()
+            self.sweep()
+            self._record_config(changed["config"])
+
+    def _forget_undone(self) -> None:
+        """Stages that were taken back give way to another."""
+        state = self.state()
+        folders = [stage.folder for stage in state["undone"]]
+        if folders:
+            gone = tuple(f"{STAGES}/{folder}/" for folder in folders)
+            files = {name: known for name, known in state["files"].items() if not name.startswith(gone)}
+            self._write_state({**state, "undone": [], "files": files})
+            for folder in folders:
+                _remove(self.path / STAGES / folder)
 
     def commit_score(
         self, stage: int, task: str, score: float, lines: list[dict[str, Any]] | None, seconds: float, peak_memory: int
@@ -275,8 +309,8 @@ class RunDir(Reading):
         self.write("config.yaml", write_yaml(config))
 
     def _write_state(self, state: dict[str, Any]) -> None:
-        stages = [stage.plain() for stage in state["stages"]]
-        state = json.loads(json.dumps({**state, "stages": stages, "format": FORMAT}))  # as it will be read
+        records = {key: [stage.plain() for stage in state[key]] for key in ("stages", "undone")}
+        state = json.loads(json.dumps({**state, **records, "format": FORMAT}))  # as it will be read
         replace_bytes(self.path / STATE, json.dumps({**state, "digest": sha256_of(state)}, indent=1).encode())
 
 

@@ -35,6 +35,7 @@ def take_up(
     columns: Mapping[str, Task],
     lengths: Mapping[str, int],
     restart_from: str | None = None,
+    adding: bool = False,
 ) -> None:
     """Make the run's folder, or open it to go on; the caller has the lock.
 
@@ -45,6 +46,7 @@ def take_up(
         columns: All that is scored, by name.
         lengths: The longest answer to each of them, in tokens.
         restart_from: Redo from this task on: its name, or its number in the sequence.
+        adding: Whether tasks that follow may be trained otherwise.
 
     Raises:
         PmLlmError: If the folder holds a run that differs in what has already run (the differences are shown), files
@@ -52,8 +54,7 @@ def take_up(
     """
     plain, names = config.plain(), [task.name for task in tasks]
     del plain["output_dir"]
-    known = run_dir.state()["rows"]["test"] if run_dir.has_state() else {}
-    rows = _rows(tasks, columns, lengths, known)
+    rows = _rows(tasks, columns, lengths)
     new = {"tasks": names, "config": plain, "rows": rows}
     if not run_dir.has_state():
         if restart_from is not None:
@@ -75,7 +76,7 @@ def take_up(
                 return
             token = token or sha256_of([0, _settings(plain), rows])  # what it begins with is measured already
     else:
-        differences = _differences(state, kept, new, restarted=token is not None)
+        differences = _differences(state, kept, new, restarted=token is not None or adding)
         if not differences and kept:  # a method of the same name, of another version of pm_llm
             differences = changes(kept[-1].words, config.parsed_method().plain())
         if differences:
@@ -90,9 +91,7 @@ def take_up(
     run_dir.go_on(plain, rows, names)
 
 
-def _rows(
-    tasks: Sequence[Task], columns: Mapping[str, Task], lengths: Mapping[str, int], known: Mapping[str, str]
-) -> dict[str, Any]:
+def _rows(tasks: Sequence[Task], columns: Mapping[str, Task], lengths: Mapping[str, int]) -> dict[str, Any]:
     """Digests of the rows that are trained on, a stage each, and of those that are scored, by name; of finished tasks
     those that are known."""
     return {
@@ -103,7 +102,7 @@ def _rows(
             for task in tasks
         ],
         "test": {
-            name: known[name] if task.kept else _fingerprint(task.test, task.scorer, task.labels, lengths[name])
+            name: task.kept.test if task.kept else _fingerprint(task.test, task.scorer, task.labels, lengths[name])
             for name, task in columns.items()
         },
     }

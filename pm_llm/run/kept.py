@@ -14,19 +14,21 @@ from typing import Any
 
 from pm_llm.config import RunConfig
 from pm_llm.run.reading import CURVATURE, KEPT, STAGES, TEST_ROWS, Reading
+from pm_llm.run.record import StageRecord
 from pm_llm.system.files import jsonl
 from pm_llm.system.progress import say
 from pm_llm.tasks.base import Example, Kept, Task
 
 
-def write_kept(folder: Path, task: Task, answer: int, digest: str) -> None:
+def write_kept(folder: Path, task: Task, answer: int, train: str, test: str) -> None:
     """Write both files into a stage's folder.
 
     Args:
         folder: The folder.
         task: The task that is committed.
         answer: Its longest answer in tokens.
-        digest: Of its training rows.
+        train: The digest of its training rows.
+        test: That of its test rows.
     """
     found = {
         "name": task.name,
@@ -35,7 +37,7 @@ def write_kept(folder: Path, task: Task, answer: int, digest: str) -> None:
         "special_tokens": task.special_tokens,
         "source": task.source,
         "files": task.files,
-        "kept": {"answer": answer, "train": digest, "train_rows": len(task.train), "test_rows": len(task.test)},
+        "kept": dataclasses.asdict(Kept(answer, train, test, len(task.train), len(task.test))),
     }
     (folder / KEPT).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     (folder / TEST_ROWS).write_bytes(jsonl([_row(row) for row in task.test]))
@@ -75,19 +77,30 @@ def kept_tasks(run: Reading, config: RunConfig, restart_from: str | None = None)
     if restart_from is not None:
         numbers = [i for i, name in enumerate(names) if restart_from in (name, str(i + 1))]
         count = min([count, *numbers])
-    last = stages[count - 1] if count else None
-    if last is None or (last.remembers and f"{STAGES}/{last.folder}/{CURVATURE}" not in state["files"]):
+    if not count or needs_rows(run, count):
         return []
     before, now = state["config"]["max_test_samples"], config.max_test_samples
     if before != now:
         say(f"max_test_samples {before} -> {now} acts on tasks that follow: of finished ones the run keeps its rows")
+    return read_all(run, stages[:count])
+
+
+def read_all(run: Reading, stages: Sequence[StageRecord]) -> list[Task]:
+    """The tasks of some stages, as they are kept; files of theirs that have changed since are told."""
     found = []
-    for record in stages[:count]:
+    for record in stages:
         folder = f"{STAGES}/{record.folder}"
         run.check([f"{folder}/{KEPT}", f"{folder}/{TEST_ROWS}"])
         found.append(read_kept(run.path / folder))
     _tell_changed(found)
     return found
+
+
+def needs_rows(run: Reading, count: int) -> bool:
+    """Whether what the merge remembers after the first `count` stages is not in the run any more."""
+    state = run.state()
+    last = state["stages"][count - 1]
+    return last.remembers and f"{STAGES}/{last.folder}/{CURVATURE}" not in state["files"]
 
 
 def _tell_changed(tasks: Sequence[Task]) -> None:

@@ -28,7 +28,7 @@ SUMS = "sums"  # in work: a Fisher's sums in mapped files
 OWN = (STATE, RESULTS, ADAPTER, ORIGIN, UNTRAINED, WORK, "config.yaml", "matrix.png", "report.html", "README.md", "figures")
 OURS = re.compile(r"\d{2,}-.*|\.\d{2,}-.*\.tmp")  # folders that a run makes in stages and work
 FORMAT = 4  # of the folder; 1 had none written, 2 did not say what was true of the method, 3 kept no test rows
-KEYS = {"tasks", "config", "rows", "origin", "stages", "untrained", "files", "restarted"}
+KEYS = {"tasks", "config", "rows", "origin", "stages", "undone", "untrained", "files", "restarted"}
 
 Found = TypeVar("Found", bound="Reading")
 
@@ -98,7 +98,8 @@ class Reading:
         digest = found.pop("digest", None)
         try:
             good = digest == sha256_of(found) and found.keys() >= KEYS
-            found["stages"] = [StageRecord.of(stage) for stage in found["stages"]]
+            for key in ("stages", "undone"):
+                found[key] = [StageRecord.of(stage) for stage in found[key]]
             good = good and all(map(_is_inside, _names(found)))
         except (KeyError, TypeError, AttributeError):
             good = False
@@ -160,7 +161,10 @@ class Reading:
         """What to do about damaged files."""
         state = self.state()
         folders = [stage.folder for stage in state["stages"]]
-        stages = [folders.index(name.split("/")[1]) for name in found if name.startswith(f"{STAGES}/")]
+        broken = [name.split("/")[1] for name in found if name.startswith(f"{STAGES}/")]
+        stages = [folders.index(folder) for folder in broken if folder in folders]
+        if len(stages) < len(broken) and not stages:
+            return "It is of a task that was taken back; nothing else needs it."
         if any(name.startswith(f"{UNTRAINED}/") for name in found):
             stages.append(0)
         if stages:
@@ -258,9 +262,10 @@ def _folder(state: dict[str, Any], stage: int) -> str:
 
 def _names(state: dict[str, Any]) -> list[str]:
     """All paths that a state names."""
-    scores = [state["untrained"] or {}, *(stage.scores for stage in state["stages"])]
+    stages = [*state["stages"], *state["undone"]]
+    scores = [state["untrained"] or {}, *(stage.scores for stage in stages)]
     predictions = [one["predictions"] for found in scores for one in found.values() if one["predictions"]]
-    return [*state["files"], *(stage.folder for stage in state["stages"]), *predictions]
+    return [*state["files"], *(stage.folder for stage in stages), *predictions]
 
 
 def _is_inside(name: str) -> bool:

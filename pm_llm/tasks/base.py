@@ -57,11 +57,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run has kept of a finished task: its longest answer in tokens, the digest of its training rows, and how
-    many rows it had."""
+    """What a run has kept of a finished task: its longest answer in tokens, the digests of its training and its test
+    rows, and how many it had."""
 
     answer: int
     train: str
+    test: str
     train_rows: int
     test_rows: int
 

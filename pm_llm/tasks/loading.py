@@ -64,20 +64,19 @@ def _named(config: RunConfig, kept: Sequence[Task]) -> tuple[list[str], Callable
     from pm_llm.tasks.order import pick_order
     from pm_llm.tasks.user import load_user_task, task_name, user_tasks
 
-    if config.benchmark is None and not config.tasks:
+    if config.benchmark is None and not config.tasks and not kept:
         raise PmLlmError("give `benchmark` (with `order`), or `tasks` (files or dataset ids), or both.")
     folder, benchmark = Path(config.data_dir) if config.data_dir else None, config.benchmark
     specs = user_tasks(config.tasks, folder, kept)
     own = [task_name(spec, folder) for spec in specs]
-    names, module = [], None
-    if benchmark is not None:
-        module = load_benchmark(benchmark)
-        names = pick_order(config.order, module.ORDERS, list(module.TASKS))
-    elif len(set(own)) == len(own):
-        names = pick_order(config.order, {"as given": own}, own)
-    names = names * config.repeat + (own if module else [])
-    if len(set(own)) != len(own) or (module and set(own) & set(module.TASKS)):
+    module = None if benchmark is None else load_benchmark(benchmark)
+    listed = [] if module is None else list(module.TASKS)
+    if len({*own, *listed}) < len(own) + len(listed):
         raise PmLlmError(f"two tasks have one name: {', '.join(own)}. Give each its own `name`.")
+    known = list(dict.fromkeys([*listed, *own, *(task.name for task in kept)]))
+    names = pick_order(config.order, {"as given": known} if module is None else module.ORDERS, known) * config.repeat
+    if module is not None and not isinstance(config.order, list):
+        names = names + own  # a list says all by itself
     by_name = dict(zip(own, specs, strict=True))
     for task in kept:
         spec = by_name.get(task.name)

@@ -1,0 +1,72 @@
+"""The next task of a run: its configuration, from that of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
+from pm_llm.tasks.base import Task
+from pm_llm.tasks.loading import load_benchmark
+from pm_llm.tasks.user import task_name, user_tasks
+
+
+def added(
+    config: RunConfig, state: Mapping[str, Any], tasks: Sequence[Task | str | dict[str, Any]], run: str
+) -> RunConfig | None:
+    """The configuration with tasks more; None where the run has just these to finish.
+
+    Args:
+        config: The run's.
+        state: The run's state.
+        tasks: Tasks, entries as `tasks` takes them (paths are of the working folder), or names of the benchmark's.
+        run: The run's folder, as it is called.
+
+    Raises:
+        PmLlmError: If other tasks are unfinished, one is in the run already, or boundaries are blurred.
+    """
+    if not tasks:
+        raise PmLlmError("no task is given. Name a file, a folder, a dataset id, or a task of the run's benchmark.")
+    names, entries = [], []
+    listed = [] if config.benchmark is None else list(load_benchmark(config.benchmark).TASKS)
+    for task in tasks:
+        if isinstance(task, Task):
+            names.append(task.name)
+        elif isinstance(task, str) and task in listed:
+            names.append(task)
+        else:
+            specs = user_tasks([_absolute(task)], None)
+            names += [task_name(spec, None) for spec in specs]
+            entries.append(_absolute(task))
+    finished, all_tasks = [stage.task for stage in state["stages"]], state["tasks"]
+    if all_tasks[len(finished) :] == names:
+        return None
+    if len(all_tasks) > len(finished):
+        raise PmLlmError(
+            f"{run} has trained {len(finished)} of {len(all_tasks)} tasks; {all_tasks[len(finished)]!r} is "
+            "unfinished. Finish it with the command that began it, then add."
+        )
+    again = sorted(set(names) & set(all_tasks))
+    if again or len(set(names)) < len(names):
+        raise PmLlmError(
+            f"task {(again or names)[0]!r} is in {run} already. Give the new one a name of its own: "
+            "'{data: FILE, name: NAME}'."
+        )
+    if config.blur:
+        raise PmLlmError(
+            "blur mixes rows of neighbouring tasks, and those of finished tasks are gone. Give --blur 0."
+        )
+    return dataclasses.replace(
+        config, tasks=[*config.tasks, *entries], order=[*all_tasks, *names], repeat=1
+    )
+
+
+def _absolute(task: str | dict[str, Any]) -> str | dict[str, Any]:
+    """The same, with the paths of what is here in full: a run's own are relative to another folder."""
+    if isinstance(task, str):
+        return str(Path(task).absolute()) if Path(task).exists() or task.startswith(("/", ".")) else task
+    keys = ("data", "test_data", "validation_data")
+    return {key: _absolute(x) if key in keys and isinstance(x, str) else x for key, x in task.items()}
