@@ -3,8 +3,8 @@
     python benchmarks/beginnings.py adapter --model DIR --data DATA [--seeds 1 2 3] --out FILE.json
     python benchmarks/beginnings.py general --model DIR --data DATA [--seeds 1 2 3] --out FILE.json
 
-`adapter`: plain TRL trains a LoRA adapter on agnews and dbpedia; two more tasks follow with `pm_curvature`, which knows
-the adapter's curvature by rows of its tasks, by their prompts alone, by text that the model writes itself, or not at
+`adapter`: plain TRL trains a LoRA adapter on agnews and dbpedia; two more tasks follow with `pm_curvature`, which
+knows the adapter's curvature by rows of its tasks, by their prompts alone, by text that the model writes itself, or not at
 all. Scored are all four tasks. `general`: two tasks with and without the base's own Fisher on prompts of SuperNI;
 measured is the perplexity of general text (MeetingBank, ScienceQA) and of answers in the chat format (SuperNI tasks
 that gave no prompts), before and after. DATA holds `olora_subset`, `superni` and `trace_500`.
@@ -48,11 +48,12 @@ def write_tasks(data: Path, out: Path, seed: int) -> dict[str, dict[str, Any]]:
     for task in load_tasks(config):
         task = task.subset(TRAIN, TEST, seed)
         for split, rows in (("train", task.train), ("test", task.test)):
-            lines = [
-                {"prompt": row.head + row.body[:BODY] + row.tail, "completion": row.completion} for row in rows
-            ]
+            lines = [{"prompt": row.head + row.body[:BODY] + row.tail, "completion": row.completion} for row in rows]
             write(out / task.name / f"{split}.jsonl", lines)
-        write(out / f"{task.name}.prompts.jsonl", [{"prompt": x["prompt"]} for x in read(out / task.name / "train.jsonl")])
+        write(
+            out / f"{task.name}.prompts.jsonl",
+            [{"prompt": x["prompt"]} for x in read(out / task.name / "train.jsonl")],
+        )
         found[task.name] = {"data": str(out / task.name), "labels": list(task.labels)}
     return found
 

@@ -82,7 +82,7 @@ class FisherSection:
     samples: int = option(128, "Training rows whose gradients are averaged.", least=1)
     labels: str = option(
         "given",
-        "Answers whose loss is differentiated: given (the rows' own), or sampled (drawn from the model: the true Fisher).",
+        "Answers whose loss is differentiated: given (the rows'), or sampled (the model's own: the true Fisher).",
         choices=("given", "sampled"),
     )
     max_new_tokens: int = option(128, "Longest sampled answer in tokens.", least=1)
@@ -323,9 +323,9 @@ def configured(values: dict[str, Any], overrides: dict[str, Any] | None, path: s
                 "the method's own, or the words that you want."
             )
     for section, name in SHORT.items():  # a text stands for the section's first key
-        for found in (values, given):
-            if section in found and not isinstance(found[section], dict):
-                found[section] = {name: found[section]}
+        for some in (values, given):
+            if section in some and not isinstance(some[section], dict):
+                some[section] = {name: some[section]}
         if section in given:
             given |= {f"{section}.{key}": x for key, x in given.pop(section).items()}
     for key, value in given.items():

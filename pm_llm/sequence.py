@@ -198,7 +198,7 @@ class ContinualSequence:
         )
 
     def _begin(self, origin: dict[str, Any], measured: bool) -> None:
-        """The session as it began, where that was not with the bare model; with `measured` ready for the first task."""
+        """The session as it began, where that was not with the bare model; with `measured` for the first task."""
         session = self.session
         session.modules, session.folds = origin["modules"], origin["folds"]
         if measured:

@@ -76,9 +76,9 @@ class Session:
     """What a run has at hand from stage to stage.
 
     `running` is the merged adapter, `last` the one that was trained last (where the start needs it), `memories` what
-    each constraint remembers, `rows` the digests of the `train` and `test` rows, `generate` what answers prompts. `modules`
-    are the adapted ones by name, where what the run began with has more than the configuration names, and `folds` says
-    for how many tasks that stands in the merge.
+    each constraint remembers, `rows` the digests of the `train` and `test` rows, `generate` what answers prompts.
+    `modules` are the adapted ones by name, where what the run began with has more than the configuration names, and
+    `folds` says for how many tasks that stands in the merge.
     """
 
     config: RunConfig
@@ -258,7 +258,9 @@ class Stage:
 
     def _train(self) -> None:
         session, context = self.session, self._context
-        key = stage_key(session.config, self.number, session.rows["train"][self.number - 1], process_state().num_processes)
+        key = stage_key(
+            session.config, self.number, session.rows["train"][self.number - 1], process_state().num_processes
+        )
         checkpoints = Checkpoints(session.run_dir.work(self.number, self.task.name), key)
         rows, steps = context.rows, session.config.train.max_steps
         for constraint in self.constraints:

@@ -16,7 +16,7 @@ import yaml
 from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.report.card import _serving, write_card
-from pm_llm.report.hub import is_hub_id, push_run
+from pm_llm.report.hub import Target, is_hub_id, push_run
 from pm_llm.run.record import Results
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import FAMILIES, pm_llm, small_tasks
@@ -219,7 +219,7 @@ def test_adapters_for_one_task_each_are_not_pushed_as_one(pico_folders, tmp_path
     assert not (tmp_path / "run" / "README.md").exists()
     ContinualSequence(replace(config, output_dir=str(tmp_path / "one")), small_tasks("topic")).run()
     assert "would upload to user/name" in push_run(
-        tmp_path / "one", "user/name", dry_run=True, base_model="org/base"
+        tmp_path / "one", Target("user/name", dry_run=True), base_model="org/base"
     )  # its only one
 
 

@@ -22,8 +22,8 @@ from pm_llm.report.data import difference, open_run
 from pm_llm.report.page import write_report
 from pm_llm.report.tables import comparison, describe
 from pm_llm.run.folder import RunDir
-from pm_llm.system.files import jsonl
 from pm_llm.sequence import ContinualSequence
+from pm_llm.system.files import jsonl
 from tests.helpers.runs import TASKS, config_for
 
 

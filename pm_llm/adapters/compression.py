@@ -84,8 +84,8 @@ def compress(adapter: str | Path, out: str | Path, budget: float) -> Damage:
     )
 
 
-def expand(compressed: str | Path, out: str | Path) -> None:
-    """Write a compressed adapter as an ordinary PEFT adapter folder `out`.
+def expand(compressed: str | Path, out: str | Path, dtype: str | None = None) -> None:
+    """Write a compressed adapter as an ordinary PEFT adapter folder `out`, its weights in `dtype` (None: float32).
 
     Raises:
         PmLlmError: If there is none, it is damaged, or `out` exists.
@@ -101,7 +101,7 @@ def expand(compressed: str | Path, out: str | Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise PmLlmError(f"{folder} is damaged: {first_line(error)}. Compress the adapter again.") from error
     with new_folder(out) as scratch:
-        adapter.save(scratch)
+        adapter.save(scratch, dtype)
 
 
 def _spend(factors: Mapping[str, LowRank], budget: int) -> dict[str, tuple[Tensor, Tensor, int]]:

@@ -46,7 +46,9 @@ def fetched(adapter: str, revision: str | None = None, subfolder: str | None = N
     if not folder.is_dir():
         folder = _from_hub(adapter, revision, inside)
     elif revision is not None:
-        raise PmLlmError(f"the adapter {adapter!r} is a folder here, and {revision!r} is a revision on the Hub. Leave it out.")
+        raise PmLlmError(
+            f"the adapter {adapter!r} is a folder here, and {revision!r} is a revision on the Hub. Leave it out."
+        )
     check_files(folder / inside)
     return str(folder / inside)
 
@@ -60,12 +62,16 @@ def _from_hub(adapter: str, revision: str | None, inside: Path) -> Path:
     try:
         return Path(snapshot_download(adapter, revision=revision, allow_patterns=names))
     except RevisionNotFoundError as error:
-        raise PmLlmError(f"{what}it has no revision {revision!r} on the Hub. Name a branch, a tag or a commit.") from error
+        raise PmLlmError(
+            f"{what}it has no revision {revision!r} on the Hub. Name a branch, a tag or a commit."
+        ) from error
     except GatedRepoError as error:
-        raise PmLlmError(f"{what}the Hub asks for a login that has access. Ask for access, then `hf auth login`.") from error
+        raise PmLlmError(
+            f"{what}the Hub asks for a login that has access. Ask for access, then `hf auth login`."
+        ) from error
     except RepositoryNotFoundError as error:
         raise PmLlmError(
-            f"{what}it is no folder, and the Hub has none of that name, or shows it after a login only: `hf auth login`."
+            f"{what}it is no folder, and the Hub has none of that name, or shows it only to a login: `hf auth login`."
         ) from error
     except Exception as error:  # whatever the HTTP client of this huggingface_hub raises
         raise PmLlmError(f"{what}it is no folder, and the Hub says: {first_line(error)}") from error

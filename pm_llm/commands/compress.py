@@ -17,6 +17,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the compressed one")
     parser.add_argument("--budget", type=float, default=0.25, help="share of its bytes (default: 0.25)")
     parser.add_argument("--expand", action="store_true", help="make an ordinary adapter again")
+    parser.add_argument("--dtype", help="with --expand: of its weights, float32 (the default), bfloat16 or float16")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result; must not exist")
     parser.set_defaults(call=call)
 
@@ -29,7 +30,7 @@ def call(given: argparse.Namespace) -> int:
 
     RunDir.check_within(given.adapter)
     if given.expand:
-        expand(given.adapter, given.out)
+        expand(given.adapter, given.out, given.dtype)
         print(given.out)
         return 0
     damage = compress(given.adapter, given.out, given.budget)

@@ -39,7 +39,13 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
     """
     overrides: dict[str, list[Any]] = {}
     texts = {"model", "data_dir", "output_dir", "tasks", "probes", "adapter", "general"}
-    texts |= {"adapter.path", "adapter.revision", "adapter.subfolder", "adapter.data", "general.data"}  # paths: `#2` in one is no comment
+    texts |= {
+        "adapter.path",
+        "adapter.revision",
+        "adapter.subfolder",
+        "adapter.data",
+        "general.data",
+    }  # paths: `#2` in one is no comment
 
     def read(key: str, word: str) -> Any:
         return word if key in texts and not word.startswith(("{", "[", '"', "'")) else _yaml(word)

@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
         help="weight of the new adapter: one for all, or one each (default: 1)",
     )
     parser.add_argument("--max-rank", type=int, help="truncate the result to this rank (default: exact)")
+    parser.add_argument("--dtype", help="of its weights: float32, bfloat16 or float16 (default: as the inputs)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result; must not exist")
     parser.set_defaults(call=call)
 
@@ -33,6 +34,8 @@ def call(given: argparse.Namespace) -> int:
 
     for folder in (given.running, *given.new):
         RunDir.check_within(folder)
-    report = merge_folders(given.running, given.new, given.coefficient or [1.0], given.max_rank, given.out)
+    report = merge_folders(
+        given.running, given.new, given.coefficient or [1.0], given.max_rank, given.out, given.dtype
+    )
     print(f"{given.out}: rank {report.rank}, relative truncation error {report.truncation_error:.3e}")
     return 0

@@ -35,7 +35,9 @@ def generate(
     """
     prompts = [encoder.prompt(example) for example in examples]
     found = _outputs(model, encoder, prompts, batch_size, batch_tokens, progress)
-    return [encoder.said(example, *pair) for example, pair in zip(examples, zip(prompts, found, strict=True), strict=True)]
+    return [
+        encoder.said(example, *pair) for example, pair in zip(examples, zip(prompts, found, strict=True), strict=True)
+    ]
 
 
 @torch.inference_mode()

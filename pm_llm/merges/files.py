@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pm_llm.adapters.adapter import Adapter
+import torch
+from safetensors.torch import load_file
+
+from pm_llm.adapters.adapter import DTYPES, Adapter, check_dtype
 from pm_llm.adapters.live import TASK, lora_layers
+from pm_llm.adapters.untrusted import WEIGHTS_FILE
 from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.families.models import add_task_adapter, load_base
@@ -22,6 +26,7 @@ def merge_folders(
     coefficients: Sequence[float],
     max_rank: int | None,
     out: str | Path,
+    dtype: str | None = None,
 ) -> FoldReport:
     """Write `running + sum_i coefficient_i * new_i` as an adapter folder `out`, truncated to `max_rank` if given.
 
@@ -31,6 +36,7 @@ def merge_folders(
         coefficients: One for all of them, or one each.
         max_rank: Of the result.
         out: The folder to write; must not exist.
+        dtype: Of its weights; by default that of the inputs, where they have one, else float32.
 
     Raises:
         PmLlmError: If an input is no foldable adapter, they do not belong together, or `out` exists or cannot be
@@ -40,6 +46,8 @@ def merge_folders(
         raise PmLlmError(
             f"{len(coefficients)} coefficients are given for {len(new)} adapters. Give one for all, or one each."
         )
+    if dtype is not None:
+        check_dtype(dtype)
     merged: str | Path | Adapter = running
     with new_folder(out) as scratch:
         for i, one in enumerate(new):
@@ -51,8 +59,16 @@ def merge_folders(
                 coefficient=coefficients[i % len(coefficients)],
             )
             merged = merger.fold(merged, one)
-        merged.save(scratch)  # type: ignore[union-attr]
+        merged.save(scratch, dtype or _common_dtype([running, *new]))  # type: ignore[union-attr]
     return merger.report
+
+
+def _common_dtype(folders: Sequence[str | Path]) -> str | None:
+    """The type that all weights of all adapters have, if it is one; None: float32 then."""
+    found = {x.dtype for folder in folders for x in load_file(Path(folder) / WEIGHTS_FILE).values()}
+    (only,) = found if len(found) == 1 else {torch.float32}
+    name = str(only).removeprefix("torch.")
+    return name if name in DTYPES else None
 
 
 def write_task_vector(

@@ -135,7 +135,9 @@ class Optimal(Merge):
         size = 1.0
         if scaled or self.fisher_scale == "trace":
             size = scale_of(fisher, self.fisher_scale, self._own(fold, fisher)[1])
-        self.past = each(lambda name: self._sum(fold, fisher.modules[name].divided(size / weight), name, 1.0), fold.new)
+        self.past = each(
+            lambda name: self._sum(fold, fisher.modules[name].divided(size / weight), name, 1.0), fold.new
+        )
 
     def _sum(self, fold: Fold, one: Diagonal, name: str, alpha: float) -> Past:
         """S_t = S_{t-1} + F_t; in place of m_t the sums keep the slope S_t M_t - m_t at the merged model."""

@@ -107,6 +107,7 @@ def _data(results: Results, repo_id: str, base_model: str) -> ModelCardData:
             metric_value=round(matrix.get(last, j), 2),
         )
         for j, (task, scorer) in enumerate(zip(matrix.tasks, results.scorers, strict=True))
+        if results.matrix[last][j] is not None  # or its test rows were not kept
     ]
     return ModelCardData(
         base_model=base_model,

@@ -8,26 +8,90 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pm_llm.adapters.untrusted import check_files
 from pm_llm.errors import PmLlmError
 from pm_llm.run.folder import RunDir
 from pm_llm.run.reading import STAGES, TASK_ADAPTER
-from pm_llm.run.record import Results
 from pm_llm.system.files import replace_bytes, sha256_of
 
 WRITTEN = ".card"  # in the run's folder: the digest of the card as it was written
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+WHAT = {"adapter_config.json": "peft", "config.json": "transformers", "adapter.gguf": "llama.cpp"}  # file -> library
 
 
-def push_run(
-    run_dir: str | Path,
-    repo_id: str,
-    private: bool = False,
-    dry_run: bool = False,
-    base_model: str | None = None,
-) -> str:
+@dataclass(frozen=True)
+class Target:
+    """Where to: the repository `user/name`, whether to make it private, a branch of it (made if it is not there), or a
+    pull request; with `dry_run` nothing is sent."""
+
+    repo_id: str
+    private: bool = False
+    dry_run: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+    def check(self) -> None:
+        """Raise PmLlmError unless there can be such a place."""
+        check_repository(self.repo_id)
+        if self.revision is not None and not re.fullmatch(r"\w[\w./-]*", self.revision):
+            raise PmLlmError(f"--revision {self.revision!r} is no name of a branch. Use letters, digits and . / - _.")
+
+    def __str__(self) -> str:
+        branch = f" ({self.revision})" if self.revision else ""
+        return f"{self.repo_id}{branch}{' as a pull request' if self.create_pr else ''}"
+
+
+def push(path: str | Path, target: Target, base_model: str | None = None) -> str:
+    """Upload a run's adapter, or a folder that `merge`, `remove`, `export` or `compress --expand` wrote; return what
+    was done, in words. Raises PmLlmError as :func:`push_run` and :func:`push_folder`."""
+    folder = Path(path)
+    is_run = RunDir(folder).has_state() or not any((folder / name).is_file() for name in WHAT)
+    return (push_run if is_run else push_folder)(folder, target, base_model)
+
+
+def push_folder(folder: Path, target: Target, base_model: str | None = None) -> str:
+    """Upload a folder as it is, with a card: its own, or one that names the base model.
+
+    Raises:
+        PmLlmError: If the folder's base model is not known by its id, the name is no repository name, or the Hub
+            refuses.
+    """
+    from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+    target.check()
+    kind = next(name for name in WHAT if (folder / name).is_file())
+    files = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    config = json.loads((folder / FILES[0]).read_text(encoding="utf-8")) if kind == FILES[0] else {}
+    base = _base_of(config, base_model)
+    if kind == FILES[0]:
+        check_files(folder)
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as scratch, _told(target.repo_id):
+        out = Path(scratch)
+        for name in files:
+            shutil.copy(folder / name, out / name)
+        if config:
+            (out / FILES[0]).write_text(json.dumps({**config, "base_model_name_or_path": base}, indent=2))
+        theirs = (folder / FILES[2]).read_text(encoding="utf-8") if FILES[2] in files else None
+        card = theirs if theirs or target.dry_run else _card_on_hub(api, target)
+        if card is None:
+            data = ModelCardData(base_model=base, library_name=WHAT[kind], tags=["pm_llm"])
+            title = target.repo_id.rpartition("/")[2]
+            card = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\nMade by pm_llm from `{base}`.\n"
+        (out / FILES[2]).write_text(card, encoding="utf-8")
+        sizes = ", ".join(f"{p.name} ({p.stat().st_size:,} bytes)" for p in sorted(out.iterdir()))
+        if target.dry_run:
+            return f"{card}\ndry run: would upload to {target}: {sizes}. Above is the card."
+        ModelCard(card).validate()
+        commit = _upload(api, target, out, "Uploaded by pm_llm")
+    return f"uploaded {sizes} to {commit.pr_url or commit.repo_url}"
+
+
+def push_run(run_dir: str | Path, target: Target, base_model: str | None = None) -> str:
     """Upload the merged adapter of a finished run with a model card; return what was done, in words.
 
     The token is the one `huggingface_hub` finds (HF_TOKEN or `hf auth login`); it is never printed. With `dry_run`
@@ -36,9 +100,7 @@ def push_run(
 
     Args:
         run_dir: The run.
-        repo_id: The repository, `user/name`.
-        private: Whether to make it private.
-        dry_run: Whether to send nothing.
+        target: Where to.
         base_model: The base model's id on the Hub; needed where the run's base is a folder of this machine, whose path
             is never uploaded.
 
@@ -50,9 +112,9 @@ def push_run(
 
     from pm_llm.report.card import write_card
 
-    run = RunDir.open(run_dir)
+    run, repo_id = RunDir.open(run_dir), target.repo_id
     results = run.results()
-    check_repository(repo_id)
+    target.check()
     if results.facts.knows_task and len(results.stages) > 1:
         raise PmLlmError(
             f"{run.path} has an adapter for each task, in {STAGES}/*/{TASK_ADAPTER}, and none for all of them: choose "
@@ -60,23 +122,23 @@ def push_run(
         )
     adapter = run.adapter
     config = json.loads((adapter / FILES[0]).read_text())
-    base = _base_of(config, results, base_model)
+    base = _base_of({"base_model_name_or_path": results.config["model"], **config}, base_model)
     config["base_model_name_or_path"], api = base, HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shutil.copy(adapter / FILES[1], folder / FILES[1])
         (folder / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True))
         with _told(repo_id):
-            theirs = _card_of(run) if dry_run else _card_of(run) or _card_on_hub(api, repo_id)
+            theirs = _card_of(run) if target.dry_run else _card_of(run) or _card_on_hub(api, target)
         card = write_card(results, repo_id, base, _rank(config), config.get("task_type"), folder / FILES[2], theirs)
         sizes = ", ".join(f"{name} ({(folder / name).stat().st_size:,} bytes)" for name in FILES)
-        if dry_run:
-            return f"{card}\ndry run: would upload to {repo_id}: {sizes}. Above is the card."
+        if target.dry_run:
+            return f"{card}\ndry run: would upload to {target}: {sizes}. Above is the card."
         with _told(repo_id):
             ModelCard(card).validate()  # before there is a repository
-            commit = _upload(api, repo_id, folder, private, f"Adapter after {len(results.stages)} tasks")
+            commit = _upload(api, target, folder, f"Adapter after {len(results.stages)} tasks")
         _keep(run, card)
-    return f"uploaded {sizes} to {commit.repo_url}"
+    return f"uploaded {sizes} to {commit.pr_url or commit.repo_url}"
 
 
 def check_repository(repo_id: str) -> None:
@@ -92,9 +154,11 @@ def check_repository(repo_id: str) -> None:
         raise PmLlmError(f"{repo_id!r} names no user. Give user/name.")
 
 
-def _base_of(config: dict[str, Any], results: Results, given: str | None) -> str:
+def _base_of(config: dict[str, Any], given: str | None) -> str:
     """The id on the Hub of an adapter's base model. Raises PmLlmError if it is not known."""
-    base = str(given or config.get("base_model_name_or_path") or results.config["model"])
+    base = str(given or config.get("base_model_name_or_path") or "")
+    if not base:
+        raise PmLlmError("the base model is not named in that folder. Name its id with --base-model USER/NAME.")
     if not is_hub_id(base) or (given is None and Path(base).exists()):
         raise PmLlmError(
             f"the base model is {base!r}, a folder of this machine, which nobody else can load. Name its id on the "
@@ -115,11 +179,20 @@ def _keep(run: RunDir, card: str) -> None:
         replace_bytes(run.path / WRITTEN, sha256_of(card).encode())
 
 
-def _upload(api: Any, repo_id: str, folder: Path, private: bool, message: str) -> Any:
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.repo_info(repo_id).private:
+def _upload(api: Any, target: Target, folder: Path, message: str) -> Any:
+    repo_id = target.repo_id
+    api.create_repo(repo_id, private=target.private, exist_ok=True)
+    if target.private and not api.repo_info(repo_id).private:
         raise PmLlmError(f"{repo_id} exists and is public. Make it private on the Hub, or leave out --private.")
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+    if target.revision is not None and target.revision != "main":
+        api.create_branch(repo_id, branch=target.revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message,
+        revision=target.revision,
+        create_pr=target.create_pr or None,
+    )
 
 
 @contextmanager
@@ -145,14 +218,15 @@ def _card_of(run: RunDir) -> str | None:
     return None if written.is_file() and written.read_text() == sha256_of(text) else text
 
 
-def _card_on_hub(api: Any, repo_id: str) -> str | None:
+def _card_on_hub(api: Any, target: Target) -> str | None:
     """The card that is there; None where there is none. Anything else that keeps it from being read is raised: a card
     that was not seen would be overwritten."""
-    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+    where = {"revision": target.revision, "force_download": True}
     try:
-        return Path(api.hf_hub_download(repo_id, FILES[2], force_download=True)).read_text(encoding="utf-8")
-    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
+        return Path(api.hf_hub_download(target.repo_id, FILES[2], **where)).read_text(encoding="utf-8")
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
 
 

@@ -56,12 +56,8 @@ def added(
             "'{data: FILE, name: NAME}'."
         )
     if config.blur:
-        raise PmLlmError(
-            "blur mixes rows of neighbouring tasks, and those of finished tasks are gone. Give --blur 0."
-        )
-    return dataclasses.replace(
-        config, tasks=[*config.tasks, *entries], order=[*all_tasks, *names], repeat=1
-    )
+        raise PmLlmError("blur mixes rows of neighbouring tasks, and those of finished tasks are gone. Give --blur 0.")
+    return dataclasses.replace(config, tasks=[*config.tasks, *entries], order=[*all_tasks, *names], repeat=1)
 
 
 def _absolute(task: str | dict[str, Any]) -> str | dict[str, Any]:

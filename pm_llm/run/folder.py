@@ -100,7 +100,7 @@ class RunDir(Reading):
     def begin(self, state: dict[str, Any]) -> None:
         """Make the folder a run's that has done nothing yet."""
         with writing(self.path):
-            empty = {"origin": None, "stages": [], "undone": [], "untrained": None, "files": {}}
+            empty: dict[str, Any] = {"origin": None, "stages": [], "undone": [], "untrained": None, "files": {}}
             self._write_state({**state, **empty})  # from here it is a run folder
             self._clear_work()
             self.sweep()
@@ -222,19 +222,20 @@ class RunDir(Reading):
         stages = [*state["stages"], *state["undone"]]
         names = [stage.task for stage in stages[:count]]
         rows = {**state["rows"], "train": [*state["rows"]["train"]][:count]}
+        config = {**state["config"], "order": names, "repeat": 1}
         changed = {
             "stages": stages[:count],
             "undone": stages[count:],
             "tasks": names,
             "rows": rows,
-            "config": {**state["config"], "order": names, "repeat": 1},
+            "config": config,
             "files": {name: known for name, known in state["files"].items() if _is_kept(name)},
         }
         with writing(self.path):
             self._write_state({**state, **changed})
             self._clear_work()
             self.sweep()
-            self._record_config(changed["config"])
+            self._record_config(config)
 
     def _forget_undone(self) -> None:
         """Stages that were taken back give way to another."""

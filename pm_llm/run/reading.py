@@ -25,7 +25,19 @@ MEMORY = "memory.safetensors"
 ORIGIN, KEPT, TEST_ROWS = "origin", "task.json", "test_rows.jsonl"
 STATE, RESULTS, STAGES, UNTRAINED, WORK = "state.json", "results.json", "stages", "untrained", "work"
 SUMS = "sums"  # in work: a Fisher's sums in mapped files
-OWN = (STATE, RESULTS, ADAPTER, ORIGIN, UNTRAINED, WORK, "config.yaml", "matrix.png", "report.html", "README.md", "figures")
+OWN = (
+    STATE,
+    RESULTS,
+    ADAPTER,
+    ORIGIN,
+    UNTRAINED,
+    WORK,
+    "config.yaml",
+    "matrix.png",
+    "report.html",
+    "README.md",
+    "figures",
+)
 OURS = re.compile(r"\d{2,}-.*|\.\d{2,}-.*\.tmp")  # folders that a run makes in stages and work
 FORMAT = 4  # of the folder; 1 had none written, 2 did not say what was true of the method, 3 kept no test rows
 KEYS = {"tasks", "config", "rows", "origin", "stages", "undone", "untrained", "files", "restarted"}

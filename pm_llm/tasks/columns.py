@@ -77,9 +77,10 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
             else f'Join them with `prompt: [{together}]` or `prompt: "{template}"`, leave them out with '
             f"`ignore: [{', '.join(texts)}]`, or name `prompt: {first}` to go without"
         )
+        beside = columns.completion or ("its turns" if columns.completion is None else "no answer")
         problems.add(
             left[texts[0]].place,
-            f"{first} and {columns.completion or ('no answer' if columns.completion == NO_ANSWER else 'its turns')} leave out {', '.join(texts)}. {how}.",
+            f"{first} and {beside} leave out {', '.join(texts)}. {how}.",
         )
         return False
     if left:
