@@ -224,7 +224,8 @@ class Setting:
 
     `rank` is the largest of a task's adapter, `max_rank` what the running one is cut to; `own_start` the start before
     `space: factors` made it one that continues, `start_given` whether that was asked for by name. `adapter` and
-    `general` say whether the run begins with an adapter made elsewhere, and with the base's own abilities as a past task.
+    `general` say whether the run begins with an adapter made elsewhere, and with the base's own abilities as a past
+    task.
     """
 
     rank: int = 1

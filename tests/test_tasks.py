@@ -147,7 +147,7 @@ def test_what_is_neither_file_nor_dataset(tmp_path, monkeypatch) -> None:
         user_tasks(str(tmp_path / "a.txt"))
     with pytest.raises(PmLlmError, match="two tasks have one name"):
         user_tasks(str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl"))
-    with pytest.raises(PmLlmError, match="either `benchmark`"):
+    with pytest.raises(PmLlmError, match="give `benchmark`"):
         load_tasks(RunConfig())
 
 

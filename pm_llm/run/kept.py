@@ -52,8 +52,8 @@ def read_kept(folder: Path) -> Task:
     """The task that :func:`write_kept` wrote, without training rows, and without test rows where none are kept."""
     found, lists = json.loads((folder / KEPT).read_text(encoding="utf-8")), {"messages", "alternatives", "tools"}
     rows = (folder / TEST_ROWS).read_text(encoding="utf-8").split("\n") if (folder / TEST_ROWS).is_file() else []
-    plain: list[dict[str, Any]] = [json.loads(row) for row in rows if row]
-    test = [Example(**{key: tuple(x) if key in lists else x for key, x in row.items()}) for row in plain]
+    plain: list[Any] = [json.loads(row) for row in rows if row]
+    test = [Example(**{**row, **{key: tuple(row[key]) for key in lists & row.keys()}}) for row in plain]
     kept, labels, files = Kept(**found.pop("kept")), tuple(found.pop("labels")), found.pop("files")
     return Task(train=[], test=test, labels=labels, files=tuple(map(tuple, files)), kept=kept, **found)
 

@@ -94,8 +94,8 @@ def _check_sum(stage: StageRecord) -> None:
     if not merge.is_sum or start.stands_on != "running":
         raise PmLlmError(
             f"task {stage.task!r} was merged by {method.merge.name} from start {method.start.name}, which is no sum "
-            "of the tasks' adapters with coefficients: no part of it is one task's. Use restore, or train again without "
-            "the task."
+            "of the tasks' adapters with coefficients: no part of it is one task's. Use restore, or train again "
+            "without the task."
         )
 
 
