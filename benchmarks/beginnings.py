@@ -4,10 +4,10 @@
     python benchmarks/beginnings.py general --model DIR --data DATA [--seeds 1 2 3] --out FILE.json
 
 `adapter`: plain TRL trains a LoRA adapter on agnews and dbpedia; two more tasks follow with `pm_curvature`, which
-knows the adapter's curvature by rows of its tasks, by their prompts alone, by text that the model writes itself, or not
-at all. Scored are all four tasks. `general`: two tasks with and without the base's own Fisher on prompts of SuperNI;
-measured is the perplexity of general text (MeetingBank, ScienceQA) and of answers in the chat format (SuperNI tasks
-that gave no prompts), before and after. DATA holds `olora_subset`, `superni` and `trace_500`.
+knows the adapter's curvature by rows of its tasks, by their prompts alone, by text that the model writes itself, or
+not at all. Scored are all four tasks. `general`: two tasks with and without the base's own Fisher on prompts of
+SuperNI; measured is the perplexity of general text (MeetingBank, ScienceQA) and of answers in the chat format
+(SuperNI tasks that gave no prompts), before and after. DATA holds `olora_subset`, `superni` and `trace_500`.
 """
 
 from __future__ import annotations

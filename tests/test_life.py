@@ -82,9 +82,11 @@ def test_a_file_that_has_changed_is_told(pico_folders, tmp_path, capsys) -> None
     assert f"{place} has changed since task 'sentiment' was trained on it" in said
     assert "train.jsonl has changed" not in said
     assert results["test_rows"][0] == first["test_rows"][0] == 4
+    other = load_config(
+        None, keys_for(model, tmp_path / "run", tasks=[{"data": str(tasks / "sentiment"), "scorer": "rouge_l"}])
+    )
     with pytest.raises(PmLlmError, match="'sentiment' is finished, and its scorer or labels are not what they were"):
-        other = {"data": str(tasks / "sentiment"), "scorer": "rouge_l"}
-        ContinualSequence(load_config(None, keys_for(model, tmp_path / "run", tasks=[other])))
+        ContinualSequence(other)
     begin(model, tmp_path / "run", [tasks / "sentiment", tasks / "topic"], max_test_samples=2).run()
     assert "max_test_samples None -> 2 acts on tasks that follow" in capsys.readouterr().out
 
@@ -161,7 +163,11 @@ def test_adding_to_a_benchmark_and_going_on_with_it(pico_folders, tmp_path, caps
     assert RunDir.open(tmp_path / "run").results().stages == ["sentiment", "topic", "mine"]
     state = tmp_path / "run" / "state.json"
     before = state.read_bytes()
-    for unfinished, error in (([str(own)], "two tasks have one name"), ([], "no task is given"), (["nowhere"], "neither a file here")):
+    for unfinished, error in (
+        ([str(own)], "two tasks have one name"),
+        ([], "no task is given"),
+        (["nowhere"], "neither a file here"),
+    ):
         capsys.readouterr()
         assert main(["add", str(tmp_path / "run"), *unfinished]) == 2
         assert error in capsys.readouterr().err

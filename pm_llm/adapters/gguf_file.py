@@ -2,8 +2,8 @@
 
 llama.cpp adds `alpha / r * B A x` to the output of the tensor whose name stands before `.lora_a` and `.lora_b`, with
 one alpha for the file and r that of each pair. Adapters here have their scaling inside, so alpha is the one rank that
-all modules are filled up to. Of the LLaMA kind llama.cpp pairs a rotary dimension with its neighbour where transformers
-pairs it with that half a head away; its rows of q and k are in that order, and so are the rows of B.
+all modules are filled up to. Of the LLaMA kind llama.cpp pairs a rotary dimension with its neighbour where
+transformers pairs it with that half a head away; its rows of q and k are in that order, and so are the rows of B.
 """
 
 from __future__ import annotations

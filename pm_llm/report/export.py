@@ -104,16 +104,7 @@ def _as_model(adapter: Adapter, config: RunConfig, out: Path, dtype: str, tasks:
     name, batch = resolve(config.model), _prompts(config, tasks)
     before = _logits(PeftModel.from_pretrained(_base(config), own), batch)
     model = _base(config, dtype)
-    modules, used = dict(model.named_modules()), [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
-    with torch.no_grad():
-        for module, x in adapter.factors.items():
-            weight = modules[module].weight
-            if used.count(id(weight)) > 1:
-                raise PmLlmError(
-                    f"{module} shares its weights with another layer, so nothing can be added to it alone."
-                )
-            change = x.dense().T if isinstance(modules[module], Conv1D) else x.dense()
-            weight.copy_((weight.float() + change).to(weight.dtype))
+    add_to_weights(model, adapter)
     model.save_pretrained(out, max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(out)
     if (Path(name) / "generation_config.json").is_file() or not Path(name).is_dir():
@@ -123,6 +114,18 @@ def _as_model(adapter: Adapter, config: RunConfig, out: Path, dtype: str, tasks:
     error = _gap(before, after)
     _check(error, dtype)
     return f"a model in {dtype}; on {len(before)} tokens of prompts its logits are {error:.1e} off (relative)"
+
+
+@torch.no_grad()
+def add_to_weights(model: Any, adapter: Adapter) -> None:
+    """Add `B A` to a base model's weights, in float32, rounded once. Raises PmLlmError where layers share weights."""
+    modules, used = dict(model.named_modules()), [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
+    for name, x in adapter.factors.items():
+        weight = modules[name].weight
+        if used.count(id(weight)) > 1:
+            raise PmLlmError(f"{name} shares its weights with another layer, so nothing can be added to it alone.")
+        change = x.dense().T if isinstance(modules[name], Conv1D) else x.dense()
+        weight.copy_((weight.float() + change).to(weight.dtype))
 
 
 def _base(config: RunConfig, dtype: str = "float32") -> Any:

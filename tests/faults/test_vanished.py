@@ -30,7 +30,7 @@ def finished(run: Path) -> list[str]:
 def test_each_task_vanishes_after_its_stage(family: str, method: str, forker, pico_folders, tmp_path) -> None:
     jsonl_tasks(tmp_path / "tasks", *TASKS)
     keys = {"tasks": "tasks", "method": method, "train.max_steps": 3, "max_rank": 12}
-    plain = [word for word in arguments(pico_folders[family], **keys)]
+    plain = list(arguments(pico_folders[family], **keys))
     for name in ("benchmark", "order"):
         at = plain.index(f"--{name}")
         del plain[at : at + 2]

@@ -27,6 +27,9 @@ class HubServer:
         self.files: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.gated: set[str] = set()
+        self.branches: dict[str, set[str]] = {}
+        self.pulls: list[str] = []
         self.broken: str | None = None  # what stands in the paths that end in an error of the server
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
 
@@ -46,7 +49,7 @@ class HubServer:
         return hashlib.sha1(json.dumps(sorted(self.files[repo])).encode()).hexdigest()
 
     # ---- the API: each returns (status, JSON or bytes, headers) ----
-    def post(self, path: str, body: bytes) -> tuple[int, Any]:
+    def post(self, path: str, body: bytes, pull: bool = False) -> tuple[int, Any]:
         if path == "/api/repos/create":
             given = json.loads(body)
             repo = f"{given.get('organization') or 'user'}/{given['name']}"
@@ -87,7 +90,14 @@ class HubServer:
                 elif entry["key"] == "lfsFile":
                     self.files[repo][value["path"]] = self.objects[value["oid"]]
             commit = self.commit_id(repo)
-            return 200, {"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit, "hookOutput": ""}
+            answer = {"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit, "hookOutput": ""}
+            if pull:
+                self.pulls.append(repo)
+                answer["pullRequestUrl"] = f"{self.url}/{repo}/discussions/{len(self.pulls)}"
+            return 200, answer
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/(.+)", path):
+            self.branches.setdefault(found[1], set()).add(found[2])
+            return 200, {}
         return 404, {"error": f"not here: {path}"}
 
     def put(self, path: str, body: bytes) -> tuple[int, Any]:
@@ -140,7 +150,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self.reply(*action(path, body))
 
         def do_POST(self) -> None:
-            self.guarded(hub.post)
+            pull = "create_pr=1" in urlparse(self.path).query
+            self.guarded(lambda path, body: hub.post(path, body, pull))
 
         def do_PUT(self) -> None:
             self.guarded(hub.put)
@@ -163,9 +174,14 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     return
                 self.reply(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
                 return
-            if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/[^/]+)?", path)) and found[
-                1
-            ] in hub.files:
+            found = re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path)
+            if found and found[1] in hub.gated:
+                self.reply(403, {"error": "gated"}, X_Error_Code="GatedRepo")
+                return
+            if found and found[1] in hub.files:
+                if found[2] not in (None, "main", *hub.branches.get(found[1], ())):
+                    self.reply(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
+                    return
                 names = [{"rfilename": name} for name in hub.files[found[1]]]
                 self.reply(200, {"id": found[1], "sha": hub.commit_id(found[1]), "siblings": names, "private": True})
                 return
