@@ -26,7 +26,7 @@ from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
 from pm_llm.config import LoraSection, RunConfig
 from pm_llm.constraints.base import Constraint, Context, Live
 from pm_llm.evaluation.answering import Generate, answer_task
-from pm_llm.evaluation.generate import generate, sample
+from pm_llm.evaluation.generate import answered, generate
 from pm_llm.evaluation.matrix import asked_for
 from pm_llm.families.base import Row
 from pm_llm.families.models import Base, load_base
@@ -41,7 +41,7 @@ from pm_llm.run.going_on import stage_key
 from pm_llm.run.kept import write_kept
 from pm_llm.run.reading import ADAPTER, LOG, MEMORY, TASK_ADAPTER
 from pm_llm.run.record import StageRecord
-from pm_llm.run.results import stage_record
+from pm_llm.run.results import stage_line, stage_record
 from pm_llm.starts.base import Start
 from pm_llm.system.files import jsonl
 from pm_llm.system.mapped import Zeros
@@ -212,7 +212,7 @@ class Stage:
         self.merge()
         record = self.commit()
         self.session.evaluate(self.number - 1, record.scores)
-        say(_line(self, len(self.session.tasks), record))
+        say(stage_line(record, self.number, len(self.session.tasks), time.monotonic() - self.began_at))
         return record
 
     def replay(self, new: Adapter) -> None:
@@ -354,11 +354,9 @@ class Stage:
         if config.fisher.labels == "given":
             return chosen
         if self.drawn is None or chosen is not self.chosen:
-            family, how = session.base.family, config.evaluation
             encoder = replace(session.encoders[self.task.name], max_new_tokens=config.fisher.max_new_tokens)
-            prompts = [family.prompt_of(row) for row in chosen.rows]
-            answers = sample(session.model, encoder, prompts, self.seed, how.batch_size, how.batch_tokens)
-            self.drawn = chosen.answered([family.row(*pair) for pair in zip(prompts, answers, strict=True)])
+            rows = answered(session.model, encoder, chosen.rows, self.seed, config.evaluation)
+            self.drawn = chosen.answered(rows)
         return self.drawn
 
     def _fisher(self) -> Fisher | None:
@@ -400,14 +398,3 @@ class Stage:
         for name, foreign in self.task.foreign:
             rows += encoders[name].features(foreign)
         return rows
-
-
-def _line(stage: Stage, tasks: int, record: StageRecord) -> str:
-    scores = " ".join(f"{name} {found['score']:.1f}" for name, found in record.scores.items()) or "(not scored)"
-    clipped = f" (raw {record.raw_coefficient:.3f})" if record.clipped else ""
-    reports = "".join(f", {key} {x:.1e}" for key, x in record.constraint_reports.items())
-    return (
-        f"[{stage.number}/{tasks}] {record.task}: coefficient {record.coefficient:.3f}{clipped}, rank "
-        f"{record.rank}, truncation error {record.truncation_error:.1e}{reports} | {scores} | "
-        f"{time.monotonic() - stage.began_at:.0f} s"
-    )

@@ -14,7 +14,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from pm_llm.config import EvaluationSection
 from pm_llm.evaluation.batches import in_batches, pack
+from pm_llm.families.base import Row
 from pm_llm.tasks.base import Example
 from pm_llm.tasks.encoding import Encoder
 
@@ -59,6 +61,14 @@ def sample(
     found = _outputs(model, encoder, prompts, batch_size, batch_tokens, progress, seed)
     lengths = [next((i for i, token in enumerate(ids, start=1) if token in ends), len(ids)) for ids in found]
     return [ids[:n] for ids, n in zip(found, lengths, strict=True)]
+
+
+def answered(model: Any, encoder: Encoder, rows: Sequence[Row], seed: int, how: EvaluationSection) -> list[Row]:
+    """Encoded rows with answers drawn from the model in place of their own, see :func:`sample`."""
+    family = encoder.family
+    prompts = [family.prompt_of(row) for row in rows]
+    answers = sample(model, encoder, prompts, seed, how.batch_size, how.batch_tokens)
+    return [family.row(*pair) for pair in zip(prompts, answers, strict=True)]
 
 
 def _outputs(

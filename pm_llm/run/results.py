@@ -55,6 +55,17 @@ def stage_record(stage: Stage) -> StageRecord:
     )
 
 
+def stage_line(record: StageRecord, number: int, tasks: int, seconds: float) -> str:
+    """What stage `number` (from 1) of so many tasks came to, in a line."""
+    scores = " ".join(f"{name} {found['score']:.1f}" for name, found in record.scores.items()) or "(not scored)"
+    clipped = f" (raw {record.raw_coefficient:.3f})" if record.clipped else ""
+    reports = "".join(f", {key} {x:.1e}" for key, x in record.constraint_reports.items())
+    return (
+        f"[{number}/{tasks}] {record.task}: coefficient {record.coefficient:.3f}{clipped}, rank {record.rank}, "
+        f"truncation error {record.truncation_error:.1e}{reports} | {scores} | {seconds:.0f} s"
+    )
+
+
 def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
     """The matrix, what follows from it, and what each stage did.
 
