@@ -14,16 +14,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 
-from tests.conftest import ROOT, features, make_model, tokenizer
+from tests.conftest import ROOT, features, make_model, make_peft, tokenizer
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 
 
-def commands() -> list[str]:
-    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+LIFE = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "life.md").read_text(), re.S)
+
+
+def commands(blocks: list[tuple[str, str]] = BLOCKS) -> list[str]:
+    lines = [line for kind, text in blocks if kind == "bash" for line in text.splitlines()]
     found = [line.partition(" #")[0].strip() for line in lines]
     return [command for command in found if command]
 
@@ -35,15 +39,18 @@ def test_make_commands_are_what_ci_runs() -> None:
         assert command in ci.splitlines(), command
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+@pytest.fixture
+def place(tmp_path) -> Path:
     """A working folder in which the README's names exist."""
-    cwd = tmp_path_factory.mktemp("readme")
+    cwd = tmp_path
     base = cwd / "HuggingFaceTB/SmolLM2-135M-Instruct"
     make_model("llama").save_pretrained(base)
     tokenizer("llama").save_pretrained(base)
     rows = [{"prompt": f"is {i} even ?", "completion": "yes" if i % 2 == 0 else "no"} for i in range(20)]
-    Dataset.from_list(rows).to_json(str(cwd / "support.jsonl"))
+    for name in ("support", "billing", "phones", "taxes", "yesterday"):
+        Dataset.from_list(rows).to_json(str(cwd / f"{name}.jsonl"))
+    Dataset.from_list([{"prompt": row["prompt"]} for row in rows]).to_json(str(cwd / "general.jsonl"))
+    make_peft("llama", random_b=True).save_pretrained(cwd / "yesterday")
     (cwd / "legal").mkdir()
     law = Dataset.from_list([{"question": r["prompt"], "answer": r["completion"]} for r in rows])
     law.to_csv(str(cwd / "legal/train.csv"))
@@ -59,6 +66,33 @@ def place(tmp_path_factory) -> Path:
     return cwd
 
 
+def do(forker, place: Path, command: list[str]) -> None:
+    if command[:2] == ["pm-llm", "push"]:  # the model is a folder here
+        command += ["--base-model", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    ended = forker(*command[1:], cwd=place)
+    assert ended.status == 0, f"{command}\n{ended.said}"
+
+
+@pytest.mark.slow
+def test_commands_of_a_life(place: Path, forker, monkeypatch) -> None:
+    """Every command and piece of code of docs/life.md, in its order."""
+    do(forker, place, shlex.split("pm-llm run --config my.yaml"))
+    (code,) = [text for kind, text in LIFE if kind == "python"]
+    lines = [shlex.split(c) for c in commands(LIFE)]
+    (added,) = [i for i, line in enumerate(lines) if line[1] == "add" and "--train.learning_rate" in line]
+    for line in lines[: added + 1]:
+        do(forker, place, line)
+    monkeypatch.chdir(place)
+    exec(code, {})
+    for line in lines[added + 1 :]:
+        do(forker, place, line)
+    results = json.loads((place / "runs/mine/results.json").read_text())
+    assert results["stages"] == ["support", "law", "medical", "billing", "calls", "taxes"]
+    (section,) = [yaml.safe_load(text) for kind, text in LIFE if kind == "yaml"]
+    used = json.loads((place / "runs/after/state.json").read_text())["config"]["adapter"]
+    assert {key: used[key] for key in section["adapter"]} == section["adapter"]
+
+
 @pytest.mark.slow
 def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
     """The first `pm-llm` and what is launched otherwise as typed; later ones in forks, which import nothing anew."""
@@ -66,15 +100,11 @@ def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
     run = [shlex.split(c) for c in commands() if not c.startswith("make")]
     assert len(run) >= 7
     for i, command in enumerate(run):
-        if command[:2] == ["pm-llm", "push"]:  # the model is a folder here
-            command += ["--base-model", "HuggingFaceTB/SmolLM2-135M-Instruct"]
         if i and command[0] == "pm-llm":
-            ended = forker(*command[1:], cwd=place)
-            status, said = ended.status, ended.said
+            do(forker, place, command)
         else:
             done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
-            status, said = done.returncode, f"{done.stdout}\n{done.stderr}"
-        assert status == 0, f"{command}\n{said}"
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     for folder in ("mine", "mine-seqlora"):
         assert json.loads((place / f"runs/{folder}/results.json").read_text())["tasks"] == [
             "support",
