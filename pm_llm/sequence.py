@@ -9,23 +9,21 @@ from typing import Any
 
 import torch
 
-from pm_llm.adapters.adapter import Adapter
 from pm_llm.config import RunConfig, configured
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix, asked_for
 from pm_llm.merges.merger import Merger
 from pm_llm.origin import Origin, read_sources
+from pm_llm.resume import begun, go_on
 from pm_llm.run.adding import added
 from pm_llm.run.folder import RunDir
 from pm_llm.run.going_on import take_up
-from pm_llm.run.kept import kept_tasks, read_all
-from pm_llm.run.reading import TASK_ADAPTER
-from pm_llm.run.record import StageRecord
-from pm_llm.run.results import gather_results, versions
+from pm_llm.run.kept import kept_tasks, needs_rows, read_all
+from pm_llm.run.results import gather_results
 from pm_llm.stage import Session, Stage, Watcher
 from pm_llm.system.mapped import Zeros, mapped_files
 from pm_llm.system.processes import on_main, process_state
-from pm_llm.system.progress import bar, say
+from pm_llm.system.progress import bar
 from pm_llm.system.sharding import launched
 from pm_llm.tasks.base import Task, checked
 from pm_llm.tasks.encoding import encoders_for
@@ -72,7 +70,7 @@ class ContinualSequence:
     def open(
         cls, run: str | Path, keys: Mapping[str, Any] | None = None, watchers: Sequence[Watcher] = ()
     ) -> ContinualSequence:
-        """A run as it is, with its own settings, to add tasks to.
+        """A run's finished tasks, with its own settings, to add others to.
 
         Args:
             run: The run's folder.
@@ -85,8 +83,7 @@ class ContinualSequence:
         run_dir = RunDir.open(run)
         state = run_dir.state()
         config = configured({**state["config"], "output_dir": str(run)}, dict(keys or {}), str(run_dir.path))
-        finished = len(state["stages"]) == len(state["tasks"])
-        return cls(config, read_all(run_dir, state["stages"]) if finished else None, watchers=watchers, adding=True)
+        return cls(config, read_all(run_dir, state["stages"]), watchers=watchers, adding=True)
 
     def add(self, *tasks: Task | str | dict[str, Any]) -> dict[str, Any]:
         """Train tasks after those that the run has finished, and return the results.
@@ -98,13 +95,12 @@ class ContinualSequence:
             PmLlmError: If the run has unfinished tasks (other than these, which are gone on with then), or a task of
                 that name.
         """
-        state = self.run_dir.state()
-        more = added(self.config, state, tasks, str(self.run_dir.path))
-        if more is None:  # they were begun already
-            return self.run()
-        own = [*self.tasks, *(task for task in tasks if isinstance(task, Task))]
-        given = own if len(own) > len(self.tasks) else None
-        return ContinualSequence(more, given, watchers=self.watchers, adding=True).run()
+        config = added(self.config, self.run_dir.state(), tasks, str(self.run_dir.path))
+        own = [task for task in tasks if isinstance(task, Task)]
+        if own and len(own) < len(tasks):
+            raise PmLlmError("some tasks are made in Python, and others are entries. Add them one after the other.")
+        given = [*self.tasks, *own] if own else None
+        return ContinualSequence(config, given, watchers=self.watchers, adding=True).run()
 
     def conclude(self) -> dict[str, Any]:
         """The results of a finished run, written anew; the model is loaded only where a score is missing."""
@@ -125,6 +121,8 @@ class ContinualSequence:
             Stopped: After SIGTERM or SIGINT.
         """
         self._check_devices()
+        if self.run_dir.has_state() and self.adding:
+            self._check_added(self.run_dir.state())
         self.encoders, fitting = encoders_for(self.config, self.columns.values())
         self.tasks = [fitting(task) for task in self.tasks]
         self.columns = {name: fitting(task) for name, task in self.columns.items()}
@@ -134,11 +132,11 @@ class ContinualSequence:
             stages = run["stages"]
             self.session = self._session(run["rows"])
             if run["origin"]:
-                self._begin(run["origin"], measured=not stages)
+                begun(self.session, run["origin"], stages)
             elif sources := self.sources or read_sources(self.config):
                 Origin(self.session, sources).run()
             if stages:
-                self._go_on(stages)
+                go_on(self.session, stages)
             elif self.config.evaluate == "all":
                 self.session.evaluate(UNTRAINED, run["untrained"] or {})
             with bar(len(self.tasks), self.config.method, "task") as progress:
@@ -158,11 +156,26 @@ class ContinualSequence:
             state = self.run_dir.state() if self.run_dir.has_state() and not self.config.blur else None
             if kept or state is None or not state["stages"]:
                 raise
+            raise PmLlmError(self._forgotten(str(error))) from error
+
+    def _check_added(self, state: dict[str, Any]) -> None:
+        """Raise PmLlmError if an opened run lacks something to go on: its unfinished tasks, or its rows."""
+        done, names = len(state["stages"]), [task.name for task in self.tasks]
+        if len(names) < len(state["tasks"]):
             raise PmLlmError(
-                f"what the merge remembers of {self.run_dir.path} at that task is not kept any more (keep_curvature), "
-                f"so it must be measured again on the rows of all tasks before it, and they cannot be read: {error} "
-                "Bring the files back, or restart or restore to a later task."
-            ) from error
+                f"{self.run_dir.path} has unfinished tasks: {', '.join(state['tasks'][done:])}. Add them, or give the "
+                "command that began them."
+            )
+        kept = any(task.kept for task in self.tasks)
+        if kept and 0 < done < len(names) and needs_rows(self.run_dir, done):
+            raise PmLlmError(self._forgotten("the run keeps none."))
+
+    def _forgotten(self, why: str) -> str:
+        return (
+            f"what the merge remembers of {self.run_dir.path} at that task is not kept any more (keep_curvature), so "
+            f"it must be measured again on the rows of all tasks before it, and they cannot be read: {why} Bring the "
+            "files back, or restart or restore to a later task."
+        )
 
     def _check_devices(self) -> None:
         if self.state.num_processes == 1 and self.state.device.type == "cuda" and torch.cuda.device_count() > 1:
@@ -196,63 +209,6 @@ class ContinualSequence:
             self.stopping,
             self.watchers,
         )
-
-    def _begin(self, origin: dict[str, Any], measured: bool) -> None:
-        """The session as it began, where that was not with the bare model; with `measured` for the first task."""
-        session = self.session
-        session.modules, session.folds = origin["modules"], origin["folds"]
-        if measured:
-            self._take_origin()
-            session.begin_at(session.running or Adapter.load(self.run_dir.origin))
-
-    def _take_origin(self) -> None:
-        """What merge and constraints remember of what the run began with, and its adapter."""
-        session = self.session
-        session.merger.load_state_dict(self.run_dir.curvature(-1) or {}, session.folds)
-        session.memories = self.run_dir.memories(-1, len(self.method.constrain))
-        session.running = Adapter.load(self.run_dir.origin)
-
-    def _go_on(self, stages: list[StageRecord]) -> None:
-        """The session as it was after the finished stages; scores that the last one lacks are made."""
-        session, done = self.session, len(stages)
-        say(f"going on after task {done} of {len(self.tasks)} in {self.run_dir.path}")
-        before, now = stages[-1].versions, versions()
-        others = [f"{name} {before[name]} then, {now[name]} now" for name in before if now.get(name) != before[name]]
-        if others:
-            say(f"versions differ: {', '.join(others)}; what follows may come out otherwise than it would have")
-        curvature = self.run_dir.curvature(done - 1)
-        if curvature is None and stages[-1].remembers and done < len(self.tasks):
-            self._replay(stages)
-        else:
-            session.merger.load_state_dict(curvature or {}, session.folds + done)
-        session.running = Adapter.load(self.run_dir.adapter)
-        session.memories = self.run_dir.memories(done - 1, len(self.method.constrain))
-        if session.start.begins == "last":
-            session.last = Adapter.load(self.run_dir.stage_adapter(done - 1, TASK_ADAPTER))
-        session.prepare()
-        session.activate(session.running)
-        session.evaluate(done - 1, stages[-1].scores)
-
-    def _replay(self, stages: list[StageRecord]) -> None:
-        """Let the merger remember the finished tasks, from their adapters and rows: a Fisher and a fold each.
-
-        After a restart in the middle, since only the last stage's curvature is kept.
-
-        Raises:
-            PmLlmError: If another coefficient comes out than was used.
-        """
-        if self.run_dir.state()["origin"]:
-            self._take_origin()
-        for number, record in enumerate(stages, start=1):
-            say(f"curvature of task {number} of {len(stages)}, {record.task}, once more")
-            Stage(self.session, number).replay(Adapter.load(self.run_dir.stage_adapter(number - 1, TASK_ADAPTER)))
-            before, now = record.raw_coefficient, self.session.merger.report.raw_coefficient
-            if abs(now - before) > 1e-2 * max(abs(before), 0.1):
-                raise PmLlmError(
-                    f"the curvature of task {record.task!r} gives the coefficient {now:.4f} now and gave "
-                    f"{before:.4f}. Restart from an earlier task, or run elsewhere."
-                )
-            self.session.activate(Adapter.load(self.run_dir.stage_adapter(number - 1)))
 
     def _finish(self) -> dict[str, Any]:
         results = gather_results(self.run_dir.state(), self.columns)

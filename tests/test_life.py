@@ -36,6 +36,14 @@ def words(keys: dict[str, object]) -> list[str]:
     return [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
 
 
+def copied(folder: Path) -> Path:
+    """The run in a folder without its unfinished task."""
+    out = Path(shutil.copytree(folder / "run", folder / "copy", symlinks=True))
+    with RunDir.open(out).locked():
+        RunDir.open(out).restore(1)
+    return out
+
+
 def weights(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -130,7 +138,7 @@ def test_killed_before_rows_are_forgotten(pico_folders, tmp_path, monkeypatch) -
     assert not list((tmp_path / "run").rglob("test_rows.jsonl"))
 
 
-def test_adding_is_as_if_it_had_been_there(pico_folders, tmp_path, capsys) -> None:
+def test_adding_is_as_if_it_had_been_there(pico_folders, tmp_path, capsys, monkeypatch) -> None:
     model, tasks = pico_folders["llama"], jsonl_tasks(tmp_path / "tasks", "sentiment", "topic", "question")
     names = [tasks / "sentiment", tasks / "topic", tasks / "question"]
     begin(model, tmp_path / "whole", names).run()
@@ -145,7 +153,11 @@ def test_adding_is_as_if_it_had_been_there(pico_folders, tmp_path, capsys) -> No
     assert main(["add", str(tmp_path / "run"), str(names[2])]) == 2
     assert "task 'question' is in" in capsys.readouterr().err
     (more,) = small_tasks("puzzle")  # a task made in Python, at another learning rate
-    results = ContinualSequence.open(tmp_path / "run", {"train.learning_rate": 1e-3}).add(more)
+    monkeypatch.setattr("pm_llm.stage.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ContinualSequence.open(tmp_path / "run", {"train.learning_rate": 1e-3}).add(more)
+    monkeypatch.undo()
+    results = ContinualSequence.open(tmp_path / "run").add(more)  # with what it was begun with
     assert results["stages"][-1] == "puzzle"
     assert results["config"]["train"]["learning_rate"] == 1e-3
     assert any("train.learning_rate" in line for line in results["stage_settings"][0])
@@ -181,8 +193,13 @@ def test_adding_to_an_unfinished_run(pico_folders, tmp_path, capsys, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         ContinualSequence.open(tmp_path / "run").add(str(tasks / "topic"))
     monkeypatch.undo()
+    opened = ContinualSequence.open(tmp_path / "run")
     with pytest.raises(PmLlmError, match="trained 1 of 2 tasks; 'topic' is unfinished"):
-        ContinualSequence.open(tmp_path / "run").add(str(tasks / "question"))
+        opened.add(str(tasks / "question"))
+    with pytest.raises(PmLlmError, match=r"has unfinished tasks: topic\. Add them"):
+        opened.run()
+    with pytest.raises(PmLlmError, match="some tasks are made in Python, and others are entries"):
+        ContinualSequence.open(copied(tmp_path)).add(*small_tasks("puzzle"), str(tasks / "question"))
     results = ContinualSequence.open(tmp_path / "run").add(str(tasks / "topic"))  # the same again goes on
     assert results["stages"] == ["sentiment", "topic"]
 
@@ -216,6 +233,8 @@ def test_going_on_further_back_than_curvature_is_kept(copy, tmp_path, capsys) ->
     capsys.readouterr()
     assert main(["add", str(copy), str(new)]) == 2
     assert "is not kept any more (keep_curvature)" in capsys.readouterr().err
+    with pytest.raises(PmLlmError, match=r"is not kept any more \(keep_curvature\)"):
+        ContinualSequence.open(copy).add(*small_tasks("puzzle"))
     assert main(["restore", str(copy), "--to", "question"]) == 0  # nothing is lost
     for wrong, error in (("nothing", "is no finished task"), ("question", "is the current stage"), ("4", "is no fin")):
         assert main(["restore", str(copy), "--to", wrong]) == 2

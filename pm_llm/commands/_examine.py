@@ -188,8 +188,8 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     Fisher take while rows are seen; and the number of tasks.
 
     Written are: adapters of every task (merged and as trained) and the constraints' memory after it (old rows aside),
-    what the merge remembers of two tasks while one replaces the other, a checkpoint with two moments, and the one
-    that replaces it. In bytes of float32.
+    what the merge remembers after the last tasks (`keep_curvature`) and one more, a checkpoint with two moments, and the
+    one that replaces it. In bytes of float32.
 
     Raises:
         PmLlmError: If the model or the tasks cannot be had.
@@ -218,7 +218,8 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     constraints = [choice.build("constrain") for choice in method.constrain]
     memories = sum(one.remembers(n, m, r) for one in constraints for n, m, r in shapes)
     sums = sum(_sums(form or "", n, m, r) for n, m, r in shapes)
-    return 4 * (tasks * (merged + trained + memories) + 2 * kept + 2 * (3 * trained + merged)), 4 * sums, tasks
+    kept *= min(tasks, config.keep_curvature) + 1
+    return 4 * (tasks * (merged + trained + memories) + kept + 2 * (3 * trained + merged)), 4 * sums, tasks
 
 
 def _sums(form: str, n: int, m: int, r: int) -> int:

@@ -16,8 +16,8 @@ from pm_llm.tasks.user import task_name, user_tasks
 
 def added(
     config: RunConfig, state: Mapping[str, Any], tasks: Sequence[Task | str | dict[str, Any]], run: str
-) -> RunConfig | None:
-    """The configuration with tasks more; None where the run has just these to finish.
+) -> RunConfig:
+    """The configuration with tasks more, or as it is where the run has just these to finish.
 
     Args:
         config: The run's.
@@ -43,11 +43,11 @@ def added(
             entries.append(_absolute(task))
     finished, all_tasks = [stage.task for stage in state["stages"]], state["tasks"]
     if all_tasks[len(finished) :] == names:
-        return None
+        return config
     if len(all_tasks) > len(finished):
         raise PmLlmError(
             f"{run} has trained {len(finished)} of {len(all_tasks)} tasks; {all_tasks[len(finished)]!r} is "
-            "unfinished. Finish it with the command that began it, then add."
+            "unfinished. Add that again, or give the command that began it."
         )
     again = sorted(set(names) & set(all_tasks))
     if again or len(set(names)) < len(names):
