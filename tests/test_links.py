@@ -120,12 +120,12 @@ def test_states_of_other_formats_and_with_missing_keys(run, capsys) -> None:
         change(state)
         (run / "state.json").write_text(json.dumps({**state, "digest": sha256_of(state)}))
 
-    assert json.loads((run / "state.json").read_text())["format"] == 3
+    assert json.loads((run / "state.json").read_text())["format"] == 4
     for change, said in (
         (lambda state: state.update(format=99), "of format 99, of a newer pm_llm"),
-        (lambda state: state.update(format=2), "of an older pm_llm"),
+        (lambda state: state.update(format=3), "of an older pm_llm"),
         (
-            lambda state: state.update(format=3) or state["stages"][0].pop("coefficient"),
+            lambda state: state.update(format=4) or state["stages"][0].pop("coefficient"),
             "other content than was written",
         ),
         (lambda state: state.update(stages=[1]), "other content than was written"),

@@ -188,8 +188,8 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     Fisher take while rows are seen; and the number of tasks.
 
     Written are: adapters of every task (merged and as trained) and the constraints' memory after it (old rows aside),
-    what the merge remembers after the last tasks (`keep_curvature`) and one more, a checkpoint with two moments, and the
-    one that replaces it. In bytes of float32.
+    what the merge remembers after the last tasks (`keep_curvature`) and one more, a checkpoint with two moments, and
+    the one that replaces it. In bytes of float32.
 
     Raises:
         PmLlmError: If the model or the tasks cannot be had.
