@@ -71,6 +71,7 @@ def kept_tasks(run: Reading, config: RunConfig, restart_from: str | None = None)
     """
     if not run.has_state() or config.blur:
         return []
+    run.check_links()
     state = run.state()
     stages, names = state["stages"], state["tasks"]
     count = len(stages)
