@@ -253,7 +253,10 @@ def test_from_the_hub_too(adapter, tmp_path, pico_folders) -> None:
     with HubServer() as hub, Forker(tmp_path, environment(hub, tmp_path / "home")) as forker:
         hub.repos["user/bad"] = {}
         hub.files["user/bad"] = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
-        for name, expected in (("bad", "keys that this PEFT does not know"), ("none", "and the Hub has none of that name")):
+        for name, expected in (
+            ("bad", "keys that this PEFT does not know"),
+            ("none", "and the Hub has none of that name"),
+        ):
             done = forker("evaluate", "--model", pico_folders["llama"], "--adapter", f"user/{name}", *TASKS)
             assert done.status == 2
             assert expected in done.said
