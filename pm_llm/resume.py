@@ -26,6 +26,7 @@ def _take_origin(session: Session) -> Adapter:
     session.merger.load_state_dict(run_dir.curvature(-1) or {}, session.folds)
     session.memories = run_dir.memories(-1, len(session.method.constrain))
     session.running = Adapter.load(run_dir.origin)
+    session.last = session.running if session.start.begins == "last" else None
     return session.running
 
 

@@ -17,7 +17,7 @@ from pm_llm.origin import Origin, read_sources
 from pm_llm.resume import begun, go_on
 from pm_llm.run.adding import added
 from pm_llm.run.folder import RunDir
-from pm_llm.run.going_on import take_up
+from pm_llm.run.going_on import origin_stays, take_up
 from pm_llm.run.kept import kept_tasks, needs_rows, read_all
 from pm_llm.run.results import gather_results
 from pm_llm.stage import Session, Stage, Watcher
@@ -56,7 +56,7 @@ class ContinualSequence:
         self.restart_from, self.watchers, self.adding = restart_from, watchers, adding
         self.run_dir = RunDir(config.output_dir)
         self.tasks = self._load() if tasks is None else checked(tasks)  # a stage each; a task may recur
-        self.sources = None if self.run_dir.begun_with() else read_sources(config)
+        self.sources = None if self._origin_stays() else read_sources(config)
         self.columns = scored(config, self.tasks)
         if config.fuar:
             Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
@@ -157,6 +157,12 @@ class ContinualSequence:
             if kept or state is None or not state["stages"]:
                 raise
             raise PmLlmError(self._forgotten(str(error))) from error
+
+    def _origin_stays(self) -> bool:
+        """Whether what the run begins with is measured, and will not be again: its rows may be gone then."""
+        state = self.run_dir.state() if self.run_dir.has_state() else None
+        going_on = state is not None and bool(state["stages"]) and self.restart_from is None
+        return state is not None and state["origin"] is not None and (going_on or origin_stays(state, self.config))
 
     def _check_added(self, state: dict[str, Any]) -> None:
         """Raise PmLlmError if an opened run lacks something to go on: its unfinished tasks, or its rows."""

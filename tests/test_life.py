@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pm_llm import stage
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.algebra import lowrank
 from pm_llm.cli import main
@@ -17,6 +18,7 @@ from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.run.folder import RunDir
 from pm_llm.run.record import Results
+from pm_llm.run.taking_back import restore
 from pm_llm.sequence import ContinualSequence
 from tests.conftest import pm_llm, small_tasks
 from tests.helpers.tasks import jsonl_tasks
@@ -40,7 +42,7 @@ def copied(folder: Path) -> Path:
     """The run in a folder without its unfinished task."""
     out = Path(shutil.copytree(folder / "run", folder / "copy", symlinks=True))
     with RunDir.open(out).locked():
-        RunDir.open(out).restore(1)
+        restore(RunDir.open(out), "1")
     return out
 
 
@@ -275,6 +277,68 @@ def test_what_is_no_sum_is_refused(method: str, pico_folders, tmp_path, capsys) 
     assert main(["remove", str(tmp_path / "run"), "topic", "--out", str(tmp_path / "out")]) == 2
     assert "which is no sum of the tasks' adapters" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_that_was_taken_back_comes_again_corrected(copy, tmp_path, capsys, monkeypatch) -> None:
+    """Under its old name, from another file; stopped on the way, withdrawn, and added once more."""
+    other = jsonl_tasks(tmp_path / "again", "question", train=12) / "question"
+    assert main(["restore", str(copy), "--to", "topic"]) == 0
+    monkeypatch.setattr("pm_llm.stage.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["add", str(copy), str(other)]) == 130
+    monkeypatch.undo()
+    assert main(["restore", str(copy), "--to", "topic"]) == 0  # withdrawn
+    assert main(["restore", str(copy), "--to", "question"]) == 0  # the first one is there still
+    new = jsonl_tasks(tmp_path / "tasks", "puzzle") / "puzzle"
+    aside = shutil.copytree(copy, tmp_path / "aside", symlinks=True)
+    assert main(["add", str(aside), str(new)]) == 0  # and can be gone on from
+    assert main(["restore", str(copy), "--to", "topic"]) == 0
+    assert main(["add", str(copy), str(other)]) == 0
+    held = json.loads((copy / "stages" / "03-question" / "task.json").read_text())
+    assert held["kept"]["train_rows"] == 12
+    assert RunDir.open(copy).results().stages == ["sentiment", "topic", "question"]
+
+
+def test_runs_that_score_every_task_from_the_start(pico_folders, tmp_path, capsys) -> None:
+    tasks = jsonl_tasks(tmp_path / "tasks", "sentiment", "topic", "question")
+    names = [tasks / "sentiment", tasks / "topic"]
+    begin(pico_folders["llama"], tmp_path / "run", names, evaluate="all").run()
+    assert main(["restore", str(tmp_path / "run"), "--to", "sentiment"]) == 0
+    assert RunDir.open(tmp_path / "run").results().tasks == ["sentiment"]
+    assert main(["add", str(tmp_path / "run"), str(tasks / "question")]) == 2
+    assert "scores every task from the start (evaluate: all)" in capsys.readouterr().err
+    assert main(["restore", str(tmp_path / "run"), "--to", "topic"]) == 0
+    assert RunDir.open(tmp_path / "run").results().tasks == ["sentiment", "topic"]
+
+
+def test_scores_alone_are_kept_of_the_last_too(pico_folders, tmp_path) -> None:
+    tasks = jsonl_tasks(tmp_path / "tasks", "sentiment", "topic")
+    names = [tasks / "sentiment", tasks / "topic"]
+    results = begin(pico_folders["llama"], tmp_path / "run", names, evaluate="final", keep_test_rows=False).run()
+    assert [row[i] is not None for i, row in enumerate(results["matrix"])] == [True, True]
+    assert "plasticity" in results
+
+
+def test_a_restart_goes_on_when_what_it_redid_is_gone(pico_folders, tmp_path, monkeypatch) -> None:
+    tasks = jsonl_tasks(tmp_path / "tasks", "sentiment", "topic", "question")
+    names = [tasks / "sentiment", tasks / "topic", tasks / "question"]
+    begin(pico_folders["llama"], tmp_path / "run", names).run()
+    before, keys = weights(tmp_path / "run"), keys_for(pico_folders["llama"], tmp_path / "run")
+    again = load_config(None, {**keys, "tasks": list(map(str, names)), "evaluate": "seen"})
+    trained = iter([None, KeyboardInterrupt])
+    real = stage.train
+
+    def stopped(*words, **more):
+        if error := next(trained):
+            raise error
+        return real(*words, **more)
+
+    monkeypatch.setattr("pm_llm.stage.train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ContinualSequence(again, restart_from="topic").run()
+    monkeypatch.undo()
+    shutil.rmtree(names[1])
+    ContinualSequence(again, restart_from="topic").run()
+    assert weights(tmp_path / "run") == before
 
 
 def test_help_of_the_commands() -> None:

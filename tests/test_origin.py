@@ -121,6 +121,14 @@ def test_it_is_measured_once(method: str, pico_folders, tmp_path) -> None:
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == expected
     ContinualSequence(load_config(None, keys), restart_from="topic").run()
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+    # the first task may be trained otherwise; another curvature would need the rows, and nothing is lost by asking
+    otherwise = load_config(None, {**keys, "train.learning_rate": 0.01})
+    ContinualSequence(otherwise, restart_from="topic").run()
+    state = (tmp_path / "run" / "state.json").read_bytes()
+    another = load_config(None, {**keys, "fisher.samples": 3})
+    with pytest.raises(PmLlmError, match="came"):
+        ContinualSequence(another, restart_from="topic")
+    assert (tmp_path / "run" / "state.json").read_bytes() == state
 
 
 def test_ranks_and_targets_of_its_own(pico_folders, tmp_path) -> None:

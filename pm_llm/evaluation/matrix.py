@@ -163,7 +163,8 @@ class Matrix:
             MissingScoreError: If one of their scores was not measured.
         """
         several = len(set(self.stages)) > 1
-        names = [name for name in NUMBERS[evaluate] if keep or name in WITHOUT_ROWS]
+        measured = NUMBERS[evaluate if keep or evaluate != "final" else "diagonal+final"]
+        names = [name for name in measured if keep or name in WITHOUT_ROWS]
         return {name: getattr(self, name)() for name in names if several or name not in NEED_TWO}
 
     def with_task_known(self, evaluate: str = "seen", keep: bool = True) -> dict[str, float]:
@@ -218,6 +219,8 @@ def asked_for(
     seen = list(dict.fromkeys(stages[: stage + 1]))
     found = {"all": list(columns), "seen": seen, "final": [], "diagonal+final": seen and [stages[stage]]}[evaluate]
     found = list(columns) if stage == len(stages) - 1 else found
+    if not keep and stage >= 0:  # it is now or never
+        found = list(dict.fromkeys([*found, stages[stage]]))
     gone = set() if keep else set(stages[: max(stage, 0)]) - set(stages[max(stage, 0) :])
     return [name for name in found if name not in gone]
 

@@ -26,7 +26,8 @@ def added(
         run: The run's folder, as it is called.
 
     Raises:
-        PmLlmError: If other tasks are unfinished, one is in the run already, or boundaries are blurred.
+        PmLlmError: If other tasks are unfinished, one is in the run already, boundaries are blurred, or every task is
+            scored from the start.
     """
     if not tasks:
         raise PmLlmError("no task is given. Name a file, a folder, a dataset id, or a task of the run's benchmark.")
@@ -42,8 +43,11 @@ def added(
             names += [task_name(spec, None) for spec in specs]
             entries.append(_absolute(task))
     finished, all_tasks = [stage.task for stage in state["stages"]], state["tasks"]
+    folder = Path(config.data_dir) if config.data_dir else None
+    # of a task that was begun, or taken back, the entry that is given now
+    others = [one for one in config.tasks if not {task_name(s, folder) for s in user_tasks([one], folder)} & {*names}]
     if all_tasks[len(finished) :] == names:
-        return config
+        return dataclasses.replace(config, tasks=[*others, *entries])
     if len(all_tasks) > len(finished):
         raise PmLlmError(
             f"{run} has trained {len(finished)} of {len(all_tasks)} tasks; {all_tasks[len(finished)]!r} is "
@@ -55,9 +59,14 @@ def added(
             f"task {(again or names)[0]!r} is in {run} already. Give the new one a name of its own: "
             "'{data: FILE, name: NAME}'."
         )
+    if config.evaluate == "all" or config.fuar:
+        raise PmLlmError(
+            f"{run} scores every task from the start (evaluate: all), which a task that comes later was not. Add to "
+            "runs that score the tasks seen so far."
+        )
     if config.blur:
         raise PmLlmError("blur mixes rows of neighbouring tasks, and those of finished tasks are gone. Give --blur 0.")
-    return dataclasses.replace(config, tasks=[*config.tasks, *entries], order=[*all_tasks, *names], repeat=1)
+    return dataclasses.replace(config, tasks=[*others, *entries], order=[*all_tasks, *names], repeat=1)
 
 
 def _absolute(task: str | dict[str, Any]) -> str | dict[str, Any]:

@@ -216,12 +216,12 @@ class RunDir(Reading):
                 (self.path / file).unlink(missing_ok=True)
             _remove(self.work(number, record.task))
 
-    def restore(self, count: int) -> None:
-        """Let the first `count` finished stages be the run's, of those that are and those that are taken back."""
+    def restore(self, count: int, rows: dict[str, Any]) -> None:
+        """Let the first `count` finished stages be the run's, of those that are and those that are taken back; `rows`
+        are the digests of theirs."""
         state = self.state()
         stages = [*state["stages"], *state["undone"]]
         names = [stage.task for stage in stages[:count]]
-        rows = {**state["rows"], "train": [*state["rows"]["train"]][:count]}
         config = {**state["config"], "order": names, "repeat": 1}
         changed = {
             "stages": stages[:count],

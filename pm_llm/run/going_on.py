@@ -64,17 +64,17 @@ def take_up(
     state = run_dir.state()
     stages = state["stages"]
     stage = len(stages) if restart_from is None else stage_named(restart_from, names, len(stages))
-    token = None if restart_from is None else sha256_of([stage, _settings(plain), rows])
+    token = None if restart_from is None else restart_token(config, stage)
     if token is not None and token == state["restarted"]:  # the same command again, after that restart was stopped
         stage, token = len(stages), None
     kept = stages[:stage]
     if not kept:
         settings = _settings(state["config"]) == _settings(plain)
         if token is not None or not settings or state["rows"] != rows:
-            if not settings or state["origin"] is None:
+            if not origin_stays(state, config):
                 run_dir.begin({**new, "restarted": token})
                 return
-            token = token or sha256_of([0, _settings(plain), rows])  # what it begins with is measured already
+            token = token or restart_token(config, 0)  # what it begins with is measured already
     else:
         differences = _differences(state, kept, new, restarted=token is not None or adding)
         if not differences and kept:  # a method of the same name, of another version of pm_llm
@@ -106,6 +106,16 @@ def _rows(tasks: Sequence[Task], columns: Mapping[str, Task], lengths: Mapping[s
             for name, task in columns.items()
         },
     }
+
+
+def restart_token(config: RunConfig, stage: int) -> str:
+    """What stands for a command that redoes a run of this configuration from a stage (from 0) on."""
+    return sha256_of([stage, _settings(config.plain())])
+
+
+def origin_stays(state: Mapping[str, Any], config: RunConfig) -> bool:
+    """Whether what a run began with was measured under a configuration, as far as it depends on that."""
+    return state["origin"] is not None and not changes(state["config"], config.plain(), stages_only=True)
 
 
 def stage_named(given: str, names: Sequence[str], done: int) -> int:

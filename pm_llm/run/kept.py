@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pm_llm.config import RunConfig
+from pm_llm.run.going_on import restart_token
 from pm_llm.run.reading import CURVATURE, KEPT, STAGES, TEST_ROWS, Reading
 from pm_llm.run.record import StageRecord
 from pm_llm.system.files import jsonl
@@ -77,12 +78,14 @@ def kept_tasks(run: Reading, config: RunConfig, restart_from: str | None = None)
     count = len(stages)
     if restart_from is not None:
         numbers = [i for i, name in enumerate(names) if restart_from in (name, str(i + 1))]
-        count = min([count, *numbers])
+        begun = [i for i in numbers if state["restarted"] == restart_token(config, i)]  # it goes on
+        count = count if begun else min([count, *numbers])
     if not count or needs_rows(run, count):
         return []
-    before, now = state["config"]["max_test_samples"], config.max_test_samples
-    if before != now:
-        say(f"max_test_samples {before} -> {now} acts on tasks that follow: of finished ones the run keeps its rows")
+    for key in ("max_train_samples", "max_test_samples", "bad_rows"):
+        before, now = state["config"][key], getattr(config, key)
+        if before != now:
+            say(f"{key} {before} -> {now} acts on tasks that follow: of finished ones the run keeps its rows")
     return read_all(run, stages[:count])
 
 

@@ -66,10 +66,6 @@ class Reading:
             raise PmLlmError(f"{path} is not a run folder: state.json is missing.{hint}")
         return run
 
-    def begun_with(self) -> bool:
-        """Whether there is a run that has measured already what it began with."""
-        return self.has_state() and self.state()["origin"] is not None
-
     def has_state(self) -> bool:
         """Whether the folder holds a run. Raises PmLlmError if something else stands in its state's place."""
         state = self.path / STATE

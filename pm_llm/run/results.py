@@ -87,7 +87,8 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
     )
     for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage.scores for stage in stages)]:
         for name, found in scores.items():
-            matrix.set(number, name, found["score"])
+            if name in columns:  # or its task was taken back
+                matrix.set(number, name, found["score"])
     measured = matrix.with_task_known if last.facts.knows_task else matrix.summary
     fuar = {"fuar": matrix.fuar(**config["fuar"])} if config["fuar"] else {}
     return Results(
@@ -102,7 +103,7 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
         lower_is_better=matrix.lower_is_better,
         test_rows=[task.kept.test_rows if task.kept else len(task.test) for task in columns.values()],
         matrix=matrix.rows(),
-        untrained={name: x["score"] for name, x in run["untrained"].items()} if run["untrained"] else None,
+        untrained={n: x["score"] for n, x in run["untrained"].items() if n in columns} if run["untrained"] else None,
         coefficients=[stage.coefficient for stage in stages],
         raw_coefficients=[stage.raw_coefficient for stage in stages],
         module_coefficients=[stage.coefficients for stage in stages],

@@ -16,6 +16,7 @@ from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
 from pm_llm.methods import Method
 from pm_llm.run.folder import RunDir
+from pm_llm.run.kept import read_all
 from pm_llm.run.reading import TASK_ADAPTER
 from pm_llm.run.record import StageRecord
 from pm_llm.system.files import new_folder
@@ -114,7 +115,16 @@ def restore(run_dir: RunDir, to: str) -> list[str]:
         shown = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1)) or "none yet"
         found = f"comes {len(numbers)} times" if numbers else "is no finished task of this run"
         raise PmLlmError(f"--to {to!r} {found}. Give a task by name or number: {shown}.")
-    if numbers[0] == len(state["stages"]):
+    if numbers[0] == len(state["stages"]) == len(state["tasks"]):
         raise PmLlmError(f"task {to!r} is the current stage of {run_dir.path} already.")
-    run_dir.restore(numbers[0])
+    if state["config"]["fuar"]:
+        raise PmLlmError(
+            f"{run_dir.path} computes FUAR, which names a task for each of its states. It cannot lose one."
+        )
+    stages = [*state["stages"], *state["undone"]]
+    tasks = read_all(run_dir, stages[: numbers[0]])
+    probes = {n: x for n, x in state["rows"]["test"].items() if n not in {*names, *state["tasks"]}}
+    test = {task.name: task.kept.test for task in tasks if task.kept}
+    rows = {"train": [task.kept.train for task in tasks if task.kept], "test": {**test, **probes}}
+    run_dir.restore(numbers[0], rows)
     return names[numbers[0] :]
