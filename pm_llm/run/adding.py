@@ -29,19 +29,7 @@ def added(
         PmLlmError: If other tasks are unfinished, one is in the run already, boundaries are blurred, or every task is
             scored from the start.
     """
-    if not tasks:
-        raise PmLlmError("no task is given. Name a file, a folder, a dataset id, or a task of the run's benchmark.")
-    names, entries = [], []
-    listed = [] if config.benchmark is None else list(load_benchmark(config.benchmark).TASKS)
-    for task in tasks:
-        if isinstance(task, Task):
-            names.append(task.name)
-        elif isinstance(task, str) and task in listed:
-            names.append(task)
-        else:
-            specs = user_tasks([_absolute(task)], None)
-            names += [task_name(spec, None) for spec in specs]
-            entries.append(_absolute(task))
+    names, entries = _named(config, tasks)
     finished, all_tasks = [stage.task for stage in state["stages"]], state["tasks"]
     folder = Path(config.data_dir) if config.data_dir else None
     # of a task that was begun, or taken back, the entry that is given now
@@ -67,6 +55,24 @@ def added(
     if config.blur:
         raise PmLlmError("blur mixes rows of neighbouring tasks, and those of finished tasks are gone. Give --blur 0.")
     return dataclasses.replace(config, tasks=[*others, *entries], order=[*all_tasks, *names], repeat=1)
+
+
+def _named(config: RunConfig, tasks: Sequence[Task | str | dict[str, Any]]) -> tuple[list[str], list[Any]]:
+    """The names of given tasks, and of those that are entries of the configuration these. Raises as :func:`added`."""
+    if not tasks:
+        raise PmLlmError("no task is given. Name a file, a folder, a dataset id, or a task of the run's benchmark.")
+    names: list[str] = []
+    entries: list[Any] = []
+    listed = [] if config.benchmark is None else list(load_benchmark(config.benchmark).TASKS)
+    for task in tasks:
+        if isinstance(task, Task):
+            names.append(task.name)
+        elif isinstance(task, str) and task in listed:
+            names.append(task)
+        else:
+            names += [task_name(spec, None) for spec in user_tasks([_absolute(task)], None)]
+            entries.append(_absolute(task))
+    return names, entries
 
 
 def _absolute(task: str | dict[str, Any]) -> str | dict[str, Any]:

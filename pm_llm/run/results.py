@@ -86,9 +86,8 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
         list(columns), stages=[stage.task for stage in stages], lower_is_better=SCORERS[scorers[0]].lower_is_better
     )
     for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage.scores for stage in stages)]:
-        for name, found in scores.items():
-            if name in columns:  # or its task was taken back
-                matrix.set(number, name, found["score"])
+        for name, found in ((name, scores[name]) for name in scores if name in columns):  # others were taken back
+            matrix.set(number, name, found["score"])
     measured = matrix.with_task_known if last.facts.knows_task else matrix.summary
     fuar = {"fuar": matrix.fuar(**config["fuar"])} if config["fuar"] else {}
     return Results(

@@ -21,8 +21,8 @@ def describe_run(path: str | Path) -> str:
     run_dir = RunDir.open(path)
     state, holder = run_dir.state(), run_dir.holder()
     evaluate = state["config"]["evaluate"]
-    back = {one.task for one in state["undone"]} - {*state["tasks"]}
-    columns = [name for name in state["rows"]["test"] if name not in back]
+    back = dict.fromkeys(one.task for one in state["undone"])
+    columns = [name for name in state["rows"]["test"] if name not in back or name in state["tasks"]]
     total, done = len(state["tasks"]), len(state["stages"])
     lines = [f"{path}: method {state['config']['method']}, {done} of {total} tasks trained"]
     lines.append(f"at work: {holder or 'nobody'}")
@@ -50,8 +50,7 @@ def describe_run(path: str | Path) -> str:
                 todo.append(f"train task {i + 1} ({name})" + (f" from step {step}" if step else ""))
         lines.append(f"| {i + 1} {name} | " + " | ".join(cells) + " |")
     if state["undone"]:
-        names = [one.task for one in state["undone"]]
-        lines += ["", f"taken back: {', '.join(names)} (pm-llm restore {path} --to {names[-1]})"]
+        lines += ["", f"taken back: {', '.join(back)} (pm-llm restore {path} --to {[*back][-1]})"]
     if done:
         lines += ["", *_added(state)]
     if not todo and RESULTS not in state["files"]:
