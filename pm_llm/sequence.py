@@ -151,10 +151,9 @@ class ContinualSequence:
         """The tasks of the configuration; of finished ones what the run has kept."""
         kept = kept_tasks(self.run_dir, self.config, self.restart_from)
         try:
-            return load_tasks(self.config, kept)
+            return load_tasks(self.config, kept or ())
         except PmLlmError as error:
-            state = self.run_dir.state() if self.run_dir.has_state() and not self.config.blur else None
-            if kept or state is None or not state["stages"]:
+            if kept is not None:
                 raise
             raise PmLlmError(self._forgotten(str(error))) from error
 

@@ -341,6 +341,15 @@ def test_a_restart_goes_on_when_what_it_redid_is_gone(pico_folders, tmp_path, mo
     assert weights(tmp_path / "run") == before
 
 
+def test_what_is_wrong_with_rows_is_said_as_it_is(three, pico_folders) -> None:
+    """Redoing the first task needs its rows, and nothing that was remembered."""
+    config = load_config(None, keys_for(pico_folders["llama"], three, tasks=[str(three / "nothing.jsonl")]))
+    with pytest.raises(PmLlmError) as raised:
+        ContinualSequence(config, restart_from="1")
+    assert "does not exist" in str(raised.value)
+    assert "keep_curvature" not in str(raised.value)
+
+
 def test_help_of_the_commands() -> None:
     for command in ("add", "remove", "restore", "export"):
         assert pm_llm(command, "--help").returncode == 0

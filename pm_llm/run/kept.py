@@ -59,11 +59,12 @@ def read_kept(folder: Path) -> Task:
     return Task(train=[], test=test, labels=labels, files=tuple(map(tuple, files)), kept=kept, **found)
 
 
-def kept_tasks(run: Reading, config: RunConfig, restart_from: str | None = None) -> list[Task]:
-    """The finished tasks of a run, a stage each, as far as they need not be read from their files again.
+def kept_tasks(run: Reading, config: RunConfig, restart_from: str | None = None) -> list[Task] | None:
+    """The finished tasks of a run, a stage each; they need not be read from their files again.
 
-    None where their training rows are needed: for blurred boundaries, which mix rows of neighbours, and where what the
-    merge remembers has to be measured once more, after a restart further back than `keep_curvature`.
+    Empty where there are none, and for blurred boundaries, which mix rows of neighbours. None where their training
+    rows are needed, as what the merge remembers has to be measured once more: after a restart further back than
+    `keep_curvature`.
 
     Args:
         run: The run's folder; it may hold none.
@@ -80,8 +81,10 @@ def kept_tasks(run: Reading, config: RunConfig, restart_from: str | None = None)
         numbers = [i for i, name in enumerate(names) if restart_from in (name, str(i + 1))]
         begun = [i for i in numbers if state["restarted"] == restart_token(config, i)]  # it goes on
         count = count if begun else min([count, *numbers])
-    if not count or needs_rows(run, count):
+    if not count:
         return []
+    if needs_rows(run, count):
+        return None
     for key in ("max_train_samples", "max_test_samples", "bad_rows"):
         before, now = state["config"][key], getattr(config, key)
         if before != now:
