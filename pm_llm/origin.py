@@ -21,7 +21,7 @@ from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import RunConfig
 from pm_llm.constraints.base import Context, Live
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.generate import sample
+from pm_llm.evaluation.generate import answered
 from pm_llm.families.base import Row
 from pm_llm.families.models import add_task_adapter, load_tokenizer
 from pm_llm.fisher.base import Fisher
@@ -30,7 +30,7 @@ from pm_llm.merges.base import Fold, Trained
 from pm_llm.run.reading import ADAPTER, CURVATURE, MEMORY
 from pm_llm.stage import Session
 from pm_llm.system.processes import Clock, on_main, process_state, total
-from pm_llm.system.progress import bar, say
+from pm_llm.system.progress import say
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.chat_template import MARK, render
 from pm_llm.tasks.encoding import Encoder, encoders_for
@@ -236,8 +236,8 @@ class Origin:
         found = [encoder.features([row])[0] if own else {} for encoder, row, own in rows]
         asked = [i for i, row in enumerate(found) if not row]
         prompts = [replace(rows[i][0], max_new_tokens=mine.max_new_tokens).prompt(rows[i][1]) for i in asked]
-        for i, prompt, answer in zip(asked, prompts, self._sample(mine, prompts), strict=True):
-            found[i] = mine.family.row(prompt, answer)
+        for i, row in zip(asked, self._drawn(mine, prompts), strict=True):
+            found[i] = row
         return found
 
     def _written(self, count: int) -> list[Row]:
@@ -248,9 +248,10 @@ class Origin:
         if not tokenizer.chat_template:
             first = tokenizer.bos_token_id if encoder.family.task_type == "CAUSAL_LM" else None
             opening = [tokenizer.eos_token_id if first is None else first]
-            return [encoder.family.row(opening, ids) for ids in self._sample(encoder, [opening] * count)]
+            return self._drawn(encoder, [opening] * count)
         head = render(tokenizer, [{"role": "user", "content": MARK}]).partition(MARK)[0]
-        asked = self._sample(encoder, [encoder.ids(head, split_special_tokens=False)] * count)
+        opening = encoder.ids(head, split_special_tokens=False)
+        asked = [[i for i in row["labels"] if i != -100] for row in self._drawn(encoder, [opening] * count)]
         texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in asked]
         rows = [Example("", "", messages=({"role": "user", "content": text},)) for text in texts if text]
         if not rows:
@@ -263,7 +264,6 @@ class Origin:
         most = min(config.fisher.max_new_tokens, max(1, config.max_length // 2))
         return Encoder(base.tokenizer, base.family, config.max_length, most)
 
-    def _sample(self, encoder: Encoder, prompts: list[list[int]]) -> list[list[int]]:
-        how, model = self.session.config.evaluation, self.session.model
-        with bar(len(prompts), "answers of the model", "row") as progress:
-            return sample(model, encoder, prompts, self.seed, how.batch_size, how.batch_tokens, progress.update)
+    def _drawn(self, encoder: Encoder, prompts: list[list[int]]) -> list[Row]:
+        session = self.session
+        return answered(session.model, encoder, prompts, self.seed, session.config.evaluation)

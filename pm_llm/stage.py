@@ -355,8 +355,8 @@ class Stage:
             return chosen
         if self.drawn is None or chosen is not self.chosen:
             encoder = replace(session.encoders[self.task.name], max_new_tokens=config.fisher.max_new_tokens)
-            rows = answered(session.model, encoder, chosen.rows, self.seed, config.evaluation)
-            self.drawn = chosen.answered(rows)
+            prompts = [session.base.family.prompt_of(row) for row in chosen.rows]
+            self.drawn = chosen.answered(answered(session.model, encoder, prompts, self.seed, config.evaluation))
         return self.drawn
 
     def _fisher(self) -> Fisher | None:

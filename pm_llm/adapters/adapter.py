@@ -44,9 +44,9 @@ _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def check_dtype(dtype: str) -> None:
-    """Raise PmLlmError unless weights can be written in it."""
-    if dtype not in DTYPES:
+def check_dtype(dtype: str | None) -> None:
+    """Raise PmLlmError unless weights can be written in it; None: nothing was asked for."""
+    if dtype is not None and dtype not in DTYPES:
         raise PmLlmError(f"--dtype is {dtype!r}; it must be {', '.join(DTYPES)}.")
 
 
@@ -154,8 +154,8 @@ class Adapter:
         folder, one = Path(folder), self.of_one_rank()
         folder.mkdir(parents=True, exist_ok=True)
         state = one.peft_state()
+        check_dtype(dtype)
         if dtype is not None:
-            check_dtype(dtype)
             state = {name: x.to(getattr(torch, dtype)) for name, x in state.items()}
             if not all(bool(torch.isfinite(x).all()) for x in state.values()):
                 raise PmLlmError(f"--dtype {dtype} cannot hold weights of this adapter. Use bfloat16 or float32.")

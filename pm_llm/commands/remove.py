@@ -42,10 +42,11 @@ def call(given: argparse.Namespace) -> int:
         print("not scored: the run keeps no test rows (keep_test_rows is false)")
         return 0
     config = configured(state["config"], None, str(run_dir.path))
-    before, after = (
-        {one.task: one.score() for one in evaluate_adapter(str(folder), config, tasks)}
-        for folder in (run_dir.adapter, given.out)
-    )
+    before = {name: found["score"] for name, found in state["stages"][-1].scores.items()}
+    missing = {name: task for name, task in tasks.items() if name not in before}  # the last stage may not be scored
+    if missing:
+        before |= {one.task: one.score() for one in evaluate_adapter(str(run_dir.adapter), config, missing)}
+    after = {one.task: one.score() for one in evaluate_adapter(given.out, config, tasks)}
     print("\n| task | with it | without it |\n|---|---:|---:|")
     for name in tasks:
         print(f"| {name} | {before[name]:.1f} | {after[name]:.1f} |")

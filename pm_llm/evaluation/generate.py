@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from pm_llm.config import EvaluationSection
 from pm_llm.evaluation.batches import in_batches, pack
 from pm_llm.families.base import Row
+from pm_llm.system.progress import bar
 from pm_llm.tasks.base import Example
 from pm_llm.tasks.encoding import Encoder
 
@@ -63,12 +64,13 @@ def sample(
     return [ids[:n] for ids, n in zip(found, lengths, strict=True)]
 
 
-def answered(model: Any, encoder: Encoder, rows: Sequence[Row], seed: int, how: EvaluationSection) -> list[Row]:
-    """Encoded rows with answers drawn from the model in place of their own, see :func:`sample`."""
-    family = encoder.family
-    prompts = [family.prompt_of(row) for row in rows]
-    answers = sample(model, encoder, prompts, seed, how.batch_size, how.batch_tokens)
-    return [family.row(*pair) for pair in zip(prompts, answers, strict=True)]
+def answered(
+    model: Any, encoder: Encoder, prompts: Sequence[list[int]], seed: int, how: EvaluationSection
+) -> list[Row]:
+    """Encoded rows of prompts with answers drawn from the model, see :func:`sample`."""
+    with bar(len(prompts), "answers of the model", "row") as progress:
+        answers = sample(model, encoder, prompts, seed, how.batch_size, how.batch_tokens, progress.update)
+    return [encoder.family.row(*pair) for pair in zip(prompts, answers, strict=True)]
 
 
 def _outputs(
@@ -85,9 +87,7 @@ def _outputs(
 
     def answer(batch: Sequence[int]) -> list[list[int]]:
         inputs, cache = read.batch(batch)
-        with torch.random.fork_rng():
-            if seed is not None:
-                torch.manual_seed(seed * 1_000_003 + min(batch))
+        with nullcontext() if seed is None else _random(seed * 1_000_003 + min(batch)):
             output = model.generate(
                 **inputs,
                 **({} if cache is None else {"past_key_values": cache}),
@@ -105,6 +105,14 @@ def _outputs(
         extra = read.common + encoder.max_new_tokens
         batches = pack(lengths, extra, batch_size, batch_tokens, one_length=read.one_length)
         return in_batches(batches, answer, progress)
+
+
+@contextmanager
+def _random(seed: int) -> Iterator[None]:
+    """Random numbers of that seed; afterwards they go on where they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def _listed(value: Any) -> list[Any]:

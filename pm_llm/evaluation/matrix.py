@@ -163,13 +163,12 @@ class Matrix:
             MissingScoreError: If one of their scores was not measured.
         """
         several = len(set(self.stages)) > 1
-        measured = NUMBERS[evaluate if keep or evaluate != "final" else "diagonal+final"]
-        names = [name for name in measured if keep or name in WITHOUT_ROWS]
+        names = [name for name in NUMBERS[scored_as(evaluate, keep)] if keep or name in WITHOUT_ROWS]
         return {name: getattr(self, name)() for name in names if several or name not in NEED_TWO}
 
     def with_task_known(self, evaluate: str = "seen", keep: bool = True) -> dict[str, float]:
         """The same where each task is answered by the model of its own (last) stage, if that is measured."""
-        if evaluate == "final":
+        if scored_as(evaluate, keep) == "final":
             return {}
         own = self.learned(len(self.stages) - 1).items()
         return {"average_accuracy": fmean(self.get(i, j) for j, i in own), "plasticity": self.plasticity()}
@@ -211,16 +210,19 @@ class Matrix:
         return "\n".join(lines)
 
 
+def scored_as(evaluate: str, keep: bool) -> str:
+    """What `evaluate` comes to: without kept test rows (`keep`) a task is scored after its own stage, or never."""
+    return "diagonal+final" if evaluate == "final" and not keep else evaluate
+
+
 def asked_for(
     evaluate: str, stages: Sequence[str], columns: Sequence[str], stage: int, keep: bool = True
 ) -> list[str]:
     """The tasks that are scored after stage `stage` (from 0; -1: before the first), under `evaluate`; without `keep`
     none whose last stage is over, as its test rows are gone."""
-    seen = list(dict.fromkeys(stages[: stage + 1]))
+    evaluate, seen = scored_as(evaluate, keep), list(dict.fromkeys(stages[: stage + 1]))
     found = {"all": list(columns), "seen": seen, "final": [], "diagonal+final": seen and [stages[stage]]}[evaluate]
     found = list(columns) if stage == len(stages) - 1 else found
-    if not keep and stage >= 0:  # it is now or never
-        found = list(dict.fromkeys([*found, stages[stage]]))
     gone = set() if keep else set(stages[: max(stage, 0)]) - set(stages[max(stage, 0) :])
     return [name for name in found if name not in gone]
 

@@ -46,8 +46,7 @@ def merge_folders(
         raise PmLlmError(
             f"{len(coefficients)} coefficients are given for {len(new)} adapters. Give one for all, or one each."
         )
-    if dtype is not None:
-        check_dtype(dtype)
+    check_dtype(dtype)
     merged: str | Path | Adapter = running
     with new_folder(out) as scratch:
         for i, one in enumerate(new):

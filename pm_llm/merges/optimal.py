@@ -93,9 +93,7 @@ class Optimal(Merge):
         self.needs = Needs(form, self.current == "exact" or losses, losses, probe=self.current == "line")
 
     def coefficients(self, fold: Fold) -> Coefficients:
-        room = self._room()
-        given = self._checked(fold)
-        fisher = replace(given, modules=each(lambda name: given.modules[name].kept(room), fold.new))
+        fisher = self._cut(fold)
         own, whole = self._own(fold, fisher)
         size = scale_of(fisher, self.fisher_scale, whole)
 
@@ -130,9 +128,7 @@ class Optimal(Merge):
     def inherit(self, fold: Fold, scaled: bool = True, weight: float = 1.0) -> None:
         """With one past task more, which the merged model holds whole; the Fisher of one without a task vector is on
         the scale `raw`, or `trace`: with labels sampled from the model it is in nats as `measured` is."""
-        given = self._checked(fold)
-        fisher = replace(given, modules=each(lambda name: given.modules[name].kept(self._room()), fold.new))
-        size = 1.0
+        fisher, size = self._cut(fold), 1.0
         if scaled or self.fisher_scale == "trace":
             size = scale_of(fisher, self.fisher_scale, self._own(fold, fisher)[1])
         self.past = each(
@@ -252,6 +248,11 @@ class Optimal(Merge):
 
         found = each(module, fold.new)
         return found, sum(found.values())
+
+    def _cut(self, fold: Fold) -> Fisher:
+        """The Fisher as the sum takes it."""
+        given, room = self._checked(fold), self._room()
+        return replace(given, modules=each(lambda name: given.modules[name].kept(room), fold.new))
 
     def _checked(self, fold: Fold) -> Fisher:
         """The Fisher, if it is of this adapter and of the form that is kept."""

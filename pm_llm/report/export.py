@@ -47,8 +47,7 @@ def export(run: str | Path, kind: str, out: str | Path, dtype: str | None = None
     """
     if kind not in KINDS:
         raise PmLlmError(f"--as is {kind!r}; it must be {', '.join(KINDS)}.")
-    if dtype is not None:
-        check_dtype(dtype)
+    check_dtype(dtype)
     run_dir = RunDir.open(run)
     state = run_dir.state()
     config = configured(state["config"], None, str(run_dir.path))
@@ -93,7 +92,11 @@ def _as_adapter(
         place = out / "adapter_config.json"
         place.write_text(json.dumps({**json.loads(place.read_text()), "base_model_name_or_path": base}, indent=2))
     batch = _prompts(config, tasks)
-    before, after = (_logits(PeftModel.from_pretrained(_base(config), folder), batch) for folder in (own, out))
+    model = PeftModel.from_pretrained(_base(config), own)
+    before = _logits(model, batch)
+    model.load_adapter(out, "again")
+    model.set_adapter("again")
+    after = _logits(model, batch)
     error = _gap(before, after)
     _check(error, dtype or "float32")
     return f"rank {adapter.rank}; on {len(before)} tokens of prompts its logits are {error:.1e} off (relative)"

@@ -60,7 +60,7 @@ def push_folder(folder: Path, target: Target, base_model: str | None = None) -> 
         PmLlmError: If the folder's base model is not known by its id, the name is no repository name, or the Hub
             refuses.
     """
-    from huggingface_hub import HfApi, ModelCard, ModelCardData
+    from huggingface_hub import HfApi, ModelCardData
 
     target.check()
     kind = next(name for name in WHAT if (folder / name).is_file())
@@ -83,12 +83,7 @@ def push_folder(folder: Path, target: Target, base_model: str | None = None) -> 
             title = target.repo_id.rpartition("/")[2]
             card = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\nMade by pm_llm from `{base}`.\n"
         (out / FILES[2]).write_text(card, encoding="utf-8")
-        sizes = ", ".join(f"{p.name} ({p.stat().st_size:,} bytes)" for p in sorted(out.iterdir()))
-        if target.dry_run:
-            return f"{card}\ndry run: would upload to {target}: {sizes}. Above is the card."
-        ModelCard(card).validate()
-        commit = _upload(api, target, out, "Uploaded by pm_llm")
-    return f"uploaded {sizes} to {commit.pr_url or commit.repo_url}"
+        return _send(api, target, out, card, "Uploaded by pm_llm")
 
 
 def push_run(run_dir: str | Path, target: Target, base_model: str | None = None) -> str:
@@ -108,7 +103,7 @@ def push_run(run_dir: str | Path, target: Target, base_model: str | None = None)
         PmLlmError: If the run is not finished or has no one adapter for all tasks, the name is no repository name, or
             the Hub refuses.
     """
-    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub import HfApi
 
     from pm_llm.report.card import write_card
 
@@ -131,14 +126,11 @@ def push_run(run_dir: str | Path, target: Target, base_model: str | None = None)
         with _told(repo_id):
             theirs = _card_of(run) if target.dry_run else _card_of(run) or _card_on_hub(api, target)
         card = write_card(results, repo_id, base, _rank(config), config.get("task_type"), folder / FILES[2], theirs)
-        sizes = ", ".join(f"{name} ({(folder / name).stat().st_size:,} bytes)" for name in FILES)
-        if target.dry_run:
-            return f"{card}\ndry run: would upload to {target}: {sizes}. Above is the card."
         with _told(repo_id):
-            ModelCard(card).validate()  # before there is a repository
-            commit = _upload(api, target, folder, f"Adapter after {len(results.stages)} tasks")
+            said = _send(api, target, folder, card, f"Adapter after {len(results.stages)} tasks")
+    if not target.dry_run:
         _keep(run, card)
-    return f"uploaded {sizes} to {commit.pr_url or commit.repo_url}"
+    return said
 
 
 def check_repository(repo_id: str) -> None:
@@ -177,6 +169,22 @@ def _keep(run: RunDir, card: str) -> None:
     with run.locked():
         replace_bytes(run.path / FILES[2], card.encode())
         replace_bytes(run.path / WRITTEN, sha256_of(card).encode())
+
+
+def _send(api: Any, target: Target, folder: Path, card: str, message: str) -> str:
+    """Upload a folder with its card, or say what would be; what was done, in words."""
+    from huggingface_hub import ModelCard
+
+    sizes = ", ".join(f"{p.name} ({p.stat().st_size:,} bytes)" for p in sorted(folder.iterdir(), key=_order))
+    if target.dry_run:
+        return f"{card}\ndry run: would upload to {target}: {sizes}. Above is the card."
+    ModelCard(card).validate()  # before there is a repository
+    commit = _upload(api, target, folder, message)
+    return f"uploaded {sizes} to {commit.pr_url or commit.repo_url}"
+
+
+def _order(file: Path) -> tuple[bool, str]:
+    return file.name == FILES[2], file.name  # the card comes last
 
 
 def _upload(api: Any, target: Target, folder: Path, message: str) -> Any:
