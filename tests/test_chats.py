@@ -120,7 +120,7 @@ USER, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": 
         ([USER, {**SAID, "weight": 0}], "`weight` is 0"),
         ([USER, {**SAID, "weight": 0.5}], "weight 0.5; it must be 0"),
         ([USER, {**SAID, "train": False}], "has 'train', which is not known"),
-        ([USER, {"role": "assistant", "content": "a", "tool_calls": [CALL]}], "is a tool call"),
+        ([{**USER, "tool_calls": [CALL]}, SAID], "tool_calls of the role user"),
         ([{"role": "narrator", "content": "q"}, SAID], "has the role 'narrator'"),
         ([{"from": "function_call", "value": "{}"}, SAID], "a function_call turn"),
         ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}, SAID], "a part that is no text"),

@@ -81,7 +81,7 @@ def choose_labels(
 
 def label_ids(encoder: Encoder, example: Example, labels: Sequence[str]) -> list[list[int]]:
     """The labels' token ids after the example's prompt; without end of sequence, where that changes nothing."""
-    ids = [encoder.whole_answer(replace(example, completion=label)) for label in labels]
+    ids = [encoder.whole_answer(replace(example, completion=label, turn=None)) for label in labels]
     bare = [row[:-1] for row in ids]
     nested = any(a == b[: len(a)] for i, a in enumerate(bare) for k, b in enumerate(bare) if i != k)
     return ids if nested else bare

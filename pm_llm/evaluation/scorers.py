@@ -6,6 +6,7 @@ code gives the score and its bootstrap. Where a row has several references, the 
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections import Counter
@@ -211,6 +212,35 @@ class TokenF1(Scorer):
         return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
 
 
+class ToolCall(Scorer):
+    """Share, in percent, of predictions that make the reference's tool calls: the same functions in the same order
+    with equal arguments, in whichever way the model writes calls down, and whatever is said around them. A reference
+    without a call wants none."""
+
+    name = "tool_call"
+
+    def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
+        return (100.0 * (calls_in(prediction) == calls_in(reference)),)
+
+
+def calls_in(text: str) -> list[tuple[str, Any]]:
+    """Name and arguments of each tool call in a model's answer: JSON objects with both, in the order they stand."""
+    found: list[tuple[str, Any]] = []
+    decoder, at = json.JSONDecoder(), text.find("{")
+    while at >= 0:
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            at += 1
+        else:
+            call = value.get("function", value)
+            arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
+            if isinstance(arguments, dict) and isinstance(call.get("name"), str):
+                found.append((call["name"], arguments))
+        at = text.find("{", at)
+    return found
+
+
 class Perplexity(Scorer):
     """exp of the mean negative log-likelihood of the answers' tokens, end of sequence included; lower is better.
 
@@ -231,7 +261,19 @@ class Perplexity(Scorer):
 
 SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer
-    for scorer in (ExactMatch, Accuracy, FirstCharacter, RougeL, Sari, Bleu, Fuzzy, FuzzyCode, TokenF1, Perplexity)
+    for scorer in (
+        ExactMatch,
+        Accuracy,
+        FirstCharacter,
+        RougeL,
+        Sari,
+        Bleu,
+        Fuzzy,
+        FuzzyCode,
+        TokenF1,
+        ToolCall,
+        Perplexity,
+    )
 }
 
 

@@ -35,12 +35,14 @@ class Family:
     """One kind of model and its rows.
 
     `task_type` is PEFT's word for it, `padding_side` where prompts are padded when they are answered, `shares_prompts`
-    whether tokens that prompts begin with in common can be read once, from a cache.
+    whether tokens that prompts begin with in common can be read once, from a cache, `learns_turns` whether turns within
+    a prompt can be learnt.
     """
 
     task_type: ClassVar[str]
     padding_side: ClassVar[str]
     shares_prompts: ClassVar[bool] = False
+    learns_turns: ClassVar[bool] = False
 
     # ---- the model ----
     def takes(self, config: Any) -> bool:
@@ -65,8 +67,8 @@ class Family:
         """How many tokens a prompt may have."""
         raise NotImplementedError
 
-    def row(self, prompt: list[int], answer: list[int]) -> Row:
-        """A training row; labels are -100 where nothing is learnt."""
+    def row(self, prompt: list[int], answer: list[int], labels: list[int] | None = None) -> Row:
+        """A training row; labels, which those of the prompt may be given of, are -100 where nothing is learnt."""
         raise NotImplementedError
 
     def prompt_of(self, row: Row) -> list[int]:

@@ -32,6 +32,7 @@ class Decoder(Family):
     task_type = "CAUSAL_LM"
     padding_side = "left"
     shares_prompts = True
+    learns_turns = True
 
     def takes(self, config: Any) -> bool:
         """BERT-like encoders are in transformers' causal list too (as decoders, after a change of configuration); they
@@ -60,8 +61,8 @@ class Decoder(Family):
     def prompt_budget(self, max_length: int, max_new_tokens: int) -> int:
         return max_length - max_new_tokens
 
-    def row(self, prompt: list[int], answer: list[int]) -> Row:
-        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    def row(self, prompt: list[int], answer: list[int], labels: list[int] | None = None) -> Row:
+        return {"input_ids": prompt + answer, "labels": ([-100] * len(prompt) if labels is None else labels) + answer}
 
     def prompt_of(self, row: Row) -> list[int]:
         learnt = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))

@@ -39,7 +39,7 @@ class EncoderDecoder(Family):
     def prompt_budget(self, max_length: int, max_new_tokens: int) -> int:
         return max_length
 
-    def row(self, prompt: list[int], answer: list[int]) -> Row:
+    def row(self, prompt: list[int], answer: list[int], labels: list[int] | None = None) -> Row:
         return {"input_ids": prompt, "labels": answer}
 
     def prompt_of(self, row: Row) -> list[int]:

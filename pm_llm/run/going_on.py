@@ -98,7 +98,7 @@ def _rows(tasks: Sequence[Task], columns: Mapping[str, Task], lengths: Mapping[s
         "train": [
             task.kept.train
             if task.kept
-            else _fingerprint(task.train, *(_fingerprint(found, name) for name, found in task.foreign))
+            else _fingerprint(task.train, *(_fingerprint(found, name) for name, found in task.foreign), *_learnt(task))
             for task in tasks
         ],
         "test": {
@@ -198,6 +198,13 @@ def _fingerprint(rows: Iterable[Example], *more: Any) -> str:
     """What rows hold, wherever they lie."""
     found = []
     for row in rows:
-        *plain, tools = dataclasses.astuple(dataclasses.replace(row, id=None, place=""))
-        found.append([*plain, tools] if tools else plain)  # as before there were tools
+        *plain, tools, turn = dataclasses.astuple(dataclasses.replace(row, id=None, place=""))
+        later = [tools, turn] if turn else [tools] if tools else []  # what rows did not always have
+        found.append([*plain, *later])
     return sha256_of([found, *more])
+
+
+def _learnt(task: Task) -> list[str]:
+    """Which turns of its chats a task learns, where that makes a difference to its training rows."""
+    several = any(turn["role"] == "assistant" for row in task.train for turn in row.messages or ())
+    return [task.loss_on] if several and task.loss_on != "last" else []

@@ -36,6 +36,7 @@ def write_kept(folder: Path, task: Task, answer: int, train: str, test: str) -> 
         "scorer": task.scorer,
         "labels": task.labels,
         "special_tokens": task.special_tokens,
+        "loss_on": task.loss_on,
         "source": task.source,
         "files": task.files,
         "kept": dataclasses.asdict(Kept(answer, train, test, len(task.train), len(task.test))),
@@ -55,6 +56,7 @@ def read_kept(folder: Path) -> Task:
     rows = (folder / TEST_ROWS).read_text(encoding="utf-8").split("\n") if (folder / TEST_ROWS).is_file() else []
     plain: list[Any] = [json.loads(row) for row in rows if row]
     test = [Example(**{**row, **{key: tuple(row[key]) for key in lists & row.keys()}}) for row in plain]
+    found.setdefault("loss_on", "last")  # as it was before it could be said
     kept, labels, files = Kept(**found.pop("kept")), tuple(found.pop("labels")), found.pop("files")
     return Task(train=[], test=test, labels=labels, files=tuple(map(tuple, files)), kept=kept, **found)
 

@@ -22,7 +22,8 @@ class Example:
     Where head and tail are empty (the user's own prompts), the middle of the body is what goes.
 
     `messages` replaces the three for chat data: the turns before the answer, rendered by the chat template, which is
-    given `tools` too. Where the model has no template, `body` stands in for them if there is one.
+    given `tools` too; `turn` is the answer's own turn where it is more than `completion`, its text (tool calls,
+    thoughts). Where the model has no template, `body` stands in for the turns if there is one.
     `alternatives` are other right answers besides the completion; `source` is the text that SARI compares with.
     """
 
@@ -36,6 +37,7 @@ class Example:
     id: str | None = None
     place: str = ""
     tools: tuple[Any, ...] = ()
+    turn: dict[str, Any] | None = None
 
     @property
     def prompt(self) -> str:
@@ -75,7 +77,8 @@ class Task:
     name, and `whole` all its own rows, of which `train` is what is left.
 
     `special_tokens` says what the text of a special token means in a row: `text`, its letters, `token`, the token, or
-    None: nothing is said, and such rows are refused.
+    None: nothing is said, and such rows are refused. `loss_on` says which turns of a chat are learnt: those of the
+    `assistant`, but for such with `weight` 0, or the `last` of them alone.
 
     `source` is what the configuration gave, `files` what was read, each with its size in bytes and its time of change
     in ns. `kept` is there for a task that a run has finished: it has no training rows any more.
@@ -90,6 +93,7 @@ class Task:
     foreign: tuple[tuple[str, Sequence[Example]], ...] = ()
     whole: Sequence[Example] = ()
     special_tokens: str | None = "text"
+    loss_on: str = "assistant"
     source: str = ""
     files: tuple[tuple[str, int, int], ...] = ()
     kept: Kept | None = None

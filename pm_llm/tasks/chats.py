@@ -18,7 +18,8 @@ OTHER_ROLES = {
     **dict.fromkeys(("observation", "tool_response", "function_response", "function"), "tool"),
 }
 CALL = ("function_call", "tool_call")  # roles of a turn that is a call
-KEYS = {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "weight"}
+THOUGHTS = ("reasoning_content", "thinking")  # as templates of reasoning models call them
+KEYS = {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "weight", *THOUGHTS}
 
 
 def chat_of(row: Row, column: str, given: Any, problems: Problems) -> list[Turn] | None:
@@ -39,8 +40,8 @@ def chat_of(row: Row, column: str, given: Any, problems: Problems) -> list[Turn]
     return turns
 
 
-def up_to_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str] | str:
-    """The turns before the last answer that is to be learnt, and that answer; or why there is none.
+def up_to_answer(turns: Sequence[Turn]) -> tuple[list[Turn], Turn] | str:
+    """The turns before the last answer that is to be learnt, and that turn; or why there is none.
 
     Turns after it, which no loss is on (`weight: 0`), do not matter to it.
     """
@@ -51,10 +52,14 @@ def up_to_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str] | str:
         if len(ends) < len(turns):
             return "no assistant turn of it is trained: `weight` is 0. Leave the row out."
         return "a chat must end with an assistant turn after at least one other."
-    if ends[-1].get("tool_calls") or not isinstance(ends[-1].get("content"), str):
-        return "its last assistant turn is a tool call, which cannot be an answer here. End it with a text."
-    plain = [{key: x for key, x in turn.items() if key != "weight"} for turn in ends]
-    return plain[:-1], plain[-1]["content"]
+    return ends[:-1], {key: x for key, x in ends[-1].items() if key != "weight"}
+
+
+def text_of(turn: Turn) -> str:
+    """All that an answer says, as text; what a template makes of it is another matter."""
+    thoughts = [turn[key] for key in THOUGHTS if key in turn]
+    calls = [json.dumps(call, ensure_ascii=False) for call in turn.get("tool_calls", ())]
+    return "\n".join(part for part in (*thoughts, turn["content"], *calls) if part)
 
 
 def _turn(turn: Turn, column: str) -> Turn | str:
@@ -79,11 +84,18 @@ def _turn(turn: Turn, column: str) -> Turn | str:
         content = "".join(part["text"] for part in content)
     if content is None and not turn.get("tool_calls"):
         return f"each turn of {column} needs `role` and `content`; one is {short(turn)}."
+    given = turn.get("tool_calls") or ()
+    calls = [_called(call) for call in given] if isinstance(given, (list, tuple)) else [None]
+    if None in calls or (calls and role != "assistant"):
+        what = f"tool_calls of the role {role}" if None not in calls else f"a tool call {short(given)}"
+        return f"a turn of {column} has {what}; an assistant calls, by `name` and `arguments` (a mapping)."
     weight = turn.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         return f"a turn of {column} has weight {weight!r}; it must be 0 (not trained) or 1."
     found: Turn = {"role": role, "content": content if content is not None else ""}
-    found |= {key: turn[key] for key in ("name", "tool_calls", "tool_call_id") if turn.get(key)}
+    found |= {key: turn[key] for key in ("name", "tool_call_id", *THOUGHTS) if turn.get(key)}
+    if calls:
+        found["tool_calls"] = calls
     return found if weight else {**found, "weight": 0}
 
 
@@ -92,10 +104,24 @@ def _call(content: Any) -> Turn | None:
         call = json.loads(content) if isinstance(content, str) else content
     except (ValueError, RecursionError):
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+    found = _called(call)
+    return found and {"role": "assistant", "content": "", "tool_calls": [found]}
+
+
+def _called(call: Any) -> Turn | None:
+    """A call as templates want it, with its arguments as a mapping; as OpenAI writes them they are JSON text."""
+    if not isinstance(call, dict) or not isinstance(call.get("function", call), dict):
         return None
-    function = {"name": call["name"], "arguments": call.get("arguments", {})}
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    function = call.get("function", call)
+    name, arguments = function.get("name"), function.get("arguments", {})
+    try:
+        arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments or {}
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    more = {"id": call["id"]} if call.get("id") else {}
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
 
 
 def tools_of(row: Row, problems: Problems) -> tuple[Any, ...] | None:

@@ -9,7 +9,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from pm_llm.tasks.base import Example
-from pm_llm.tasks.chats import chat_of, tools_of, up_to_answer
+from pm_llm.tasks.chats import chat_of, text_of, tools_of, up_to_answer
 from pm_llm.tasks.files import Row, short
 from pm_llm.tasks.problems import Problems
 
@@ -218,4 +218,6 @@ def _chat(
     if isinstance(found, str):
         problems.row(row.place, found)
         return None
-    return Example("", found[1], messages=tuple(found[0]), id=name, place=row.place, tools=tools)
+    before, answer = found
+    whole = answer if answer.keys() - {"role", "content"} else None
+    return Example("", text_of(answer), messages=tuple(before), id=name, place=row.place, tools=tools, turn=whole)

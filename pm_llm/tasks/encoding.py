@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.families.base import Family
 from pm_llm.tasks.base import SPLITS, Example, Task
-from pm_llm.tasks.chat_template import MARK, answer_of, problem_of, render
+from pm_llm.tasks.chat_template import MARK, answer_of, problem_of, render, trained_turns
+from pm_llm.tasks.chats import text_of
 from pm_llm.tasks.problems import Problems
 
 
@@ -25,6 +27,7 @@ class Encoder:
         max_length: Longest input in tokens: prompt plus answer for a decoder, prompt for an encoder-decoder.
         max_new_tokens: Longest answer in tokens, with the end-of-sequence token.
         special_tokens: What the text of a special token in a row is, see :class:`pm_llm.tasks.base.Task`.
+        loss_on: Which turns of a chat are learnt, see there.
     """
 
     tokenizer: Any
@@ -32,6 +35,7 @@ class Encoder:
     max_length: int
     max_new_tokens: int
     special_tokens: str | None = "text"
+    loss_on: str = "assistant"
 
     @property
     def prompt_budget(self) -> int:
@@ -41,7 +45,12 @@ class Encoder:
     def prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt, shortened where it is too long: the end of a framed row's body, the middle of a
         prompt without frame or of a chat's last turn. Text is cut between characters."""
-        body, ids = self._body(example), self.whole_prompt(example)
+        return self._prompt(example)[0]
+
+    def _prompt(self, example: Example) -> tuple[list[int], list[int]]:
+        """The same, and its labels: the ids of earlier turns that are learnt, -100 elsewhere."""
+        body = self._body(example)
+        ids, labels = self._render(example, body)
         while len(ids) > self.prompt_budget:
             spans = self._spans(body)
             keep = len(spans) - max(1, len(ids) - self.prompt_budget)
@@ -55,8 +64,8 @@ class Encoder:
             back = keep // 2 if self.is_chat(example) or not example.framed else 0
             shorter = body[: spans[keep - back][0]] + body[spans[len(spans) - back - 1][1] :]
             body = shorter if len(shorter) < len(body) else body[: len(body) // 2]
-            ids = self._render(example, body)
-        return ids
+            ids, labels = self._render(example, body)
+        return ids, labels
 
     def _spans(self, body: str) -> list[tuple[int, int]]:
         """Where in the text each of its tokens stands; those that share a character all have the whole of it."""
@@ -93,7 +102,7 @@ class Encoder:
 
     def whole_prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt as it is."""
-        return self._render(example, self._body(example))
+        return self._render(example, self._body(example))[0]
 
     def answer(self, example: Example) -> list[int]:
         """Token ids of the answer with end of sequence, cut at `max_new_tokens`."""
@@ -126,7 +135,10 @@ class Encoder:
         return self.bare(answer).strip() if example.framed else self.bare(answer)
 
     def reference(self, example: Example, answer: str) -> str:
-        """What predictions are compared with: blanks at the front count where the right answer begins with some."""
+        """What predictions are compared with: blanks at the front count where the right answer begins with some. Tool
+        calls are as the model would write them."""
+        if example.turn is not None and answer == example.completion:
+            return self.said(example, self.whole_prompt(example), self.whole_answer(example))
         text = self.content(example, answer)
         return text.rstrip() if text[:1].isspace() else text.strip()
 
@@ -161,19 +173,29 @@ class Encoder:
         """`input_ids` and `labels` of each example; a decoder's labels are -100 on the prompt."""
         rows = []
         for example in examples:
-            prompt, answer = self.prompt(example), self.answer(example)
-            rows.append(self.family.row(prompt, answer))
+            prompt, labels = self._prompt(example)
+            rows.append(self.family.row(prompt, self.answer(example), labels))
         return rows
 
-    def _render(self, example: Example, body: str) -> list[int]:
+    def _render(self, example: Example, body: str) -> tuple[list[int], list[int]]:
+        """Ids and labels of a prompt with that body."""
         if not self.is_chat(example):
             ids = self._encode(example.head + body + example.tail)["input_ids"]
-            return self.family.open_prompt(ids, self.tokenizer.eos_token_id)
+            ids = self.family.open_prompt(ids, self.tokenizer.eos_token_id)
+            return ids, [-100] * len(ids)
         turns = [*(example.messages or ())]
         between = answer_of(self.tokenizer, example, self.bare(example.completion))[0]
         turns[-1] = {**turns[-1], "content": body}
-        text = render(self.tokenizer, turns, example.tools, prompt=True) + between
-        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = render(self.tokenizer, turns, example.tools, prompt=True)
+        learnt = self.loss_on == "assistant" and self.family.learns_turns
+        spans = trained_turns(self.tokenizer, replace(example, messages=tuple(turns)), text) if learnt else []
+        found: tuple[list[int], list[int]] = ([], [])
+        cuts = [0, *(at for span in spans for at in span), None]
+        for i, (start, stop) in enumerate(pairwise(cuts)):  # every second piece is learnt
+            piece = text[start:stop] if stop is not None else text[start:] + between
+            ids = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+            found[0].extend(ids)
+            found[1].extend(ids if i % 2 else [-100] * len(ids))
         return found
 
     def _body(self, example: Example) -> str:
@@ -186,8 +208,12 @@ class Encoder:
             refused = problem_of(self.tokenizer, example)
             if refused is not None:
                 return refused
+            try:
+                self.whole_prompt(example)
+            except PmLlmError as error:
+                return str(error)
         if self.special_tokens is None:
-            texts = [*(turn["content"] for turn in example.messages or ()), example.head, example.body, example.tail]
+            texts = [*map(text_of, example.messages or ()), example.head, example.body, example.tail]
             texts += [self.bare(answer) for answer in example.references]
             token = next((t for t in _special(self.tokenizer) if any(t in text for text in texts)), None)
             if token is not None:
@@ -218,10 +244,11 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
     for task in tasks:
         if task.kept is not None:  # its rows were looked at when it was trained
             length = task.kept.answer
-            encoders[task.name] = Encoder(tokenizer, family, config.max_length, length, task.special_tokens)
+            how = (task.special_tokens, task.loss_on)
+            encoders[task.name] = Encoder(tokenizer, family, config.max_length, length, *how)
             continue
         rows = [*(task.whole or task.train), *task.validation, *task.test]  # what neighbours may train on, too
-        blind = Encoder(tokenizer, family, config.max_length, 1, task.special_tokens)
+        blind = Encoder(tokenizer, family, config.max_length, 1, task.special_tokens, task.loss_on)
         wrong = {id(row): what for row in rows if (what := blind.wrong(row)) is not None}
         good = [row for row in task.whole or task.train if id(row) not in wrong]
         if good:
@@ -269,7 +296,7 @@ def encoder_for(tokenizer: Any, family: Family, task: Task, max_length: int, max
     Raises:
         PmLlmError: If the answers leave no room for prompts.
     """
-    encoder = Encoder(tokenizer, family, max_length, max_new_tokens or 1, task.special_tokens)
+    encoder = Encoder(tokenizer, family, max_length, max_new_tokens or 1, task.special_tokens, task.loss_on)
     answer = max_new_tokens or longest_answer(encoder, task)
     encoder = replace(encoder, max_new_tokens=answer)
     if encoder.prompt_budget < 1:

@@ -34,7 +34,8 @@ class UserTask:
     `{question}\\n{choices}`. `messages` names a chat column, whose last turn is the answer. Without names, common ones
     are found (prompt/completion, instruction/output, question/answer, text/label, messages ...), and every other
     column with text must be in `ignore`. `special_tokens` says what the text of a special token in a row is: `text`
-    or `token`. `labels` makes it a classification task: every other answer is an error. `validation_size` splits a
+    or `token`. Of a chat all turns of the `assistant` are learnt, but for those with `weight` 0, or with
+    `loss_on: last` the last one alone. `labels` makes it a classification task: every other answer is an error. `validation_size` splits a
     share off the training rows, for choosing settings without the test rows.
     """
 
@@ -52,6 +53,7 @@ class UserTask:
     ignore: list[str] = field(default_factory=list)
     id: str = "id"
     special_tokens: str | None = None
+    loss_on: str = "assistant"
     labels: list[Any] = field(default_factory=list)
     scorer: str = "exact_match"
     test_size: float = 0.1
@@ -134,6 +136,8 @@ def _parse(entry: Any) -> UserTask:
             raise PmLlmError(f"labels: {label!r} is no text. Quote it: YAML takes yes, no and 1 for something else.")
     if spec.special_tokens not in (None, "text", "token"):
         raise PmLlmError(f"special_tokens is {spec.special_tokens!r}; it must be text or token.")
+    if spec.loss_on not in ("assistant", "last"):
+        raise PmLlmError(f"loss_on is {spec.loss_on!r}; it must be assistant (all of its turns) or last.")
     for key, fine in (("test_size", 0 < spec.test_size < 1), ("validation_size", 0 <= spec.validation_size < 1)):
         if not fine:
             given = getattr(spec, key)
@@ -210,6 +214,7 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems, 
         tuple(spec.labels),
         validation or [],
         special_tokens=spec.special_tokens,
+        loss_on=spec.loss_on,
         source=str(path.absolute()) if here else spec.data,
     )
 
