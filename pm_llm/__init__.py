@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ContinualSFTTrainer": "pm_llm.training.trainers",
     "ContinualSeq2SeqTrainer": "pm_llm.training.trainers",
+    "ContinualDPOTrainer": "pm_llm.training.trainers",
     "Merger": "pm_llm.merges.merger",
     "ContinualSequence": "pm_llm.sequence",
     "Method": "pm_llm.methods",
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from pm_llm.methods import Method
     from pm_llm.sequence import ContinualSequence
     from pm_llm.tasks.loading import load_tasks
-    from pm_llm.training.trainers import ContinualSeq2SeqTrainer, ContinualSFTTrainer
+    from pm_llm.training.trainers import ContinualDPOTrainer, ContinualSeq2SeqTrainer, ContinualSFTTrainer
 
 __all__ = [
     "Adapter",
+    "ContinualDPOTrainer",
     "ContinualSFTTrainer",
     "ContinualSeq2SeqTrainer",
     "ContinualSequence",

@@ -59,6 +59,11 @@ class TrainSection:
     weight_decay: float = option(0.0, "Weight decay on the adapter.", least=0)
     max_grad_norm: float = option(1.0, "Gradient clipping.", least=0)
     optim: str = option("adamw_torch", "Optimizer.")
+    packing: bool = option(False, "Several rows in one of max_length, each by itself: nothing is padded.")
+    train_sampling_strategy: str = option(
+        "random", "Order of rows: random, or group_by_length (less padding).", choices=("random", "group_by_length")
+    )
+    beta: float = option(0.1, "DPO's, of preference pairs: how strongly the reference holds.", above=0)
     gradient_checkpointing: bool = option(False, "Trade compute for memory.")
     logging_steps: int = option(10, "Steps between two log lines.", least=1)
     save_steps: int = option(
@@ -152,6 +157,9 @@ class RunConfig:
 
     model: str = option("embedded:llama", "Hub id or folder of the base model, or embedded:llama, embedded:t5.")
     dtype: str = option("float32", "Weights and compute: float32 or bfloat16.", choices=("float32", "bfloat16"))
+    attn_implementation: str | None = option(
+        None, "Attention: eager, sdpa, flash_attention_2 ... as transformers names them; none: the model's own."
+    )
     load_in_4bit: bool = option(False, "Base weights in 4 bits (NF4 by bitsandbytes); adapters keep full precision.")
     benchmark: str | None = option(None, f"A benchmark: {', '.join(BENCHMARKS)}.")
     order: Any = option(None, "An order of the benchmark by name, a list of task names, or random:SEED.")

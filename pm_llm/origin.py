@@ -24,6 +24,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import answered
 from pm_llm.families.base import Row
 from pm_llm.families.models import add_task_adapter, load_tokenizer
+from pm_llm.families.packing import blocks
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.rows import ChosenRows, drawn
 from pm_llm.merges.base import Fold, Trained
@@ -38,6 +39,7 @@ from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.user import rows_or_prompts
 
 GIVEN, ANSWERED, WRITTEN = "rows", "prompts that the model answers", "text that the model writes"
+DRAWN = "raw text with the model's own next tokens"
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,8 @@ class Origin:
     # ---- the rows ----
     def _chosen(self, name: str, tasks: list[Task], samples: int, labels: str) -> tuple[ChosenRows, str]:
         """The rows that it is measured on, with answers, and where these come from."""
+        if {task.kind for task in tasks} - {"prompt"}:
+            return self._of_text(name, tasks, samples, labels)
         rows: list[tuple[Encoder, Example]] = []
         for task in tasks:
             encoders, fitting = encoders_for(self.session.config, [task])
@@ -228,7 +232,27 @@ class Origin:
         else:
             found = self._answered([(one, row, labels == "given" and bool(row.completion)) for one, row in taken])
         fishers = replace(self.session.config.fisher, samples=len(found))
-        return ChosenRows(name, found, fishers, self.seed, self.session.base.tokenizer), how
+        base = self.session.base
+        return ChosenRows(name, found, fishers, self.seed, base.tokenizer, base.family), how
+
+    def _of_text(self, name: str, tasks: list[Task], samples: int, labels: str) -> tuple[ChosenRows, str]:
+        """The same of raw text, in blocks."""
+        session, rows = self.session, []
+        if {task.kind for task in tasks} != {"text"}:
+            raise PmLlmError(
+                f"{name}.data: give prompts (with or without answers) or raw text, and not both or pairs."
+            )
+        for task in tasks:
+            encoders, fitting = encoders_for(session.config, [task])
+            encoder = encoders[task.name]
+            rows += encoder.features(fitting(task).train)
+        rows = blocks(rows, session.config.max_length, session.model)
+        taken = [rows[i] for i in drawn(len(rows), samples, self.seed)]
+        if labels == "sampled":
+            taken = encoder.family.draw(session.model, encoder, taken, self.seed, session.config.evaluation)
+        fishers = replace(session.config.fisher, samples=len(taken))
+        how = GIVEN if labels == "given" else DRAWN
+        return ChosenRows(name, taken, fishers, self.seed, session.base.tokenizer, encoder.family), how
 
     def _answered(self, rows: list[tuple[Encoder, Example, bool]]) -> list[Row]:
         """Encoded rows, each with its own answer, or with one drawn from the model."""

@@ -26,10 +26,11 @@ from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
 from pm_llm.config import LoraSection, RunConfig
 from pm_llm.constraints.base import Constraint, Context, Live
 from pm_llm.evaluation.answering import Generate, answer_task
-from pm_llm.evaluation.generate import answered, generate
+from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.matrix import asked_for
 from pm_llm.families.base import Row
 from pm_llm.families.models import Base, load_base
+from pm_llm.families.packing import blocks, check_packing, packed
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.probe import Probe
 from pm_llm.fisher.rows import ChosenRows
@@ -108,7 +109,9 @@ class Session:
 
     def load(self) -> None:
         """The base model, anew."""
-        self.base = load_base(self.config.model, self.config.dtype, self.config.load_in_4bit)
+        self.base = load_base(
+            self.config.model, self.config.dtype, self.config.load_in_4bit, self.config.attn_implementation
+        )
         self.model = self.base.model
         for watcher in self.watchers:
             watcher.loaded(self)
@@ -186,8 +189,9 @@ class Stage:
         self.seed = session.config.seed_of(number)
         self.began_at = time.monotonic()
         self.clock = Clock(process_state().device)
-        self.rows = self._features()
-        self.chosen = ChosenRows(self.task.name, self.rows, session.config.fisher, self.seed, session.base.tokenizer)
+        self.family = session.encoders[self.task.name].family
+        self.rows: list[Row] = []
+        self.chosen: ChosenRows
         self.began: Adapter | None = None  # the first task's adapter as it began
         self.constraints: list[Constraint] = []
         self.loss_before: float | None = None
@@ -202,7 +206,7 @@ class Stage:
         """Train the task, merge it, commit and score it; returns the stage's record."""
         self.start()
         if self.number == 1:
-            rehearse(self.session, self.rows, self.constraints)
+            rehearse(self.session, self.rows, self.family, self.constraints)
         self.session.start.look(self.session.model, self.chosen)
         with self._folded():
             self.prepare()
@@ -233,6 +237,7 @@ class Stage:
         if self.session.running is None:
             self.began = Adapter.from_model(self.session.model, TASK)
         self.constraints = self.session.constraints()
+        self._encode()
 
     def prepare(self) -> None:
         """Constraints are told their task; what the merge must know from before training is measured."""
@@ -267,9 +272,10 @@ class Stage:
             rows, steps = constraint.rows(rows, context), constraint.steps(steps, context)
         self.logs = train(
             session.model,
-            session.base,
+            session.base.tokenizer,
+            self.family,
             session.config,
-            Dataset.from_list(rows),
+            self._blocks(rows),
             steps,
             label=self.task.name,
             seed=self.seed,
@@ -355,8 +361,8 @@ class Stage:
             return chosen
         if self.drawn is None or chosen is not self.chosen:
             encoder = replace(session.encoders[self.task.name], max_new_tokens=config.fisher.max_new_tokens)
-            prompts = [session.base.family.prompt_of(row) for row in chosen.rows]
-            self.drawn = chosen.answered(answered(session.model, encoder, prompts, self.seed, config.evaluation))
+            rows = self.family.draw(session.model, encoder, chosen.rows, self.seed, config.evaluation)
+            self.drawn = chosen.answered(rows)
         return self.drawn
 
     def _fisher(self) -> Fisher | None:
@@ -385,16 +391,28 @@ class Stage:
             session.folds + self.number,
             session.past,
             session.merger.rule,
-            Live(lora_layers(session.model), TASK, total, session.base.family),
+            Live(lora_layers(session.model), TASK, total, self.family),
             session.model,
             self.chosen,
             self.rows,
             seed=self.seed,
         )
 
-    def _features(self) -> list[Row]:
-        encoders = self.session.encoders
-        rows = encoders[self.task.name].features(self.task.train)
-        for name, foreign in self.task.foreign:
-            rows += encoders[name].features(foreign)
-        return rows
+    def _blocks(self, rows: list[Row]) -> Dataset:
+        """What the Trainer reads: rows, several in one with `train.packing`."""
+        session, found = self.session, Dataset.from_list(rows)
+        if not session.config.train.packing or self.family.packs:
+            return found
+        check_packing(session.model, self.family)
+        return packed(found, session.config.max_length)
+
+    def _encode(self) -> None:
+        """The rows, with what their loss must know of the model as it begins; and those that curvature is measured
+        on."""
+        session, encoders = self.session, self.session.encoders
+        own = encoders[self.task.name].features(self.task.train)
+        own += [row for name, foreign in self.task.foreign for row in encoders[name].features(foreign)]
+        rows = blocks(own, session.config.max_length, session.model) if self.family.packs else own
+        tokenizer, size = session.base.tokenizer, session.config.evaluation.batch_size
+        self.rows = self.family.referenced(session.model, tokenizer, rows, size)
+        self.chosen = ChosenRows(self.task.name, self.rows, session.config.fisher, self.seed, tokenizer, self.family)

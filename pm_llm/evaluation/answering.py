@@ -33,16 +33,21 @@ def answer_task(
 ) -> Predictions:
     """The model's predictions on the task's test rows: generated, chosen among the labels, or likelihoods."""
     sizes = (how.batch_size, how.batch_tokens)
-    references: list[list[Any]] = [_references(encoder, row) for row in task.test]
+    references: list[list[Any]]
     answers: Sequence[Any]
     with bar(len(task.test), f"evaluate {task.name}", "row") as progress:
-        if task.scorer == "perplexity":
+        found = encoder.family.predict(model, encoder, task, how, generate, progress.update)
+        if found is not None:
+            answers, references = found
+        elif SCORERS[task.scorer].lower_is_better:  # a perplexity
             answers, tokens = answer_losses(model, encoder, task.test, *sizes, progress.update)
-            references = [[n] for n in tokens]
+            references = [[n, len(row.completion.encode())] for n, row in zip(tokens, task.test, strict=True)]
         elif how.mode == "labels" and task.labels:
             answers = choose_labels(model, encoder, task.test, task.labels, *sizes, progress.update)
+            references = [_references(encoder, row) for row in task.test]
         else:
             answers = generate(model, encoder, task.test, *sizes, progress.update)
+            references = [_references(encoder, row) for row in task.test]
     sources = [row.source or row.prompt if SCORERS[task.scorer].needs_source else None for row in task.test]
     keys = [sha256("\0".join([row.prompt, *row.references]).encode()).hexdigest()[:16] for row in task.test]
     return Predictions(task.name, task.scorer, answers, references, sources, keys)
@@ -75,7 +80,7 @@ def evaluate_adapter(
     encoders, fitting = encoders_for(config, tasks.values())
     tasks = {name: fitting(task) for name, task in tasks.items()}
     folder = fetched(adapter) if adapter is not None else None
-    base = load_base(config.model, config.dtype, config.load_in_4bit)
+    base = load_base(config.model, config.dtype, config.load_in_4bit, config.attn_implementation)
     model = base.model
     if folder is not None:
         try:

@@ -68,7 +68,7 @@ def route(path: str, router: str = "nearest", prototypes: int = 64) -> Routed:
     tasks = distinct(load_tasks(config))
     encoders, fitting = encoders_for(config, tasks.values())
     tasks = {name: fitting(task) for name, task in tasks.items()}
-    base = load_base(config.model, config.dtype, config.load_in_4bit)
+    base = load_base(config.model, config.dtype, config.load_in_4bit, config.attn_implementation)
     folders = {name: run_dir.stage_adapter(i, TASK_ADAPTER) for i, name in enumerate(results.stages)}
     run_dir.check([f"{folder.relative_to(run_dir.path).as_posix()}/" for folder in folders.values()])
     size = sum(file.stat().st_size for folder in folders.values() for file in folder.rglob("*"))

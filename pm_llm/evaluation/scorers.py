@@ -39,6 +39,7 @@ class Scorer(evaluate.Metric):  # type: ignore[misc]
     name = ""
     lower_is_better = False
     needs_source = False
+    kinds: tuple[str, ...] = ("prompt",)  # of rows that it scores
     prediction, reference = "string", "string"
 
     def __init__(self) -> None:
@@ -73,7 +74,7 @@ class Scorer(evaluate.Metric):  # type: ignore[misc]
         lists = [r if isinstance(r, (list, tuple)) else [r] for r in references]
         kind: Any = str if self.prediction == "string" else (int, float)
         if not all(isinstance(x, kind) for x in (*predictions, *(r for refs in lists for r in refs))):
-            words = "text" if kind is str else "log-likelihoods and numbers of tokens"
+            words = "text" if kind is str else "log-likelihoods"
             raise PmLlmError(f"scorer {self.name!r} scores {words}; these predictions are something else.")
         if self.needs_source and None in sources:
             raise PmLlmError(f"scorer {self.name!r} compares with the source text, and some rows have none.")
@@ -244,19 +245,49 @@ def calls_in(text: str) -> list[tuple[str, Any]]:
 class Perplexity(Scorer):
     """exp of the mean negative log-likelihood of the answers' tokens, end of sequence included; lower is better.
 
-    A row's prediction is the sum of its tokens' negative log-likelihoods, its reference their number.
+    A row's prediction is the sum of its tokens' negative log-likelihoods, its references the number of its tokens and
+    of its bytes (in UTF-8).
     """
 
     name = "perplexity"
     lower_is_better = True
+    kinds = ("prompt", "text")
     prediction, reference = "float64", "int64"
 
-    def row(self, prediction: float, reference: int, source: str | None) -> tuple[float, ...]:
-        return (prediction, reference)
+    def best(self, prediction: Any, references: Sequence[Any], source: str | None) -> tuple[float, ...]:
+        return (prediction, references[0])
 
     def total(self, sums: np.ndarray, rows: int) -> np.ndarray:
         found: np.ndarray = np.exp(sums[..., 0] / sums[..., 1])
         return found
+
+
+class BytePerplexity(Perplexity):
+    """exp of the negative log-likelihood a byte of the answers, which does not depend on the tokenizer; lower is
+    better."""
+
+    name = "byte_perplexity"
+
+    def best(self, prediction: Any, references: Sequence[Any], source: str | None) -> tuple[float, ...]:
+        if len(references) < 2:
+            raise PmLlmError("these predictions do not say how many bytes the answers have. Evaluate again.")
+        return (prediction, references[1])
+
+
+class PairAccuracy(Scorer):
+    """Share, in percent, of pairs where the model has moved towards the better answer and away from the worse one,
+    from the base model on: the accuracy of DPO's implicit reward (arXiv 2305.18290). A tie, as of the base model
+    itself, counts half.
+
+    A row's prediction is by how much more the model prefers the better answer than the base model does, in nats.
+    """
+
+    name = "pair_accuracy"
+    kinds = ("preference",)
+    prediction, reference = "float64", "float64"
+
+    def row(self, prediction: float, reference: float, source: str | None) -> tuple[float, ...]:
+        return (100.0 * (prediction > reference) + 50.0 * (prediction == reference),)
 
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -273,6 +304,8 @@ SCORERS: dict[str, type[Scorer]] = {
         TokenF1,
         ToolCall,
         Perplexity,
+        BytePerplexity,
+        PairAccuracy,
     )
 }
 

@@ -8,37 +8,45 @@ in `FAMILIES`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pm_llm.errors import PmLlmError
 
 if TYPE_CHECKING:
+    from pm_llm.config import EvaluationSection
+    from pm_llm.evaluation.answering import Generate
     from pm_llm.evaluation.generate import Prompts
     from pm_llm.evaluation.likelihood import Reader
-    from pm_llm.tasks.base import Example
+    from pm_llm.tasks.base import Example, Task
     from pm_llm.tasks.encoding import Encoder
 
 FAMILIES = {
     "decoder": "pm_llm.families.decoder:Decoder",
     "encoder_decoder": "pm_llm.families.encoder_decoder:EncoderDecoder",
 }
-Row = dict[str, list[int]]  # an encoded training row: `input_ids` and `labels`
+# what a row is: a prompt with its answer, raw text, or a prompt with a better and a worse answer
+KINDS = {"prompt": "prompts with answers", "text": "raw text", "preference": "preference pairs"}
+Row = dict[str, Any]  # an encoded training row: `input_ids` and `labels`, or what else its family trains on
 Batch = Mapping[str, Tensor]
 
 
 class Family:
     """One kind of model and its rows.
 
-    `task_type` is PEFT's word for it, `padding_side` where prompts are padded when they are answered, `shares_prompts`
+    `kind` is the kind of rows, `packs` whether they are packed into blocks in any case, `refused` are
+    fields of the Trainer's arguments that `train.extra` must not set. `task_type` is PEFT's word for it, `padding_side` where prompts are padded when they are answered, `shares_prompts`
     whether tokens that prompts begin with in common can be read once, from a cache, `learns_turns` whether turns within
     a prompt can be learnt.
     """
 
+    kind: ClassVar[str] = "prompt"
+    packs: ClassVar[bool] = False
+    refused: ClassVar[frozenset[str]] = frozenset()
     task_type: ClassVar[str]
     padding_side: ClassVar[str]
     shares_prompts: ClassVar[bool] = False
@@ -63,6 +71,44 @@ class Family:
         raise NotImplementedError
 
     # ---- rows ----
+    def of(self, kind: str, beta: float = 0.1) -> Family:
+        """The family of a kind of rows (of `KINDS`) on this kind of model; `beta` is that of preference pairs.
+
+        Raises:
+            PmLlmError: If this kind of model cannot be trained on such rows.
+        """
+        if kind == self.kind:
+            return self
+        raise PmLlmError(f"{KINDS[kind]} can be trained on decoders (LLaMA-like models) only.")
+
+    def answer_length(self, encoder: Encoder, task: Task, most: int | None) -> int:
+        """Tokens that answers may have: `most` if given, else those of the longest training answer, with end of
+        sequence."""
+        if most is not None:
+            return most
+        distinct = {row.completion: row for row in task.whole or task.train}.values()
+        return max(len(encoder.whole_answer(row)) for row in distinct)
+
+    def features(self, encoder: Encoder, examples: Sequence[Example]) -> list[Row]:
+        """Rows to train on."""
+        return [self.row(prompt, encoder.answer(x), labels) for x in examples for prompt, labels in [encoder.asked(x)]]
+
+    def length(self, row: Row) -> int:
+        """Tokens of a training row."""
+        return len(row["input_ids"])
+
+    def referenced(
+        self, model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, progress: Any = None
+    ) -> list[Row]:
+        """The rows with what the loss must know of the model before training."""
+        return list(rows)
+
+    def draw(self, model: Any, encoder: Encoder, rows: Sequence[Row], seed: int, how: EvaluationSection) -> list[Row]:
+        """The rows with what is learnt in them drawn from the model."""
+        from pm_llm.evaluation.generate import answered
+
+        return answered(model, encoder, [self.prompt_of(row) for row in rows], seed, how)
+
     def prompt_budget(self, max_length: int, max_new_tokens: int) -> int:
         """How many tokens a prompt may have."""
         raise NotImplementedError
@@ -72,7 +118,7 @@ class Family:
         raise NotImplementedError
 
     def prompt_of(self, row: Row) -> list[int]:
-        """The prompt of a training row."""
+        """The prompt of a training row; :meth:`draw` answers it."""
         raise NotImplementedError
 
     def lead(self, example: Example) -> str:
@@ -92,6 +138,13 @@ class Family:
         return []
 
     # ---- training ----
+    def collator(self, tokenizer: Any, model: Any) -> Callable[[Sequence[Row]], Any]:
+        """What makes a batch of rows."""
+        from transformers import DataCollatorForSeq2Seq
+
+        found: Callable[[Sequence[Row]], Any] = DataCollatorForSeq2Seq(tokenizer, model)
+        return found
+
     def trainer_class(self) -> Any:
         """Of the Trainer, which takes a `constraint=`."""
         raise NotImplementedError
@@ -109,6 +162,30 @@ class Family:
         return batch["attention_mask"].bool() if "attention_mask" in batch else None
 
     # ---- the loss ----
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """What is trained, in nats, summed over examples (and answer tokens), so that they do not mix in the gradient;
+        logits are made where an answer is said only.
+
+        Raises:
+            PmLlmError: If an example has no answer token.
+        """
+        if not bool((self.labels(batch) != -100).any(dim=1).all()):
+            raise PmLlmError("an example has no answer token, so it has no Fisher. Check its completion.")
+        logits, labels = self.answers(model, batch)
+        return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="sum")
+
+    def each(self, model: Any, batch: Batch) -> Tensor:
+        """The loss of each example, shape (batch,)."""
+        logits, labels = self.answers(model, batch)
+        return nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none"
+        ).sum(dim=1)
+
+    def examples(self, x: Tensor) -> Tensor:
+        """What a module is given or gives (rows, tokens, width), with all tokens of an example together: (examples,
+        tokens, width)."""
+        return x
+
     def answers(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (batch, tokens, vocabulary) of positions at which answer tokens are said, and these tokens' ids
         (batch, tokens), -100 where a row has none there."""
@@ -130,6 +207,18 @@ class Family:
         raise NotImplementedError
 
     # ---- answering ----
+    def predict(
+        self,
+        model: Any,
+        encoder: Encoder,
+        task: Task,
+        how: EvaluationSection,
+        generate: Generate,
+        progress: Callable[[int], Any] | None = None,
+    ) -> tuple[list[Any], list[list[Any]]] | None:
+        """A prediction and its references for each test row, where these are no answers to prompts; else None."""
+        return None
+
     def new_tokens(self, output: Tensor, inputs: Batch) -> Tensor:
         """What `generate` gives, without the prompt."""
         return output

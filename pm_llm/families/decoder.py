@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from peft import PeftModel
 from torch import Tensor
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -58,6 +59,12 @@ class Decoder(Family):
     def prompt_reader(self, model: Any) -> Any:
         return model.base_model
 
+    def of(self, kind: str, beta: float = 0.1) -> Family:
+        from pm_llm.families.preference import Preference
+        from pm_llm.families.text import Text
+
+        return self if kind == self.kind else Text() if kind == "text" else Preference(beta)
+
     def prompt_budget(self, max_length: int, max_new_tokens: int) -> int:
         return max_length - max_new_tokens
 
@@ -66,7 +73,8 @@ class Decoder(Family):
 
     def prompt_of(self, row: Row) -> list[int]:
         learnt = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
-        return row["input_ids"][:learnt]
+        found: list[int] = row["input_ids"][:learnt]
+        return found
 
     def lead(self, example: Example) -> str:
         """A decoder goes on from "...Answer:" with a space before the word."""
@@ -106,6 +114,16 @@ class Decoder(Family):
     def arguments(self) -> dict[str, Any]:
         return {"max_length": None}  # rows are cut inside their frame already
 
+    def collator(self, tokenizer: Any, model: Any) -> Any:
+        from pm_llm.families.packing import Packing
+
+        return Packing(tokenizer, model)
+
+    def tokens(self, module: str, batch: Batch) -> Tensor | None:
+        from pm_llm.families.packing import no_padding
+
+        return super().tokens(module, batch) if "attention_mask" in batch else no_padding(batch)
+
     def labels(self, batch: Batch) -> Tensor:
         return batch["labels"][:, 1:]
 
@@ -113,7 +131,8 @@ class Decoder(Family):
         labels = self.labels(batch)
         inputs = {key: value for key, value in batch.items() if key != "labels"}  # no loss of the model's own
         at = (labels != -100).any(dim=0).nonzero().squeeze(1)
-        if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        if "logits_to_keep" in inspect.signature(inner.forward).parameters:
             logits = model(**inputs, use_cache=False, logits_to_keep=at).logits
         else:
             logits = model(**inputs, use_cache=False).logits[:, at]

@@ -43,7 +43,8 @@ class EncoderDecoder(Family):
         return {"input_ids": prompt, "labels": answer}
 
     def prompt_of(self, row: Row) -> list[int]:
-        return row["input_ids"]
+        found: list[int] = row["input_ids"]
+        return found
 
     def trainer_class(self) -> Any:
         from pm_llm.training.trainers import ContinualSeq2SeqTrainer

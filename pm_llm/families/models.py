@@ -66,24 +66,37 @@ def load_tokenizer(name: str) -> tuple[Any, Family]:
     return tokenizer, kind
 
 
-def load_base(name: str, dtype: str = "float32", load_in_4bit: bool = False) -> Base:
+def load_base(
+    name: str, dtype: str = "float32", load_in_4bit: bool = False, attn_implementation: str | None = None
+) -> Base:
     """Load model and tokenizer onto this process's device.
 
     Args:
         name: Hub id, folder, or `embedded:...`.
         dtype: Of weights and compute; in 4 bits, of compute and of what stays unquantised.
         load_in_4bit: Quantise linear layers to NF4 with double quantisation (QLoRA, arXiv 2305.14314).
+        attn_implementation: As transformers names them; None: the model's own.
 
     Raises:
-        PmLlmError: If there is no such model, it cannot generate, or bitsandbytes is missing.
+        PmLlmError: If there is no such model, it cannot generate, it has no such attention, or bitsandbytes is missing.
     """
     tokenizer, kind = load_tokenizer(name)
-    device, options = process_state().device, {}
+    device = process_state().device
+    options: dict[str, Any] = {}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     if load_in_4bit:
-        options = {"quantization_config": _nf4(dtype), "device_map": {"": device}}
+        options |= {"quantization_config": _nf4(dtype), "device_map": {"": device}}
     with _told(name):
         auto = kind.auto_class()
-        model = auto.from_pretrained(resolve(name), dtype=getattr(torch, dtype), trust_remote_code=False, **options)
+        try:
+            model = auto.from_pretrained(
+                resolve(name), dtype=getattr(torch, dtype), trust_remote_code=False, **options
+            )
+        except (ValueError, ImportError) as error:
+            if attn_implementation is None:
+                raise
+            raise PmLlmError(f"attn_implementation is {attn_implementation!r}: {first_line(error)}.") from error
     if load_in_4bit:
         _keep_packing(model)
     else:

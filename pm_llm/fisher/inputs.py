@@ -28,14 +28,14 @@ def second_moments(model: Any, layers: Mapping[str, Any], chosen: ChosenRows) ->
 
 
 def pass_rows(model: Any, chosen: ChosenRows) -> None:
-    """The chosen rows through the model, for hooks to look at: one by one without padding, so that every position
-    counts, in evaluation mode and without gradients."""
+    """The chosen rows through their loss, for hooks to look at: one by one without padding, so that every position
+    counts (but for the shorter answer of a pair), in evaluation mode and without gradients."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for row in chosen.one_by_one(model):
-                model(**row)
+                chosen.family.loss(model, row)
     finally:
         model.train(was_training)
 

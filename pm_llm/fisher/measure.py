@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pm_llm.adapters.live import lora_layers, trainable_adapter
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.families.base import family_of
+from pm_llm.families.base import Family, family_of
 from pm_llm.fisher.base import Fisher, Layer, form_of
 from pm_llm.system.mapped import Zeros
 
@@ -73,6 +73,7 @@ def sum_fisher(
     direction: dict[str, LowRank] | None = None,
     progress: Callable[[int], Any] | None = None,
     zeros: Zeros = torch.zeros,
+    family: Family | None = None,
 ) -> Sums:
     """Sum the squared per-example gradients of the loss, examples in batches, one backward pass a batch.
 
@@ -82,16 +83,17 @@ def sum_fisher(
 
     Args:
         model: A PeftModel with one trainable adapter; left in the mode it had.
-        batches: Model inputs with `labels`, -100 outside the answer.
+        batches: Inputs of the family's loss; of prompts with answers with `labels`, -100 outside the answer.
         form: `dense`, `factored`, `kronecker` or `factors`.
         direction: The task vector of each module, for the exact curvature along it.
         progress: Called with the number of examples after each batch.
         zeros: How the sums are made, see :mod:`pm_llm.system.mapped`.
+        family: Whose loss it is; by default the model's, on prompts with answers.
 
     Raises:
         PmLlmError: If an example has no answer token, or a layer's outputs are not (batch, tokens, d_out).
     """
-    kind, layers = form_of(form), _layers(model)
+    kind, layers, family = form_of(form), _layers(model), family or family_of(model)
     sums = Sums(form, {name: kind.blank(layer, zeros) for name, layer in layers.items()})
     device = next(model.parameters()).device
     towards = {n: LowRank(x.B.to(device), x.A.to(device)) for n, x in (direction or {}).items()}
@@ -100,7 +102,7 @@ def sum_fisher(
         sums.slopes = {name: torch.zeros((), device=device) for name in layers}
 
     def take(name: str, x: Tensor, g: Tensor) -> None:
-        x, g = x.float(), g.float()
+        x, g = family.examples(x.float()), family.examples(g.float())
         kind.add(sums.modules[name], x, g, layers[name])
         if towards:
             slopes = (g * (x @ towards[name].A.T @ towards[name].B.T)).sum(dim=(1, 2))  # <g' x, Delta> of each example
@@ -112,7 +114,7 @@ def sum_fisher(
     with quiet(model):
         for batch in batches:
             with tapped(model, take):
-                loss = answer_loss(model, batch)
+                loss = family.loss(model, batch)
                 loss.backward()
             sums.loss += loss.detach().cpu()
             sums.count += len(batch["labels"])
@@ -124,29 +126,14 @@ def sum_fisher(
     return sums
 
 
-def sum_loss(model: Any, batches: Iterable[Batch]) -> tuple[float, int]:
+def sum_loss(model: Any, batches: Iterable[Batch], family: Family | None = None) -> tuple[float, int]:
     """The summed loss over all examples, and their number: the forward half of :func:`sum_fisher`."""
-    total, count = 0.0, 0
+    total, count, family = 0.0, 0, family or family_of(model)
     with quiet(model), torch.no_grad():
         for batch in batches:
-            total += answer_loss(model, batch).item()
+            total += family.loss(model, batch).item()
             count += len(batch["labels"])
     return total, count
-
-
-def answer_loss(model: Any, batch: Batch) -> Tensor:
-    """Minus the log-likelihood, summed over examples and answer tokens; logits are made where there are such only.
-
-    Raises:
-        PmLlmError: If an example has no answer token.
-    """
-    family = family_of(model)
-    if not bool((family.labels(batch) != -100).any(dim=1).all()):
-        raise PmLlmError("an example has no answer token, so it has no Fisher. Check its completion.")
-    logits, labels = family.answers(model, batch)
-    return nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="sum"
-    )  # summed, not averaged: examples do not mix in the gradient
 
 
 class _Tap(torch.autograd.Function):

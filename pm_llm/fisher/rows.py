@@ -7,10 +7,10 @@ from copy import copy
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq
 
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import FisherSection
+from pm_llm.families.base import Family, Row
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.measure import Batch, sum_fisher, sum_loss
 from pm_llm.fisher.slopes import sum_slopes
@@ -28,20 +28,22 @@ class ChosenRows:
         config: How many, and how many at once.
         seed: Of the choice.
         tokenizer: For padding.
+        family: Of the rows: their batches, and their loss.
     """
 
     def __init__(
-        self, task: str, rows: Sequence[dict[str, Any]], config: FisherSection, seed: int, tokenizer: Any
+        self, task: str, rows: Sequence[Row], config: FisherSection, seed: int, tokenizer: Any, family: Family
     ) -> None:
         self.task, self.size, self.tokenizer, self.state = task, config.batch_size, tokenizer, process_state()
+        self.family = family
         self._take([rows[i] for i in drawn(len(rows), config.samples, seed)])
 
-    def _take(self, rows: list[dict[str, Any]]) -> None:
+    def _take(self, rows: list[Row]) -> None:
         mine = rows[self.state.process_index :: self.state.num_processes]
         # of like lengths together: less padding
-        self.rows, self.count, self.mine = rows, len(rows), sorted(mine, key=lambda row: len(row["input_ids"]))
+        self.rows, self.count, self.mine = rows, len(rows), sorted(mine, key=self.family.length)
 
-    def answered(self, rows: list[dict[str, Any]]) -> ChosenRows:
+    def answered(self, rows: list[Row]) -> ChosenRows:
         """The same with other answers: encoded rows in the order of :attr:`rows`."""
         found = copy(self)
         found._take(rows)
@@ -57,29 +59,29 @@ class ChosenRows:
     ) -> Fisher:
         """The Fisher, see :func:`pm_llm.fisher.measure.sum_fisher`; `loss_before` is what :meth:`loss` was."""
         with bar(len(self.mine), f"Fisher {self.task}", "row") as progress:
-            sums = sum_fisher(model, self.batches(model), form, direction, progress.update, zeros)
+            sums = sum_fisher(model, self.batches(model), form, direction, progress.update, zeros, self.family)
         for tensor in sums.tensors() if self.state.num_processes > 1 else ():
             tensor.copy_(total(tensor).cpu())
         return sums.mean(self.count, loss_before)
 
     def loss(self, model: Any) -> float:
         """The mean loss over the rows, in nats an example."""
-        found, _ = sum_loss(model, self.batches(model))
+        found, _ = sum_loss(model, self.batches(model), self.family)
         return float(total(torch.tensor(found, dtype=torch.float64))) / self.count
 
     def slopes(self, model: Any, towards: Sequence[Mapping[str, LowRank]]) -> list[float]:
         """The derivatives of the mean loss towards given adapters, see :mod:`pm_llm.fisher.slopes`."""
-        return (total(sum_slopes(model, self.batches(model), towards)) / self.count).tolist()
+        return (total(sum_slopes(model, self.batches(model), towards, self.family)) / self.count).tolist()
 
     def one_by_one(self, model: Any) -> Iterator[Batch]:
         """This process's rows, each a batch of its own, without padding."""
-        collate = DataCollatorForSeq2Seq(self.tokenizer, model)
+        collate = self.family.collator(self.tokenizer, model)
         for row in self.mine:
             yield collate([row]).to(self.state.device)
 
     def batches(self, model: Any) -> Iterator[Batch]:
         """This process's rows, `fisher.batch_size` at a time."""
-        collate = DataCollatorForSeq2Seq(self.tokenizer, model)
+        collate = self.family.collator(self.tokenizer, model)
         for at in range(0, len(self.mine), self.size):
             yield collate(self.mine[at : at + self.size]).to(self.state.device)
 

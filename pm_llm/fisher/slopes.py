@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.fisher.measure import Batch, answer_loss, quiet, tapped
+from pm_llm.families.base import Family
+from pm_llm.fisher.measure import Batch, quiet, tapped
 
 
-def sum_slopes(model: Any, batches: Iterable[Batch], towards: Sequence[Mapping[str, LowRank]]) -> Tensor:
-    """`<grad L, Delta_i>` for each of `towards`, L the loss summed over examples and answer tokens; float64.
+def sum_slopes(
+    model: Any, batches: Iterable[Batch], towards: Sequence[Mapping[str, LowRank]], family: Family
+) -> Tensor:
+    """`<grad L, Delta_i>` for each of `towards`, L the family's loss summed over examples; float64.
 
     From the inputs x and output gradients g of each module, as `sum g . (x A' B')`: no weight gets a gradient.
     """
@@ -28,5 +31,5 @@ def sum_slopes(model: Any, batches: Iterable[Batch], towards: Sequence[Mapping[s
     with quiet(model):
         for batch in batches:
             with tapped(model, take):
-                answer_loss(model, batch).backward()
+                family.loss(model, batch).backward()
     return sums

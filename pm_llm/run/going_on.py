@@ -24,6 +24,9 @@ ROWS = (
     *("benchmark", "order", "repeat", "blur", "bad_rows", "data_dir", "tasks", "probes"),
     *("max_train_samples", "max_test_samples"),
 )
+# of a row, what all have had from the first; later fields count where they say something
+DEFAULTS = [f.default for f in dataclasses.fields(Example)]
+FIRST_FIELDS = [f.name for f in dataclasses.fields(Example)].index("tools")
 # what accelerate launch says of sharding: each way writes checkpoints that another cannot read
 LAUNCHER = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
@@ -198,9 +201,11 @@ def _fingerprint(rows: Iterable[Example], *more: Any) -> str:
     """What rows hold, wherever they lie."""
     found = []
     for row in rows:
-        *plain, tools, turn = dataclasses.astuple(dataclasses.replace(row, id=None, place=""))
-        later = [tools, turn] if turn else [tools] if tools else []  # what rows did not always have
-        found.append([*plain, *later])
+        plain = dataclasses.astuple(dataclasses.replace(row, id=None, place=""))
+        size = len(plain)
+        while size > FIRST_FIELDS and plain[size - 1] == DEFAULTS[size - 1]:
+            size -= 1
+        found.append([*plain[:size]])
     return sha256_of([found, *more])
 
 

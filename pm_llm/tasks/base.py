@@ -13,6 +13,12 @@ from pm_llm.tasks.problems import Problems
 
 MAX_CHARACTERS = 1_000_000  # of one prompt: more is a file in a cell, not a prompt
 SPLITS = ("train", "validation", "test")
+DEFAULT_SCORER = {"prompt": "exact_match", "text": "perplexity", "preference": "pair_accuracy"}
+EMPTY = {
+    "prompt": "its answer (completion or label) is empty. Every row needs one.",
+    "text": "its text is empty.",
+    "preference": "one of its two answers is empty.",
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,9 @@ class Example:
     given `tools` too; `turn` is the answer's own turn where it is more than `completion`, its text (tool calls,
     thoughts). Where the model has no template, `body` stands in for the turns if there is one.
     `alternatives` are other right answers besides the completion; `source` is the text that SARI compares with.
+
+    `kind` says what the row is (of :data:`pm_llm.families.base.KINDS`): of raw text, `completion` is all there is; of
+    a preference pair `completion` is the better answer and `rejected` the worse one.
     """
 
     body: str
@@ -38,6 +47,8 @@ class Example:
     place: str = ""
     tools: tuple[Any, ...] = ()
     turn: dict[str, Any] | None = None
+    rejected: str | None = None
+    kind: str = "prompt"
 
     @property
     def prompt(self) -> str:
@@ -55,6 +66,11 @@ class Example:
     def references(self) -> list[str]:
         """All right answers."""
         return [self.completion, *self.alternatives]
+
+    @property
+    def texts(self) -> list[str]:
+        """All that is said in it, and may be learnt."""
+        return [*self.references, *([] if self.rejected is None else [self.rejected])]
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,11 @@ class Task:
     files: tuple[tuple[str, int, int], ...] = ()
     kept: Kept | None = None
 
+    @property
+    def kind(self) -> str:
+        """What its rows are, see :class:`Example`."""
+        return next((row.kind for some in (self.train, self.test, self.whole) for row in some[:1]), "prompt")
+
     def checked(self, problems: Problems, explained: bool = False, answers: bool = True) -> Task:
         """This task, without the rows that `problems` says to drop; what is wrong is added to `problems`.
 
@@ -111,6 +132,12 @@ class Task:
         if self.scorer not in SCORERS:
             raise unknown_name(f"scorer of task {self.name!r}:", self.scorer, SCORERS)
         name_of(self.name, "the name of a task")
+        fitting = [name for name in SCORERS if self.kind in SCORERS[name].kinds]
+        if self.scorer not in fitting:
+            raise PmLlmError(
+                f"task {self.name!r}: scorer {self.scorer} does not score rows of the kind {self.kind}. "
+                f"Use {', '.join(fitting)}."
+            )
         self._check_labels(problems)
         seen: dict[tuple[str, str], str] = {}
         kept: dict[str, Any] = {split: self._good(split, seen, problems, answers) for split in SPLITS}
@@ -148,10 +175,18 @@ class Task:
         return kept
 
     def _wrong(self, row: Example, answers: bool) -> str | None:
-        if answers and not all(reference.strip() for reference in row.references):
-            return "its answer (completion or label) is empty. Every row needs one."
-        if not row.prompt.strip():
+        if row.kind != self.kind:
+            return (
+                f"it is of the kind {row.kind!r}, and the task's first row of {self.kind!r}. Make two tasks of them."
+            )
+        if answers and not all(text.strip() for text in row.texts):
+            return EMPTY[row.kind]
+        if row.kind == "preference" and row.rejected == row.completion:
+            return "its two answers are one. A pair needs a better and a worse one."
+        if not row.prompt.strip() and row.kind != "text":
             return "its prompt is empty."
+        if row.kind == "text" and self.labels:
+            return "raw text has no labels. Name the columns with `prompt` and `completion`, or leave `labels` out."
         if len(row.prompt) > MAX_CHARACTERS:
             return f"its prompt has {len(row.prompt):,} characters; at most {MAX_CHARACTERS:,} are taken."
         if answers and self.labels and row.completion not in self.labels:

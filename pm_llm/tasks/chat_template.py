@@ -108,7 +108,7 @@ def _marked(tokenizer: Any, turns: list[Turn], tools: Sequence[Any]) -> list[tup
     template = tokenizer.get_chat_template(None, list(tools) or None)
     if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
         return None
-    _, found = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[_bare(turns)],
         tools=list(tools) or None,
         chat_template=template,
@@ -116,7 +116,7 @@ def _marked(tokenizer: Any, turns: list[Turn], tools: Sequence[Any]) -> list[tup
         add_generation_prompt=True,
         **tokenizer.special_tokens_map,
     )
-    spans: list[tuple[int, int]] = [(start, end) for start, end in found[0] if end > start]
+    spans: list[tuple[int, int]] = [(start, end) for start, end in rendered[1][0] if end > start]
     return spans
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ PAIRS = (
 PROMPTS = ("prompt", "instruction", "question", "input", "text", "sentence")  # alone, where no answer is needed
 NO_ANSWER = ""  # in place of the answer's column
 CHATS = ("messages", "conversations", "conversation")
+TEXT = "text"  # alone: raw text
+CHOSEN, REJECTED = "chosen", "rejected"  # of a preference pair
 
 
 def examples_of(rows: list[Row], spec: UserTask, problems: Problems, prompts: bool = False) -> list[Example]:
@@ -43,8 +45,8 @@ def examples_of(rows: list[Row], spec: UserTask, problems: Problems, prompts: bo
     if list(found) == [None]:
         problems.add(
             rows[0].place,
-            f"the columns are {', '.join(map(str, rows[0].values))}; needed are prompt and completion, or messages. "
-            "Name yours with `prompt` and `completion`, or `messages`.",
+            f"the columns are {', '.join(map(str, rows[0].values))}; needed are prompt and completion, or messages, or "
+            "text, or chosen and rejected. Name yours with `prompt` and `completion`, or `messages`, or `text`.",
         )
         return []
     common = max((columns for columns in found if columns is not None), key=found.__getitem__)
@@ -65,7 +67,7 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
             read = name in used and (name not in joined or isinstance(value, str))
             if not read and name not in left and value not in (None, "", [], {}) and str(value).strip():
                 left[str(name)] = row
-    named = spec.prompt is not None or spec.messages is not None
+    named = spec.prompt is not None or spec.messages is not None or spec.text is not None
     texts = [] if named else [n for n, row in left.items() if not isinstance(row.values[n], (bool, int, float))]
     if texts:
         first = columns.prompt[0]
@@ -73,11 +75,12 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
         template = "\\n".join(f"{{{n}}}" for n in [*columns.prompt, *texts])
         how = (
             f"Leave out with `ignore: [{', '.join(texts)}]`"
-            if columns.completion is None
+            if columns.completion is None or columns.kind != "prompt"
             else f'Join them with `prompt: [{together}]` or `prompt: "{template}"`, leave them out with '
             f"`ignore: [{', '.join(texts)}]`, or name `prompt: {first}` to go without"
         )
         beside = columns.completion or ("its turns" if columns.completion is None else "no answer")
+        beside = "nothing beside it" if columns.kind == "text" else beside
         problems.add(
             left[texts[0]].place,
             f"{first} and {beside} leave out {', '.join(texts)}. {how}.",
@@ -91,8 +94,12 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
 def columns_of(values: Mapping[str, Any], spec: UserTask, prompts: bool = False) -> Columns | None:
     """Where a row's question and answer stand; None if nothing is named and nothing known is found. With `prompts`
     there need be no answer."""
+    if spec.text is not None:
+        return Columns((spec.text,), NO_ANSWER, kind="text")
     if spec.messages is not None:
         return Columns((spec.messages,))
+    if values.keys() >= {CHOSEN, REJECTED} and spec.completion is None:
+        return _pair(values, spec)
     if spec.prompt is not None or spec.completion is not None:
         given = spec.prompt if spec.prompt is not None else "prompt"
         names = tuple(given) if isinstance(given, list) else tuple(_fields(given)) or (given,)
@@ -100,13 +107,23 @@ def columns_of(values: Mapping[str, Any], spec: UserTask, prompts: bool = False)
         return Columns(names, answer, given if isinstance(given, str) and _fields(given) else None)
     pair = next((pair for pair in PAIRS if values.keys() >= set(pair)), None)
     chat = next((Columns((chat,)) for chat in CHATS if chat in values), None)
-    if pair is None and (chat is not None or not prompts):
+    if pair is None and chat is not None:
         return chat
+    if pair is None and not prompts:
+        return Columns((TEXT,), NO_ANSWER, kind="text") if TEXT in values else None
     alone = next((name for name in PROMPTS if name in values), None)
     if pair is None and alone is None:
         return None
     prompt, completion = pair or (str(alone), NO_ANSWER)
     return Columns((prompt,), completion, joins=(INPUT, CONTEXT) if prompt == INSTRUCTION else (), before=BEFORE)
+
+
+def _pair(values: Mapping[str, Any], spec: UserTask) -> Columns:
+    """Those of a preference pair; its prompt may stand in both answers."""
+    given = spec.prompt if spec.prompt is not None else next((name for name in PROMPTS if name in values), None)
+    names = tuple(given) if isinstance(given, list) else tuple(_fields(given or "")) or ((given,) if given else ())
+    template = given if isinstance(given, str) and _fields(given) else None
+    return Columns(names, CHOSEN, template, before=BEFORE, kind="preference")
 
 
 def _fields(template: str) -> list[str]:
@@ -121,23 +138,31 @@ def _fields(template: str) -> list[str]:
 class Columns:
     """Where question and answer stand: columns that are joined (or a template of them), the answer's, those that join
     where a row has a text there, and those of what was said before the question. Without `completion` the one column
-    holds a chat."""
+    holds a chat. Of raw text the one column is all; of a preference pair `completion` is the better answer, `rejected`
+    beside it, and there may be no prompt."""
 
     prompt: tuple[str, ...]
     completion: str | None = None
     template: str | None = None
     joins: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    kind: str = "prompt"
 
     def used(self) -> set[str]:
         """Every column that is read."""
-        chat = {"tools"} if self.completion is None else set()
-        return {*self.prompt, *self.before, *self.joins, *chat} | ({self.completion} if self.completion else set())
+        more = {"tools"} if self.completion is None or self.kind == "preference" else set()
+        more |= {REJECTED} if self.kind == "preference" else set()
+        return {*self.prompt, *self.before, *self.joins, *more} | ({self.completion} if self.completion else set())
 
     def example(self, row: Row, spec: UserTask, problems: Problems, prompts: bool = False) -> Example | None:
         """The row as an example; None, with the reason in `problems`, if it is none."""
         given = row.values.get(spec.id)
         name = None if given is None else str(given)
+        if self.kind == "text":
+            text = row.text(self.prompt[0], problems)
+            return None if text is None else Example("", text, id=name, place=row.place, kind="text")
+        if self.kind == "preference":
+            return self._preference(row, name, problems)
         if self.completion is None:
             return _chat(row, self.prompt[0], row.values.get(self.prompt[0]), name, problems, prompts)
         answer = row.values.get(self.completion)
@@ -147,6 +172,34 @@ class Columns:
             both = [*row.values[self.prompt[0]], *answer]  # turns, as TRL has them
             return _chat(row, f"{self.prompt[0]} and {self.completion}", both, name, problems)
         return self._plain(row, name, problems)
+
+    def _preference(self, row: Row, name: str | None, problems: Problems) -> Example | None:
+        """A pair, of texts or of turns; without a prompt by itself, that is what both answers begin with."""
+        if not self.prompt:
+            from trl import extract_prompt
+
+            pair: dict[str, Any] = {key: row.values[key] for key in (CHOSEN, REJECTED)}
+            if {type(x) for x in pair.values()} not in ({str}, {list}):
+                problems.row(row.place, "chosen and rejected must be two texts, or two lists of turns.")
+                return None
+            row = Row({**row.values, **extract_prompt(pair)}, row.place)
+        columns = replace(self, prompt=self.prompt or ("prompt",))
+        better, worse = (columns._one_of_two(row, key, name, problems) for key in (CHOSEN, REJECTED))
+        if better is None or worse is None:
+            return None
+        if (better.messages, better.body) != (worse.messages, worse.body):
+            problems.row(row.place, "chosen and rejected answer different prompts.")
+            return None
+        return replace(better, rejected=worse.completion, turn=None, kind="preference")
+
+    def _one_of_two(self, row: Row, key: str, name: str | None, problems: Problems) -> Example | None:
+        """The prompt with one of its two answers."""
+        asked, said = row.values.get(self.prompt[0]), row.values.get(key)
+        if not isinstance(said, list):
+            return replace(self, completion=key, kind="prompt")._plain(row, name, problems)
+        if isinstance(asked, str):  # which turns of several begin with already
+            asked = [] if len(said) > 1 else [{"role": "user", "content": asked}]
+        return _chat(row, key, [*(asked or []), *said], name, problems)
 
     def _plain(self, row: Row, name: str | None, problems: Problems) -> Example | None:
         wanted = [*self.prompt, *(column for column in self.joins if _has_text(row, column))]

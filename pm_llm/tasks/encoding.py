@@ -10,7 +10,7 @@ from typing import Any
 
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
-from pm_llm.families.base import Family
+from pm_llm.families.base import Family, Row
 from pm_llm.tasks.base import SPLITS, Example, Task
 from pm_llm.tasks.chat_template import MARK, answer_of, problem_of, render, trained_turns
 from pm_llm.tasks.chats import text_of
@@ -45,9 +45,9 @@ class Encoder:
     def prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt, shortened where it is too long: the end of a framed row's body, the middle of a
         prompt without frame or of a chat's last turn. Text is cut between characters."""
-        return self._prompt(example)[0]
+        return self.asked(example)[0]
 
-    def _prompt(self, example: Example) -> tuple[list[int], list[int]]:
+    def asked(self, example: Example) -> tuple[list[int], list[int]]:
         """The same, and its labels: the ids of earlier turns that are learnt, -100 elsewhere."""
         body = self._body(example)
         ids, labels = self._render(example, body)
@@ -164,18 +164,20 @@ class Encoder:
     def _encode(self, text: str, **how: Any) -> Any:
         return self.tokenizer(text, **{"split_special_tokens": self.special_tokens != "token", **how})
 
+    def whole(self, text: str) -> list[int]:
+        """Token ids of a text, with what the tokenizer puts around it."""
+        found: list[int] = self._encode(text)["input_ids"]
+        return found
+
     def ids(self, text: str, **how: Any) -> list[int]:
         """Token ids of a text as it stands, without special tokens around it."""
         found: list[int] = self._encode(text, add_special_tokens=False, **how)["input_ids"]
         return found
 
-    def features(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
-        """`input_ids` and `labels` of each example; a decoder's labels are -100 on the prompt."""
-        rows = []
-        for example in examples:
-            prompt, labels = self._prompt(example)
-            rows.append(self.family.row(prompt, self.answer(example), labels))
-        return rows
+    def features(self, examples: Sequence[Example]) -> list[Row]:
+        """Training rows, as the family makes them: of a prompt and its answer `input_ids` and `labels`; a decoder's
+        labels are -100 on the prompt."""
+        return self.family.features(self, examples)
 
     def _render(self, example: Example, body: str) -> tuple[list[int], list[int]]:
         """Ids and labels of a prompt with that body."""
@@ -214,7 +216,7 @@ class Encoder:
                 return str(error)
         if self.special_tokens is None:
             texts = [*map(text_of, example.messages or ()), example.head, example.body, example.tail]
-            texts += [self.bare(answer) for answer in example.references]
+            texts += [self.bare(answer) for answer in example.texts]
             token = next((t for t in _special(self.tokenizer) if any(t in text for text in texts)), None)
             if token is not None:
                 return (
@@ -238,10 +240,11 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
     """
     from pm_llm.families.models import load_tokenizer
 
-    tokenizer, family = load_tokenizer(config.model)
+    tokenizer, model_family = load_tokenizer(config.model)
     problems, encoders = Problems(drop=config.bad_rows == "drop"), {}
     bad: dict[int, Example] = {}  # by identity; held, so that it is not another's
     for task in tasks:
+        family = model_family.of(task.kind, config.train.beta)
         if task.kept is not None:  # its rows were looked at when it was trained
             length = task.kept.answer
             how = (task.special_tokens, task.loss_on)
@@ -297,7 +300,7 @@ def encoder_for(tokenizer: Any, family: Family, task: Task, max_length: int, max
         PmLlmError: If the answers leave no room for prompts.
     """
     encoder = Encoder(tokenizer, family, max_length, max_new_tokens or 1, task.special_tokens, task.loss_on)
-    answer = max_new_tokens or longest_answer(encoder, task)
+    answer = family.answer_length(encoder, task, max_new_tokens)
     encoder = replace(encoder, max_new_tokens=answer)
     if encoder.prompt_budget < 1:
         raise PmLlmError(
@@ -305,9 +308,3 @@ def encoder_for(tokenizer: Any, family: Family, task: Task, max_length: int, max
             "Raise max_length, or set max_new_tokens to cut long answers."
         )
     return encoder
-
-
-def longest_answer(encoder: Encoder, task: Task) -> int:
-    """Tokens of the longest training answer of a task, with end of sequence."""
-    distinct = {row.completion: row for row in task.whole or task.train}.values()
-    return max(len(encoder.whole_answer(row)) for row in distinct)

@@ -80,7 +80,7 @@ def _named(config: RunConfig, kept: Sequence[Task]) -> tuple[list[str], Callable
     by_name = dict(zip(own, specs, strict=True))
     for task in kept:
         spec = by_name.get(task.name)
-        if spec is not None and (spec.scorer, tuple(spec.labels)) != (task.scorer, task.labels):
+        if spec is not None and (spec.scorer or task.scorer, tuple(spec.labels)) != (task.scorer, task.labels):
             raise PmLlmError(
                 f"task {task.name!r} is finished, and its scorer or labels are not what they were. Leave its entry as "
                 "it was, or give the rows as a probe."

@@ -13,7 +13,7 @@ from typing import Any
 from pm_llm.config import build
 from pm_llm.errors import PmLlmError
 from pm_llm.system.coerce import name_of
-from pm_llm.tasks.base import Example, Task, check_while
+from pm_llm.tasks.base import DEFAULT_SCORER, Example, Task, check_while
 from pm_llm.tasks.columns import examples_of
 from pm_llm.tasks.files import READERS, Row, dataset_rows, kind_of, read_rows, stem_of
 from pm_llm.tasks.hub import load_hub_dataset
@@ -31,7 +31,8 @@ class UserTask:
     `data` is a file (with `test_data`, or a share `test_size` split off), a folder with `train.*` and `test.*`, a
     folder written by `Dataset.save_to_disk`, or a dataset id on the Hub (with its configuration in `subset`).
     `prompt` and `completion` name the columns; `prompt` may be several, which are joined, or a template such as
-    `{question}\\n{choices}`. `messages` names a chat column, whose last turn is the answer. Without names, common ones
+    `{question}\\n{choices}`. `messages` names a chat column, whose last turn is the answer, `text` one of raw text, all
+    of which is learnt; `chosen` and `rejected` are the answers of preference pairs. Without names, common ones
     are found (prompt/completion, instruction/output, question/answer, text/label, messages ...), and every other
     column with text must be in `ignore`. `special_tokens` says what the text of a special token in a row is: `text`
     or `token`. Of a chat all turns of the `assistant` are learnt, but for those with `weight` 0, or with
@@ -50,12 +51,13 @@ class UserTask:
     prompt: str | list[str] | None = None
     completion: str | None = None
     messages: str | None = None
+    text: str | None = None
     ignore: list[str] = field(default_factory=list)
     id: str = "id"
     special_tokens: str | None = None
     loss_on: str = "assistant"
     labels: list[Any] = field(default_factory=list)
-    scorer: str = "exact_match"
+    scorer: str | None = None
     test_size: float = 0.1
     validation_size: float = 0.0
     seed: int = 0
@@ -189,7 +191,7 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems, 
         # a split that was asked for must be there; the usual ones may be missing, but the training rows
         if split not in splits and (key == "train_split" or split != default[key]):
             problems.add("", f"task {name!r} has no split {split!r}; it has {', '.join(splits)}. Name it with {key}.")
-            return Task(name, [], [], spec.scorer)
+            return Task(name, [], [], spec.scorer or DEFAULT_SCORER["prompt"])
 
     @cache  # a probe's rows are those of both splits
     def examples(load: Callable[[], list[Row]]) -> list[Example]:
@@ -210,7 +212,7 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems, 
         name,
         train,
         test,
-        spec.scorer,
+        spec.scorer or DEFAULT_SCORER[next((row.kind for row in train[:1]), "prompt")],
         tuple(spec.labels),
         validation or [],
         special_tokens=spec.special_tokens,

@@ -25,6 +25,8 @@ OURS = {
     *("dataset_text_field", "dataset_kwargs"),
 }
 
+OWN = ("extra", "packing", "beta")  # of the section `train`: what a family or a stage reads by itself
+
 
 def training_arguments(config: RunConfig, family: Family, folder: Path, seed: int, steps: int | None = None) -> Any:
     """The Trainer's arguments for one task, of `steps` steps if given.
@@ -33,8 +35,8 @@ def training_arguments(config: RunConfig, family: Family, folder: Path, seed: in
         PmLlmError: If transformers does not take them.
     """
     cpu = process_state().device.type == "cpu"
-    _check_extra(config, cpu)
-    fields = {key: value for key, value in vars(config.train).items() if key != "extra"}
+    _check_extra(config, family, cpu)
+    fields = {key: value for key, value in vars(config.train).items() if key not in OWN}
     fields |= {
         "output_dir": str(folder),
         "seed": seed,
@@ -59,12 +61,12 @@ def training_arguments(config: RunConfig, family: Family, folder: Path, seed: in
     return arguments
 
 
-def _check_extra(config: RunConfig, cpu: bool) -> None:
+def _check_extra(config: RunConfig, family: Family, cpu: bool) -> None:
     """Raise PmLlmError if `train.extra` sets what it must not."""
     own = [key for key in config.train.extra if key in vars(config.train)]
     if own:
         raise PmLlmError(f"train.extra sets {', '.join(own)}, a key of its own. Set train.{own[0]} instead.")
-    taken = sorted(OURS & config.train.extra.keys())
+    taken = sorted((OURS | family.refused) & config.train.extra.keys())
     if taken:
         raise PmLlmError(f"train.extra sets {', '.join(taken)}, which a run must decide itself. Leave it out.")
     if cpu and config.train.extra.get("activation_offloading"):

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from pm_llm.config import RunConfig
 from pm_llm.constraints.base import Constraint
 from pm_llm.errors import PmLlmError, first_line
-from pm_llm.families.models import Base
+from pm_llm.families.base import Family
 from pm_llm.system.progress import TrainingBar, say
 from pm_llm.system.sharding import weights_only
 from pm_llm.training.arguments import training_arguments
@@ -34,7 +33,8 @@ class SaveSteps(TrainerCallback):
 
 def train(
     model: Any,
-    base: Base,
+    tokenizer: Any,
+    family: Family,
     config: RunConfig,
     rows: Dataset,
     steps: int,
@@ -53,17 +53,17 @@ def train(
             written.
         Stopped: After a signal, with a checkpoint of the step it came in.
     """
-    arguments = training_arguments(config, base.family, checkpoints.folder, seed, steps)
+    arguments = training_arguments(config, family, checkpoints.folder, seed, steps)
     if (newest := checkpoints.newest()) is not None:
         say(f"{label}: going on from {Path(newest).name}")
     with stopping.gently() as stop, original_forward(model):
         with _told(bool(config.train.extra)):
-            trainer = base.family.trainer_class()(
+            trainer = family.trainer_class()(
                 model,
                 args=arguments,
                 train_dataset=rows,
-                data_collator=DataCollatorForSeq2Seq(base.tokenizer, model),
-                processing_class=base.tokenizer,
+                data_collator=family.collator(tokenizer, model),
+                processing_class=tokenizer,
                 constraint=constraints,
                 checkpoints=checkpoints,
                 callbacks=[TrainingBar(f"train {label}"), stop, SaveSteps()],

@@ -12,7 +12,8 @@ from pm_llm.config import FisherSection
 from pm_llm.constraints.base import Constraint
 from pm_llm.errors import PmLlmError, first_line
 from pm_llm.evaluation.answering import answer_task
-from pm_llm.families.base import Row
+from pm_llm.evaluation.scorers import SCORERS
+from pm_llm.families.base import Family, Row
 from pm_llm.fisher.rows import ChosenRows
 from pm_llm.system.processes import process_state
 from pm_llm.tasks.base import Task
@@ -22,19 +23,19 @@ if TYPE_CHECKING:
     from pm_llm.stage import Session
 
 
-def rehearse(session: Session, rows: list[Row], constraints: Sequence[Constraint]) -> None:
+def rehearse(session: Session, rows: Sequence[Row], family: Family, constraints: Sequence[Constraint]) -> None:
     """What comes after training, on a row each before it: models that cannot be measured or scored are known then.
 
     Raises:
         PmLlmError: If something fails.
     """
-    longest = max(rows, key=lambda row: len(row["input_ids"]))
+    longest = max(rows, key=family.length)
     fishers = FisherSection(samples=1, batch_size=1)
     what = "trained on its longest row"
     try:
         with torch.random.fork_rng(devices=[]):
             one = ChosenRows(
-                "rehearsal", [longest] * process_state().num_processes, fishers, 0, session.base.tokenizer
+                "rehearsal", [longest] * process_state().num_processes, fishers, 0, session.base.tokenizer, family
             )
             one.loss(session.model)
             if session.merger.rule.needs.fisher or any(c.needs.fisher for c in constraints):
@@ -62,5 +63,5 @@ def _one_of_each_kind(session: Session) -> list[tuple[Task, Encoder]]:
     found: dict[tuple[Any, ...], str] = {}
     for name, task in session.columns.items():
         labels = bool(task.labels) and session.config.evaluation.mode == "labels"
-        found.setdefault((task.scorer == "perplexity", labels, bool(task.test[0].messages)), name)
+        found.setdefault((task.kind, SCORERS[task.scorer].lower_is_better, labels, bool(task.test[0].messages)), name)
     return [(session.columns[name], session.encoders[name]) for name in found.values()]
