@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -262,6 +263,11 @@ class RunConfig:
             raise PmLlmError(f"train.max_steps is {self.train.max_steps}; it must be at least 1, or -1 for epochs.")
         check_no_secrets(self.plain())
         self._check_beginning()
+        self.check_method()
+        return self
+
+    def check_method(self, kinds: Iterable[str] = ()) -> None:
+        """Raise PmLlmError unless the method goes with the rest, and with tasks of these kinds of rows."""
         self.parsed_method().check(
             Setting(
                 rank=max([self.lora.r, *self.lora.rank_pattern.values()]),
@@ -273,9 +279,9 @@ class RunConfig:
                 start_given=self.start is not None,
                 adapter=self.adapter.path is not None,
                 general=self.general.data is not None,
+                kinds=frozenset(kinds),
             )
         )
-        return self
 
     def _check_beginning(self) -> None:
         for section, key in SHORT.items():

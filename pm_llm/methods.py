@@ -225,7 +225,7 @@ class Setting:
     `rank` is the largest of a task's adapter, `max_rank` what the running one is cut to; `own_start` the start before
     `space: factors` made it one that continues, `start_given` whether that was asked for by name. `adapter` and
     `general` say whether the run begins with an adapter made elsewhere, and with the base's own abilities as a past
-    task.
+    task; `kinds` are those of the tasks' rows, where they are known (:data:`pm_llm.families.base.KINDS`).
     """
 
     rank: int = 1
@@ -237,6 +237,7 @@ class Setting:
     start_given: bool = False
     adapter: bool = False
     general: bool = False
+    kinds: frozenset[str] = frozenset()
 
 
 def rules(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
@@ -272,6 +273,7 @@ def rules(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
         "start subspace needs base weights that are not in 4 bits, but for init eva. Use that.",
     )
     yield from _rules_of_beginning(parts, setting)
+    yield from _rules_of_rows(parts, setting)
     for name in parts.constraints:
         yield from _rules_of_constraint(name, parts)
     yield from _rules_of_several(parts, setting)
@@ -312,6 +314,22 @@ def _rules_of_beginning(parts: Parts, setting: Setting) -> Iterator[tuple[bool, 
         setting.general and getattr(merge, "fisher_scale", "") == "own",
         "general has no task vector for fisher_scale own to measure by. Use raw, trace or measured.",
     )
+
+
+def _rules_of_rows(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
+    """Those of the kinds of rows."""
+    pairs = "preference" in setting.kinds
+    for name, one in parts.constraints.items():
+        yield (
+            pairs and one.fills("loss"),
+            f"constrain {name} adds to the loss of each answer token, which preference pairs do not have. Leave it "
+            "out, or train the pairs in a run of their own.",
+        )
+        yield (
+            pairs and one.old_data and len(setting.kinds) > 1,
+            f"constrain {name} trains rows of all tasks together, and preference pairs have a Trainer of their own. "
+            "Give tasks of pairs alone, or none.",
+        )
 
 
 def _rules_of_constraint(name: str, parts: Parts) -> Iterator[tuple[bool, str]]:

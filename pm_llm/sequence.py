@@ -61,6 +61,7 @@ class ContinualSequence:
         if config.fuar:
             Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
         self.method = config.parsed_method()
+        config.check_method(task.kind for task in self.tasks)
         self.state = process_state()
         self.stopping = Stopping()
         on_disk = config.fisher.storage == "disk"

@@ -28,7 +28,7 @@ from pm_llm.families.models import load_base
 from pm_llm.system.files import jsonl
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.benchmarks.embedded import make_task
-from pm_llm.tasks.encoding import Encoder, longest_answer
+from pm_llm.tasks.encoding import Encoder
 from tests.conftest import DECODER, FAMILIES, KINDS, ROOT, make_model, tokenizer
 from tests.helpers.launching import launch, launcher
 
@@ -181,7 +181,7 @@ def test_any_kind_of_adapter(config, pico_folders, tmp_path, capsys) -> None:
     found = read_predictions(tmp_path / "p.jsonl")["topic"].predictions
     task = make_task("topic").subset(None, 6, 0)
     encoder = Encoder(
-        tokenizer("llama"), DECODER, 96, longest_answer(Encoder(tokenizer("llama"), DECODER, 96, 1), task)
+        tokenizer("llama"), DECODER, 96, DECODER.answer_length(Encoder(tokenizer("llama"), DECODER, 96, 1), task, None)
     )
     alone = PeftModel.from_pretrained(load_base(pico_folders["llama"]).model, str(tmp_path / "adapter")).eval()
     for row, said in zip(task.test, found, strict=True):
@@ -321,7 +321,7 @@ from pm_llm.evaluation.generate import common_prefix, generate
 from pm_llm.evaluation.likelihood import choose_labels
 from pm_llm.families.models import load_base
 from pm_llm.system.processes import process_state, shut_down
-from pm_llm.tasks.encoding import Encoder, longest_answer
+from pm_llm.tasks.encoding import Encoder
 from tests.conftest import FAMILIES
 from tests.test_generation import mixed_rows
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pm_llm import ContinualSequence
 from pm_llm.presets import PRESETS, TESTED
-from pm_llm.training.trainers import ContinualSeq2SeqTrainer, ContinualSFTTrainer
+from pm_llm.training.trainers import ContinualDPOTrainer, ContinualSeq2SeqTrainer, ContinualSFTTrainer
 from tests.conftest import batch_of, features, small_tasks
 from tests.helpers.launching import launch, launcher, same_as_one_process
 from tests.helpers.presets import sequence
@@ -20,9 +20,10 @@ from tests.helpers.presets import sequence
 BOTH = [(family, preset) for family, kind in (("llama", "LLaMA"), ("t5", "T5")) for preset in TESTED[kind]]
 
 
-def goes_on(preset: str, family: str, model: str, folder: Path, whole: dict) -> None:
+def goes_on(preset: str, family: str, model: str, folder: Path, whole: dict, kind: str = "embedded", **keys) -> None:
     """Stopped inside the second task and begun again, it does what the run in `whole` did."""
-    trainer = ContinualSFTTrainer if family == "llama" else ContinualSeq2SeqTrainer
+    pairs = kind in ("both", "preference")
+    trainer = ContinualDPOTrainer if pairs else ContinualSFTTrainer if family == "llama" else ContinualSeq2SeqTrainer
     original = trainer.training_step
 
     def interrupted(self, *args):
@@ -30,12 +31,12 @@ def goes_on(preset: str, family: str, model: str, folder: Path, whole: dict) -> 
             raise KeyboardInterrupt
         return original(self, *args)
 
-    parts = sequence(preset, model, folder / "parts")
+    parts = sequence(preset, model, folder / "parts", kind, **keys)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             parts.run()
-    resumed = sequence(preset, model, folder / "parts").run()
+    resumed = sequence(preset, model, folder / "parts", kind, **keys).run()
     assert resumed["matrix"] == whole["matrix"]
     assert resumed["raw_coefficients"] == whole["raw_coefficients"]
     one, other = (load_file(folder / which / "adapter/adapter_model.safetensors") for which in ("whole", "parts"))
@@ -55,6 +56,28 @@ def test_trains_goes_on_and_leaves_a_standard_adapter(family: str, preset: str, 
     alone = PeftModel.from_pretrained(auto.from_pretrained(model), str(tmp_path / "whole/adapter"))
     with torch.no_grad():
         assert torch.isfinite(alone(**batch_of(family, features(family, 2))).logits).all()
+
+
+OF_ROWS = ("pm", "pm_curvature", "ewc", "coso", "frank_wolfe", "replay")  # gone on with on all kinds of rows
+
+
+@pytest.mark.parametrize("preset", TESTED["LLaMA"])
+def test_trains_on_raw_text_and_on_pairs(preset: str, pico_folders, tmp_path) -> None:
+    kinds = ("mixed", "preference") if PRESETS[preset].keeps_rows() else ("both",)
+    for kind in kinds:
+        whole = sequence(preset, pico_folders["llama"], tmp_path / kind / "whole", kind).run()
+        assert whole["matrix"][-1][0] > (1 if kind != "preference" else -1)  # a perplexity
+        assert 0 <= whole["matrix"][-1][1] <= 100
+        if preset in OF_ROWS:
+            goes_on(preset, "llama", pico_folders["llama"], tmp_path / kind, whole, kind)
+
+
+@pytest.mark.parametrize("kind", ["text", "preference", "prompt"])
+def test_every_kind_of_rows_goes_on(kind: str, pico_folders, tmp_path) -> None:
+    keys = {"train.packing": True, "max_length": 48} if kind == "prompt" else {}
+    keys |= {} if kind == "prompt" else {"fisher.labels": "sampled"}
+    whole = sequence("pm_curvature", pico_folders["llama"], tmp_path / "whole", kind, **keys).run()
+    goes_on("pm_curvature", "llama", pico_folders["llama"], tmp_path, whole, kind, **keys)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +112,11 @@ def test_trains_on_a_base_in_4_bits(preset: str, pico_folders, tmp_path) -> None
 
 @pytest.mark.slow
 def test_two_processes_do_as_one(forker, pico_folders, tmp_path) -> None:
-    presets = TESTED["DDP"]
+    presets = [*TESTED["DDP"], "pm_curvature:text", "pm_curvature:preference"]
     command = launcher("ddp_cpu", tmp_path, "tests/helpers/presets_script.py")
     ended = launch(forker, [*command, pico_folders["llama"], str(tmp_path / "two"), *presets])
     assert ended.status == 0, ended.said
     for preset in presets:
-        sequence(preset, pico_folders["llama"], tmp_path / "one" / preset).run()
+        name, _, kind = preset.partition(":")
+        sequence(name, pico_folders["llama"], tmp_path / "one" / preset, kind or "embedded").run()
         same_as_one_process(tmp_path / "two" / preset, tmp_path / "one" / preset)

@@ -121,7 +121,7 @@ def test_a_template_that_hides_a_turn_is_refused_with_what_to_do(tmp_path) -> No
     hidden = CHATML.replace(
         "{{ m.content }}", "{{ m.content if m.role == 'user' or loop.last else m.content | upper }}"
     )
-    with pytest.raises(PmLlmError, match="does not show where turn 2 of the chat stands. .*loss_on: last"):
+    with pytest.raises(PmLlmError, match=r"does not show where turn 2 of the chat stands\. .*loss_on: last"):
         learnt(hidden, Example("", "a dog .", messages=TURNS))
     system = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML

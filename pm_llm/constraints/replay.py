@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,14 +57,21 @@ class Replay(Constraint):
 
     def memory(self) -> dict[str, Tensor]:
         found = {"counts": torch.tensor([self._seen, self._room])}
-        for key in self.kept[0] if self.kept else ():
-            found[f"{key}.lengths"] = torch.tensor([len(row[key]) for row in self.kept])
-            found[f"{key}.values"] = torch.tensor([x for row in self.kept for x in row[key]])
+        for key in dict.fromkeys(key for row in self.kept for key in row):
+            column = [row.get(key, []) for row in self.kept]  # rows of several kinds have other columns
+            if isinstance(column[0], float):
+                found[f"{key}.numbers"] = torch.tensor(column, dtype=torch.float64)
+                continue
+            found[f"{key}.lengths"] = torch.tensor([len(x) for x in column])
+            found[f"{key}.values"] = torch.tensor([i for x in column for i in x])
         return found
 
     def load_memory(self, memory: dict[str, Tensor]) -> None:
         self._seen, self._room = memory["counts"].tolist()
         keys = [key.removesuffix(".lengths") for key in memory if key.endswith(".lengths")]
-        columns = {k: memory[f"{k}.values"].split(memory[f"{k}.lengths"].tolist()) for k in keys}
+        columns: dict[str, list[Any]] = {
+            k: [x.tolist() for x in memory[f"{k}.values"].split(memory[f"{k}.lengths"].tolist())] for k in keys
+        }
+        columns |= {k.removesuffix(".numbers"): x.tolist() for k, x in memory.items() if k.endswith(".numbers")}
         count = len(next(iter(columns.values()), ()))
-        self.kept = [{key: columns[key][i].tolist() for key in keys} for i in range(count)]
+        self.kept = [{key: x[i] for key, x in columns.items() if x[i] != []} for i in range(count)]

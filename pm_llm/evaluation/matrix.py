@@ -44,12 +44,14 @@ class Matrix:
         scores: (stage, column) -> score.
         stages: The task trained at each stage; by default `tasks`.
         lower_is_better: For perplexity: the best earlier score is then the lowest.
+        aside: Tasks that no average is of: those better low, where other scores are better high.
     """
 
     tasks: list[str]
     scores: dict[tuple[int, int], float] = field(default_factory=dict)
     stages: list[str] = field(default_factory=list)
     lower_is_better: bool = False
+    aside: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.stages = self.stages or list(self.tasks)
@@ -67,8 +69,8 @@ class Matrix:
             raise MissingScoreError(f"the score on task {self.tasks[j]!r} {when} was not measured.") from None
 
     def learned(self, stage: int) -> dict[int, int]:
-        """Column -> its last training stage, of the tasks trained by `stage`."""
-        return {self.tasks.index(name): i for i, name in enumerate(self.stages[: stage + 1])}
+        """Column -> its last training stage, of the tasks trained by `stage` that averages are of."""
+        return {self.tasks.index(name): i for i, name in enumerate(self.stages[: stage + 1]) if name not in self.aside}
 
     def average_accuracy(self, stage: int | None = None) -> float:
         """`AA_t = mean_{j<=t} a[t][j]`; by default after the last task."""
@@ -77,7 +79,7 @@ class Matrix:
 
     def average_over_time(self) -> float:
         """`AAA = mean_t AA_t`."""
-        return fmean(self.average_accuracy(t) for t in range(len(self.stages)))
+        return fmean(self.average_accuracy(t) for t in range(len(self.stages)) if self.learned(t))
 
     def backward_transfer(self) -> float:
         """`BWT = mean_{j<T} (a[T][j] - a[j][j])`; needs two tasks."""
@@ -103,12 +105,13 @@ class Matrix:
         return fmean(
             self.get(i - 1, self.tasks.index(name)) - self.get(UNTRAINED, self.tasks.index(name))
             for name, i in first.items()
-            if i > 0
+            if i > 0 and name not in self.aside
         )
 
     def plasticity(self) -> float:
         """`mean_j a[j][j]`."""
-        return fmean(self.get(i, self.tasks.index(name)) for i, name in enumerate(self.stages))
+        own = [(i, name) for i, name in enumerate(self.stages) if name not in self.aside]
+        return fmean(self.get(i, self.tasks.index(name)) for i, name in own)
 
     def fuar(self, kept: Sequence[str], updated: str, acquired: str) -> float | None:
         """Forgotten / (Updated + Acquired) Ratio of continual knowledge learning (Jang et al., arXiv 2110.03215).
@@ -148,7 +151,7 @@ class Matrix:
             )
 
     def _last_of_several(self) -> int:
-        if len(set(self.stages)) < 2:
+        if len({*self.stages} - self.aside) < 2:
             raise MissingScoreError("transfer and forgetting need at least two tasks.")
         return len(self.stages) - 1
 
@@ -162,7 +165,7 @@ class Matrix:
         Raises:
             MissingScoreError: If one of their scores was not measured.
         """
-        several = len(set(self.stages)) > 1
+        several = len({*self.stages} - self.aside) > 1
         names = [name for name in NUMBERS[scored_as(evaluate, keep)] if keep or name in WITHOUT_ROWS]
         return {name: getattr(self, name)() for name in names if several or name not in NEED_TWO}
 
@@ -187,7 +190,7 @@ class Matrix:
     def from_results(cls, results: Results) -> Matrix:
         """The matrix of a run's results."""
         matrix = cls.from_rows(results.tasks, results.matrix, results.stages)
-        matrix.lower_is_better = results.lower_is_better
+        matrix.lower_is_better, matrix.aside = results.lower_is_better, frozenset(results.aside)
         for name, value in (results.untrained or {}).items():
             matrix.set(UNTRAINED, name, value)
         return matrix
@@ -202,7 +205,7 @@ class Matrix:
             cells = [self.scores.get((i, j)) for j in range(len(self.tasks))]
             if all(cell is None for cell in cells):
                 continue
-            whole = i != UNTRAINED and all(cells[j] is not None for j in self.learned(i))
+            whole = i != UNTRAINED and bool(self.learned(i)) and all(cells[j] is not None for j in self.learned(i))
             shown = [_cell(cell) for cell in (*cells, self.average_accuracy(i) if whole else None)]
             if coefficients is not None:
                 shown.append("" if i == UNTRAINED else f"{coefficients[i]:.3f}")

@@ -38,10 +38,10 @@ Batch = Mapping[str, Tensor]
 class Family:
     """One kind of model and its rows.
 
-    `kind` is the kind of rows, `packs` whether they are packed into blocks in any case, `refused` are
-    fields of the Trainer's arguments that `train.extra` must not set. `task_type` is PEFT's word for it, `padding_side` where prompts are padded when they are answered, `shares_prompts`
-    whether tokens that prompts begin with in common can be read once, from a cache, `learns_turns` whether turns within
-    a prompt can be learnt.
+    `kind` is the kind of rows, `packs` whether they are packed into blocks in any case, `refused` are fields of the
+    Trainer's arguments that `train.extra` must not set. `task_type` is PEFT's word for it, `padding_side` where
+    prompts are padded when they are answered, `shares_prompts` whether tokens that prompts begin with in common can be
+    read once, from a cache, `learns_turns` whether turns within a prompt can be learnt.
     """
 
     kind: ClassVar[str] = "prompt"

@@ -78,7 +78,7 @@ def load_base(
         attn_implementation: As transformers names them; None: the model's own.
 
     Raises:
-        PmLlmError: If there is no such model, it cannot generate, it has no such attention, or bitsandbytes is missing.
+        PmLlmError: If there is no such model, it cannot generate or has no such attention, or bitsandbytes is missing.
     """
     tokenizer, kind = load_tokenizer(name)
     device = process_state().device

@@ -43,8 +43,11 @@ class Preference(Decoder):
 
     kind = "preference"
     refused = frozenset(
-        ("loss_type", "loss_weights", "ld_alpha", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef")
-        + ("label_smoothing", "sync_ref_model", "precompute_ref_log_probs", "precompute_ref_batch_size", "beta")
+        {
+            *("loss_type", "loss_weights", "ld_alpha", "use_weighting", "f_divergence_type", "label_smoothing"),
+            *("f_alpha_divergence_coef", "sync_ref_model", "precompute_ref_log_probs", "precompute_ref_batch_size"),
+            "beta",
+        }
     )
 
     def __init__(self, beta: float = 0.1) -> None:

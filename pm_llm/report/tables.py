@@ -22,6 +22,7 @@ def how_scored(results: Results) -> str:
     said = ["validation rows"] if results.split == "validation" else []
     said += ["answers chosen among the labels"] if results.mode == "labels" else []
     said += ["lower is better"] if results.lower_is_better else []
+    said += [f"of {', '.join(results.aside)} lower is better, and no average is of it"] if results.aside else []
     return f" ({'; '.join(said)})" if said else ""
 
 

@@ -80,7 +80,8 @@ class StageRecord:
 
 @dataclass
 class Results:
-    """What came out of a finished run: a list has an element a stage, or a column a scored task.
+    """What came out of a finished run: a list has an element a stage, or a column a scored task; `aside` are tasks
+    that no average is of, see :class:`pm_llm.evaluation.matrix.Matrix`.
 
     `method` are the three words, `stage_settings` in what a stage's settings differ from the run's last, `numbers`
     those of `NUMBERS` that were measured (FUAR is None where nothing was gained).
@@ -93,6 +94,7 @@ class Results:
     matrix: list[list[float | None]]
     coefficients: list[float]
     lower_is_better: bool = False
+    aside: list[str] = field(default_factory=list)
     untrained: dict[str, float] | None = None
     scorers: list[str] = field(default_factory=list)
     test_rows: list[int] = field(default_factory=list)

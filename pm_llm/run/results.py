@@ -81,10 +81,11 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
     """
     config, scorers = run["config"], [task.scorer for task in columns.values()]
     stages: list[StageRecord] = run["stages"]
+    trained = {stage.task for stage in stages}
+    lower = {name for name in trained if SCORERS[columns[name].scorer].lower_is_better}
+    aside = lower if lower < trained else set()
     last = stages[-1]
-    matrix = Matrix(
-        list(columns), stages=[stage.task for stage in stages], lower_is_better=SCORERS[scorers[0]].lower_is_better
-    )
+    matrix = Matrix(list(columns), {}, [stage.task for stage in stages], bool(lower) and not aside, frozenset(aside))
     for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage.scores for stage in stages)]:
         for name, found in ((name, scores[name]) for name in scores if name in columns):  # others were taken back
             matrix.set(number, name, found["score"])
@@ -100,6 +101,7 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
         stage_settings=[_own(stage, run) for stage in stages],
         scorers=scorers,
         lower_is_better=matrix.lower_is_better,
+        aside=[name for name in columns if name in aside],
         test_rows=[task.kept.test_rows if task.kept else len(task.test) for task in columns.values()],
         matrix=matrix.rows(),
         untrained={n: x["score"] for n, x in run["untrained"].items() if n in columns} if run["untrained"] else None,

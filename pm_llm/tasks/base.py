@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -210,7 +210,6 @@ def checked(tasks: Sequence[Task]) -> list[Task]:
     problems = Problems()
     found = [task if task.kept else task.checked(problems) for task in tasks]
     problems.check()
-    one_direction(found)
     return found
 
 
@@ -239,14 +238,3 @@ def check_while(problems: Problems, load: Callable[[Problems], Task], answers: b
     files = dict.fromkeys((str(path), size, time) for path, size, time in problems.files[opened:])
     task = replace(task, files=tuple(files))
     return task.checked(problems, explained=problems.whole > before, answers=answers)
-
-
-def one_direction(tasks: Iterable[Task]) -> None:
-    """An average over scores of which some are better high and some low would mean nothing."""
-    from pm_llm.evaluation.scorers import SCORERS
-
-    if len({SCORERS[task.scorer].lower_is_better for task in tasks}) > 1:
-        raise PmLlmError(
-            "some tasks have a scorer where lower is better (perplexity) and some where higher is; their average "
-            "would mean nothing. Run them apart, or give all tasks scorers of one kind."
-        )

@@ -45,8 +45,8 @@ def examples_of(rows: list[Row], spec: UserTask, problems: Problems, prompts: bo
     if list(found) == [None]:
         problems.add(
             rows[0].place,
-            f"the columns are {', '.join(map(str, rows[0].values))}; needed are prompt and completion, or messages, or "
-            "text, or chosen and rejected. Name yours with `prompt` and `completion`, or `messages`, or `text`.",
+            f"the columns are {', '.join(map(str, rows[0].values))}; needed are prompt and completion, or messages, "
+            "or text, or chosen and rejected. Name yours with `prompt` and `completion`, or `messages`, or `text`.",
         )
         return []
     common = max((columns for columns in found if columns is not None), key=found.__getitem__)

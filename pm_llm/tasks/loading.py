@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pm_llm.errors import PmLlmError, unknown_name
-from pm_llm.tasks.base import Task, check_while, distinct, one_direction
+from pm_llm.tasks.base import Task, check_while, distinct
 from pm_llm.tasks.problems import Problems
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ def load_tasks(config: RunConfig, kept: Sequence[Task] = ()) -> list[Task]:
         name: task.subset(config.max_train_samples, config.max_test_samples, config.seed)
         for name, task in tasks.items()
     }
-    one_direction(cut[name] for name in dict.fromkeys(names))
     return blurred([cut[name] for name in names], config.blur, config.seed)
 
 
@@ -116,7 +115,6 @@ def scored(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Task]:
     found = trained | {task.name: task for task in probes}
     if len(found) < len(trained) + len(probes):
         raise PmLlmError("a probe has the name of a task or of another probe. Give each its own `name`.")
-    one_direction(found.values())
     return found
 
 

@@ -31,13 +31,13 @@ class UserTask:
     `data` is a file (with `test_data`, or a share `test_size` split off), a folder with `train.*` and `test.*`, a
     folder written by `Dataset.save_to_disk`, or a dataset id on the Hub (with its configuration in `subset`).
     `prompt` and `completion` name the columns; `prompt` may be several, which are joined, or a template such as
-    `{question}\\n{choices}`. `messages` names a chat column, whose last turn is the answer, `text` one of raw text, all
-    of which is learnt; `chosen` and `rejected` are the answers of preference pairs. Without names, common ones
-    are found (prompt/completion, instruction/output, question/answer, text/label, messages ...), and every other
+    `{question}\\n{choices}`. `messages` names a chat column, whose last turn is the answer, and `text` one of raw
+    text, all of which is learnt; `chosen` and `rejected` are the answers of preference pairs. Without names, common
+    ones are found (prompt/completion, instruction/output, question/answer, text/label, messages ...), and every other
     column with text must be in `ignore`. `special_tokens` says what the text of a special token in a row is: `text`
-    or `token`. Of a chat all turns of the `assistant` are learnt, but for those with `weight` 0, or with
-    `loss_on: last` the last one alone. `labels` makes it a classification task: every other answer is an error. `validation_size` splits a
-    share off the training rows, for choosing settings without the test rows.
+    or `token`. Of a chat all turns of the `assistant` are learnt, but for those with `weight` 0, or with `loss_on:
+    last` the last one alone. `labels` makes it a classification task: every other answer is an error.
+    `validation_size` splits a share off the training rows, for choosing settings without the test rows.
     """
 
     data: str

@@ -105,6 +105,8 @@ class _PairTrainer(DPOTrainer):
     """DPO whose reference is the model as it is given, measured before the first step, and whose loss is the mean over
     all pairs of an optimizer step."""
 
+    loss_is_scaled_for_ga = True  # TRL's word to the Trainer, which would divide by the accumulation steps else
+
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         with _as_default(model):
             super().__init__(model, *args, **kwargs)

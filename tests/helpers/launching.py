@@ -54,7 +54,9 @@ def rank(number: int, parent: int) -> int | None:
 def same_as_one_process(run: Path, one: Path) -> None:
     """The matrix, and coefficients and adapters within float tolerance."""
     a, b = (json.loads((folder / "results.json").read_text()) for folder in (run, one))
-    assert a["matrix"] == b["matrix"]
+    ours, theirs = ([x if x is not None else -1.0 for row in found["matrix"] for x in row] for found in (a, b))
+    exact = {"perplexity"}.isdisjoint(a["scorers"])
+    assert ours == (theirs if exact else pytest.approx(theirs, rel=1e-3))
     assert a["raw_coefficients"] == pytest.approx(b["raw_coefficients"], rel=1e-3)
     for which in ("01-sentiment/task_adapter", "02-topic/task_adapter", "02-topic/adapter"):
         x, y = (Adapter.load(folder / "stages" / which).factors for folder in (run, one))

@@ -7,6 +7,7 @@ from pathlib import Path
 from pm_llm import ContinualSequence
 from pm_llm.config import load_config
 from tests.conftest import small_tasks
+from tests.helpers.kinds import kind_tasks
 
 KEYS = {
     "lora.r": 4,
@@ -28,8 +29,10 @@ AWAKE = {
 }
 
 
-def sequence(preset: str, model: str, folder: Path, **keys) -> ContinualSequence:
+def sequence(preset: str, model: str, folder: Path, kind: str = "embedded", **keys) -> ContinualSequence:
+    """With tasks of a kind of rows, see :mod:`tests.helpers.kinds`, or the embedded ones."""
     config = load_config(
         None, {**KEYS, "model": model, "method": preset, "output_dir": str(folder), **AWAKE.get(preset, {}), **keys}
     )
-    return ContinualSequence(config, small_tasks("sentiment", "topic", train=12, test=2))
+    small = small_tasks("sentiment", "topic", train=12, test=2)
+    return ContinualSequence(config, small if kind == "embedded" else kind_tasks(kind))

@@ -1,4 +1,4 @@
-"""Run presets one after another, in every process of a launcher: FAMILY MODEL FOLDER PRESET..."""
+"""Run presets one after another, in every process of a launcher: MODEL FOLDER PRESET[:KIND]..."""
 
 from __future__ import annotations
 
@@ -12,5 +12,6 @@ if __name__ == "__main__":
     model, folder, *presets = sys.argv[1:]
     share = {"train.per_device_train_batch_size": 4 // process_state().num_processes}
     for preset in presets:
-        sequence(preset, model, Path(folder) / preset, **share).run()
+        name, _, kind = preset.partition(":")
+        sequence(name, model, Path(folder) / preset, kind or "embedded", **share).run()
     shut_down()

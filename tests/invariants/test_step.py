@@ -12,7 +12,7 @@ from pm_llm.constraints.anchor import Anchor
 from pm_llm.constraints.base import Constraint
 from tests.conftest import FAMILIES
 from tests.helpers.launching import launch, launcher
-from tests.helpers.step_script import ALWAYS, UNEVEN, make_trainer, one_step, weights
+from tests.helpers.step_script import ALWAYS, KINDS_OF_ROWS, UNEVEN, make_trainer, one_step, weights
 
 
 class Watching(Constraint):
@@ -34,7 +34,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolera
         torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *KINDS_OF_ROWS])
 def test_accumulation_changes_nothing(family: str, tmp_path) -> None:
     whole = one_step(make_trainer(family, str(tmp_path), 16, 1, Perturb(**ALWAYS)))
     parts = one_step(make_trainer(family, str(tmp_path), 4, 4, Perturb(**ALWAYS)))
@@ -49,6 +49,11 @@ def test_two_processes_change_nothing(forker, tmp_path) -> None:
     command = launcher("ddp_cpu", tmp_path, "tests/helpers/step_script.py")
     ended = launch(forker, [*command, str(tmp_path), "8", "1"], kill=300.0)
     assert ended.status == 0, ended.said
+    for kind in KINDS_OF_ROWS:
+        for options, (loss, gradient) in zip(({}, UNEVEN), torch.load(tmp_path / f"{kind}.pt"), strict=True):
+            whole = one_step(make_trainer(kind, str(tmp_path), 16, 1, Perturb(**ALWAYS), **options))
+            assert whole[0] == pytest.approx(loss, rel=1e-4)
+            assert_same(whole[1], gradient, atol=1e-6, rtol=1e-4)
     for family in FAMILIES:
         perturb, (*done, (through, resumed)) = Perturb(**ALWAYS), torch.load(tmp_path / f"{family}.pt")
         assert_same(through, resumed, atol=1e-7, rtol=1e-6)  # stopped within the epoch and gone on with
