@@ -13,6 +13,9 @@ _PUBLIC = {
     "ContinualSeq2SeqTrainer": "pm_llm.training.trainers",
     "ContinualDPOTrainer": "pm_llm.training.trainers",
     "Merger": "pm_llm.merges.merger",
+    "measure": "pm_llm.fisher.rows",
+    "mean_loss": "pm_llm.fisher.rows",
+    "Task": "pm_llm.tasks.base",
     "ContinualSequence": "pm_llm.sequence",
     "Method": "pm_llm.methods",
     "load_tasks": "pm_llm.tasks.loading",
@@ -27,9 +30,11 @@ if TYPE_CHECKING:
     from pm_llm.config import RunConfig
     from pm_llm.constraints.perturb import Perturb
     from pm_llm.errors import PmLlmError
+    from pm_llm.fisher.rows import mean_loss, measure
     from pm_llm.merges.merger import Merger
     from pm_llm.methods import Method
     from pm_llm.sequence import ContinualSequence
+    from pm_llm.tasks.base import Task
     from pm_llm.tasks.loading import load_tasks
     from pm_llm.training.trainers import ContinualDPOTrainer, ContinualSeq2SeqTrainer, ContinualSFTTrainer
 
@@ -44,8 +49,11 @@ __all__ = [
     "Perturb",
     "PmLlmError",
     "RunConfig",
+    "Task",
     "__version__",
     "load_tasks",
+    "mean_loss",
+    "measure",
 ]
 
 

@@ -111,7 +111,8 @@ def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
             "law",
             "medical",
         ]
-    listed = set(re.findall(r"^    (\w[\w./-]*?)(?:,| |/ )", README, re.M))
+    without_code = re.sub(r"```python\n.*?```", "", README, flags=re.S)
+    listed = set(re.findall(r"^    (\w[\w./-]*?)(?:,| |/ )", without_code, re.M))
     for name in listed:
         assert (place / "runs/mine" / name).exists(), name
 
@@ -124,11 +125,18 @@ def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
     names: dict = {}
     exec(use, names)
     assert names["model"].active_adapters == ["default"]
-    base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
     names = {
-        "model": get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")),
+        "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         "args": SFTConfig(output_dir="out", max_steps=2, bf16=False, use_cpu=True, report_to="none", max_length=None),
-        "rows": Dataset.from_list(features("llama")),
+        "first": Dataset.from_list(features("llama")),
+        "second": Dataset.from_list([{"prompt": f"is {i} even ?", "completion": " yes"} for i in range(20)]),
+        "tokenizer": tokenizer("llama"),
+        "get_peft_model": get_peft_model,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
     }
+    for imported in re.findall(r"`(from pm_llm[^`]* import [^`]+)`", README):
+        exec(imported, names)
     exec(parts, names)
     assert (place / "merged/adapter_model.safetensors").is_file()
+    assert 0 < names["merger"].report.coefficient <= 1

@@ -10,7 +10,8 @@ import torch
 
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import FisherSection
-from pm_llm.families.base import Family, Row
+from pm_llm.errors import PmLlmError
+from pm_llm.families.base import Family, Row, family_of
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.measure import Batch, sum_fisher, sum_loss
 from pm_llm.fisher.slopes import sum_slopes
@@ -84,6 +85,86 @@ class ChosenRows:
         collate = self.family.collator(self.tokenizer, model)
         for at in range(0, len(self.mine), self.size):
             yield collate(self.mine[at : at + self.size]).to(self.state.device)
+
+
+def measure(
+    model: Any,
+    rows: Any,
+    tokenizer: Any,
+    form: str = "factored",
+    samples: int = 128,
+    batch_size: int = 4,
+    seed: int = 0,
+    max_length: int = 512,
+    direction: dict[str, LowRank] | None = None,
+    loss_before: float | None = None,
+) -> Fisher:
+    """The Fisher of one task's rows, for a loop of one's own: what `Merger("optimal").fold` takes.
+
+    It is the mean over rows of the squared gradient of a row's loss, summed over its answer tokens, with respect to
+    the weights that the trainable adapter changes (not its factors), at the weights that the model has.
+
+    Args:
+        model: A PeftModel with one trainable LoRA adapter, trained or not.
+        rows: What was trained on: a dataset or list with `input_ids` and `labels` (or `completion_mask`), as
+            `trainer.train_dataset` of TRL's SFTTrainer has them, or a :class:`pm_llm.tasks.base.Task`.
+        tokenizer: The model's, for padding.
+        form: `factored`, `dense`, `kronecker` or `factors`: what the merge rule works with.
+        samples: How many rows are drawn.
+        batch_size: Rows a forward pass.
+        seed: Of the draw.
+        max_length: Longest row in tokens, where `rows` is a task.
+        direction: A task vector by module, along which the exact curvature is measured too.
+        loss_before: The mean loss before training, for rules that measure by what was gained (`fisher_scale:
+            measured`): :func:`mean_loss` of the same rows and seed gives it.
+
+    Raises:
+        PmLlmError: If there is no row, or a row has neither labels nor an answer.
+    """
+    config = FisherSection(samples=samples, batch_size=batch_size)
+    chosen = ChosenRows("rows", *_encoded(model, rows, tokenizer, config, seed, max_length))
+    return chosen.fisher(model, form, direction, loss_before)
+
+
+def mean_loss(
+    model: Any,
+    rows: Any,
+    tokenizer: Any,
+    samples: int = 128,
+    batch_size: int = 4,
+    seed: int = 0,
+    max_length: int = 512,
+) -> float:
+    """The mean loss (nats a row) on the rows that :func:`measure` draws; arguments as there."""
+    config = FisherSection(samples=samples, batch_size=batch_size)
+    return ChosenRows("rows", *_encoded(model, rows, tokenizer, config, seed, max_length)).loss(model)
+
+
+def _encoded(model: Any, rows: Any, tokenizer: Any, config: FisherSection, seed: int, max_length: int) -> Any:
+    """The rest of what :class:`ChosenRows` is given."""
+    from pm_llm.tasks.base import Task
+    from pm_llm.tasks.encoding import encoder_for
+
+    family = family_of(model)
+    if isinstance(rows, Task):
+        encoder = encoder_for(tokenizer, family.of(rows.kind), rows, max_length, None)
+        return encoder.features(rows.train), config, seed, tokenizer, encoder.family
+    if not len(rows):
+        raise PmLlmError("there is no row to measure the Fisher on.")
+    taken = [_labelled(rows[i]) for i in drawn(len(rows), config.samples, seed)]
+    return taken, config, seed, tokenizer, family
+
+
+def _labelled(row: Mapping[str, Any]) -> Row:
+    if "input_ids" not in row or not ({"labels", "completion_mask"} & row.keys()):
+        raise PmLlmError(
+            f"a row has {', '.join(map(str, row))}; it needs input_ids and labels (or completion_mask), as "
+            "trainer.train_dataset has. Or give a Task."
+        )
+    ids = list(row["input_ids"])
+    if "labels" in row:
+        return {"input_ids": ids, "labels": list(row["labels"])}
+    return {"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, row["completion_mask"], strict=True)]}
 
 
 def drawn(count: int, most: int, seed: int) -> list[int]:

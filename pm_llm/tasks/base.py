@@ -119,6 +119,38 @@ class Task:
         """What its rows are, see :class:`Example`."""
         return next((row.kind for some in (self.train, self.test, self.whole) for row in some[:1]), "prompt")
 
+    @classmethod
+    def from_dataset(cls, name: str, train: Any, test: Any = None, validation: Any = None, **keys: Any) -> Task:
+        """A task of datasets in memory (`datasets.Dataset`, a stream, or pandas' rows by `Dataset.from_pandas`).
+
+        Args:
+            name: The task's.
+            train: The training rows.
+            test: The rows that it is scored on; by default `validation`, or a share `test_size` of the training rows.
+            validation: Rows for choosing settings.
+            keys: As an entry of `tasks` has them, see :class:`pm_llm.tasks.user.UserTask`: `prompt`, `completion`,
+                `messages`, `text`, `ignore`, `labels`, `scorer`, `loss_on` ...
+
+        Raises:
+            PmLlmError: With everything that is wrong with the rows, each by split and number.
+        """
+        from pm_llm.tasks.user import task_in_memory
+
+        return task_in_memory(name, {"train": train, "test": test, "validation": validation}, keys)
+
+    @classmethod
+    def from_rows(
+        cls,
+        name: str,
+        train: Sequence[dict[str, Any]],
+        test: Sequence[dict[str, Any]] | None = None,
+        validation: Sequence[dict[str, Any]] | None = None,
+        **keys: Any,
+    ) -> Task:
+        """A task of rows as mappings, such as `{"prompt": "is 2 even ?", "completion": "yes"}`; as
+        :meth:`from_dataset`."""
+        return cls.from_dataset(name, train, test, validation, **keys)
+
     def checked(self, problems: Problems, explained: bool = False, answers: bool = True) -> Task:
         """This task, without the rows that `problems` says to drop; what is wrong is added to `problems`.
 

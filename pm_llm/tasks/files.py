@@ -240,7 +240,7 @@ def dataset_rows(rows: Any, name: str) -> Iterator[Row]:
     from datasets import ClassLabel, Value
 
     words: dict[str, Callable[[Any], Any]] = {}
-    for column, feature in rows.features.items():
+    for column, feature in (rows.features or {}).items():
         if isinstance(feature, ClassLabel):
             words[column] = dict(enumerate(feature.names)).get  # -1, a hidden label, becomes None
         elif isinstance(feature, Value) and "int" in feature.dtype:

@@ -181,6 +181,34 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems, 
             raise PmLlmError(f"task {name!r}: {both}. Score rows that are not trained on (or give them as a probe).")
         if file is not None:
             splits[split] = partial(read_rows, _place(file, folder), problems)
+    source = str(path.absolute()) if here else spec.data
+    return _assembled(spec, name, splits, source, probe, problems, prompts)
+
+
+def task_in_memory(name: str, given: dict[str, Any], keys: dict[str, Any]) -> Task:
+    """A task of datasets or rows by split, see :meth:`pm_llm.tasks.base.Task.from_dataset`."""
+    problems = Problems(drop=keys.pop("bad_rows", "error") == "drop")
+    spec = _parse({"data": name, "name": name, **keys})
+    places = {"train": spec.train_split, "test": spec.test_split, "validation": spec.validation_split}
+
+    def read(rows: Any, place: str) -> list[Row]:
+        if isinstance(rows, (list, tuple)):
+            return [Row(dict(row), f"{place}:row {number}") for number, row in enumerate(rows, start=1)]
+        return list(dataset_rows(rows, place))
+
+    splits: Splits = {
+        places[key]: partial(read, rows, f"{name}/{key}") for key, rows in given.items() if rows is not None
+    }
+    found = check_while(problems, lambda problems: _assembled(spec, name, splits, "", False, problems, False))
+    problems.tell()
+    return found
+
+
+def _assembled(
+    spec: UserTask, name: str, splits: Splits, source: str, probe: bool, problems: Problems, prompts: bool
+) -> Task:
+    """The task of some splits."""
+    default = {f.name: f.default for f in fields(UserTask)}
     # no rows are scored that are trained on
     scores = set(splits) - (set() if probe else {spec.train_split})
     scored, validated = _scored(spec, scores)
@@ -217,7 +245,7 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems, 
         validation or [],
         special_tokens=spec.special_tokens,
         loss_on=spec.loss_on,
-        source=str(path.absolute()) if here else spec.data,
+        source=source,
     )
 
 
