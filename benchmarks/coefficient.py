@@ -46,7 +46,8 @@ def run(settings: dict[str, Any], shadowed: bool) -> dict[str, Any]:
     from pm_llm.config import load_config
     from pm_llm.fisher.base import Fisher
     from pm_llm.fisher.row_column import Factored
-    from pm_llm.stage import Stage, Watcher
+    from pm_llm.session import Watcher
+    from pm_llm.stage import Stage
 
     class Shadow(Watcher):
         def measured(self, stage: Stage) -> None:

@@ -30,7 +30,8 @@ def main() -> None:
     from pm_llm import ContinualSequence, Merger
     from pm_llm.config import load_config
     from pm_llm.fisher.rows import ChosenRows
-    from pm_llm.stage import Stage, Watcher
+    from pm_llm.session import Watcher
+    from pm_llm.stage import Stage
 
     mergers: dict[tuple[int, int], Merger] = {}
     found: dict[int, list[float]] = {n: [] for n in given.samples}

@@ -88,7 +88,7 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
     from pm_llm.run.folder import RunDir
     from pm_llm.run.reading import TASK_ADAPTER
     from pm_llm.tasks.base import distinct
-    from pm_llm.tasks.encoding import encoders_for
+    from pm_llm.tasks.fitting import encoders_for
     from pm_llm.tasks.loading import load_tasks
 
     run = RunDir.open(path)

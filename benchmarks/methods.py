@@ -56,7 +56,8 @@ def main() -> None:
     from pm_llm.presets import PRESETS
     from pm_llm.report.data import open_run
     from pm_llm.run.going_on import changes
-    from pm_llm.stage import Session, Stage, Watcher
+    from pm_llm.session import Session, Watcher
+    from pm_llm.stage import Stage
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="embedded:llama")

@@ -29,12 +29,13 @@ from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.rows import ChosenRows, drawn
 from pm_llm.merges.base import Fold, Trained
 from pm_llm.run.reading import ADAPTER, CURVATURE, MEMORY
-from pm_llm.stage import Session
+from pm_llm.session import Session
 from pm_llm.system.processes import Clock, on_main, process_state, total
 from pm_llm.system.progress import say
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.chat_template import MARK, render
-from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.encoding import Encoder
+from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.user import rows_or_prompts
 
@@ -246,8 +247,8 @@ class Origin:
             encoders, fitting = encoders_for(session.config, [task])
             encoder = encoders[task.name]
             rows += encoder.features(fitting(task).train)
-        rows = blocks(rows, session.config.max_length, session.model)
-        taken = [rows[i] for i in drawn(len(rows), samples, self.seed)]
+        found = blocks(rows, session.config.max_length, session.model)
+        taken = [found[i] for i in drawn(len(found), samples, self.seed)]
         if labels == "sampled":
             taken = encoder.family.draw(session.model, encoder, taken, self.seed, session.config.evaluation)
         fishers = replace(session.config.fisher, samples=len(taken))

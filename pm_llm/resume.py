@@ -9,7 +9,8 @@ from pm_llm.errors import PmLlmError
 from pm_llm.run.reading import TASK_ADAPTER
 from pm_llm.run.record import StageRecord
 from pm_llm.run.results import versions
-from pm_llm.stage import Session, Stage
+from pm_llm.session import Session
+from pm_llm.stage import Stage
 from pm_llm.system.progress import say
 
 

@@ -20,13 +20,14 @@ from pm_llm.run.folder import RunDir
 from pm_llm.run.going_on import origin_stays, take_up
 from pm_llm.run.kept import kept_tasks, needs_rows, read_all
 from pm_llm.run.results import gather_results
-from pm_llm.stage import Session, Stage, Watcher
+from pm_llm.session import Session, Watcher
+from pm_llm.stage import Stage
 from pm_llm.system.mapped import Zeros, mapped_files
 from pm_llm.system.processes import on_main, process_state
 from pm_llm.system.progress import bar
 from pm_llm.system.sharding import launched
 from pm_llm.tasks.base import Task, checked
-from pm_llm.tasks.encoding import encoders_for
+from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.loading import load_tasks, scored
 from pm_llm.training.constrained import refuse_sharding
 from pm_llm.training.stopping import Stopping
@@ -40,7 +41,7 @@ class ContinualSequence:
         tasks: The tasks in order, taken as they are: the keys that choose rows (`max_train_samples`, `repeat`,
             `evaluation.split` ...) act in :func:`load_tasks`. By default what that gives.
         restart_from: Redo from this task on (its name, or its number in the sequence); what comes before is kept.
-        watchers: What looks on, see :class:`pm_llm.stage.Watcher`.
+        watchers: What looks on, see :class:`pm_llm.session.Watcher`.
         adding: Whether the tasks that follow the finished ones may be trained otherwise (`train` keys).
     """
 

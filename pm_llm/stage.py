@@ -7,173 +7,42 @@ once more (:meth:`Stage.replay`), and on whole models after training where that 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import set_seed
 
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.in_base import folded
-from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
-from pm_llm.config import LoraSection, RunConfig
+from pm_llm.adapters.live import TASK, lora_layers, set_active
 from pm_llm.constraints.base import Constraint, Context, Live
-from pm_llm.evaluation.answering import Generate, answer_task
-from pm_llm.evaluation.generate import generate
-from pm_llm.evaluation.matrix import asked_for
 from pm_llm.families.base import Row
-from pm_llm.families.models import Base, load_base
 from pm_llm.families.packing import blocks, check_packing, packed
+from pm_llm.families.rows import joined, table_of
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.probe import Probe
 from pm_llm.fisher.rows import ChosenRows
-from pm_llm.merges.base import Factors, Fold, Trained
+from pm_llm.merges.base import Fold, Trained
 from pm_llm.merges.merger import Merger
-from pm_llm.methods import Method
-from pm_llm.run.folder import RunDir
 from pm_llm.run.going_on import stage_key
 from pm_llm.run.kept import write_kept
 from pm_llm.run.reading import ADAPTER, LOG, MEMORY, TASK_ADAPTER
 from pm_llm.run.record import StageRecord
 from pm_llm.run.results import stage_line, stage_record
-from pm_llm.starts.base import Start
+from pm_llm.session import Session
 from pm_llm.system.files import jsonl
-from pm_llm.system.mapped import Zeros
 from pm_llm.system.processes import Clock, on_main, process_state, total
 from pm_llm.system.progress import say
 from pm_llm.system.sharding import is_sharded
-from pm_llm.tasks.base import Task
-from pm_llm.tasks.encoding import Encoder
+from pm_llm.tasks.fitting import encoded
 from pm_llm.training.checkpoints import Checkpoints
 from pm_llm.training.one_task import train
 from pm_llm.training.rehearsal import rehearse
-from pm_llm.training.stopping import Stopping
-
-
-class Watcher:
-    """Looks on while a run goes its way; what it does not fill does nothing."""
-
-    def loaded(self, session: Session) -> None:
-        """The base model has been loaded; no adapter is in it yet."""
-
-    @contextmanager
-    def training(self, stage: Stage) -> Iterator[None]:
-        """A context in which a task is trained."""
-        yield
-
-    def measured(self, stage: Stage) -> None:
-        """A task is trained and measured, and not merged yet."""
-
-
-@dataclass
-class Session:
-    """What a run has at hand from stage to stage.
-
-    `running` is the merged adapter, `last` the one that was trained last (where the start needs it), `memories` what
-    each constraint remembers, `rows` the digests of the `train` and `test` rows, `generate` what answers prompts.
-    `modules` are the adapted ones by name, where what the run began with has more than the configuration names, and
-    `folds` says for how many tasks that stands in the merge.
-    """
-
-    config: RunConfig
-    method: Method
-    run_dir: RunDir
-    tasks: Sequence[Task]
-    columns: dict[str, Task]
-    encoders: dict[str, Encoder]
-    rows: Mapping[str, Any]
-    merger: Merger
-    zeros: Zeros
-    stopping: Stopping
-    watchers: Sequence[Watcher] = ()
-    running: Adapter | None = None
-    last: Adapter | None = None
-    memories: list[dict[str, Tensor]] = field(default_factory=list)
-    generate: Generate = generate
-    modules: list[str] | None = None
-    folds: int = 0
-    start: Start = field(init=False)
-    base: Base = field(init=False)
-    model: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.start = self.method.start.build("start")
-        self.load()
-
-    def load(self) -> None:
-        """The base model, anew."""
-        self.base = load_base(
-            self.config.model, self.config.dtype, self.config.load_in_4bit, self.config.attn_implementation
-        )
-        self.model = self.base.model
-        for watcher in self.watchers:
-            watcher.loaded(self)
-
-    @property
-    def past(self) -> Factors:
-        """The running adapter by module; empty before the first task."""
-        return {} if self.running is None else self.running.factors
-
-    @property
-    def lora(self) -> LoraSection:
-        """The configuration of a task's adapter."""
-        lora = self.config.lora
-        return replace(lora, target_modules=self.modules, layers_to_transform=None) if self.modules else lora
-
-    def prepare(self) -> None:
-        """Put the next task's adapter into the model, as the start wants it."""
-        self.model = self.start.prepare(self.model, self.running, self.lora, self.base.family, self.last)
-
-    def begin_at(self, adapter: Adapter) -> None:
-        """Let the first task begin at an adapter."""
-        self.last = adapter if self.start.begins == "last" else None
-        self.running = adapter
-        if not isinstance(self.model, PeftModel):
-            self.prepare()
-        self.activate(adapter)
-
-    def memory_tensors(self) -> dict[str, Tensor]:
-        """What all constraints remember, by the number of each."""
-        return {f"{i}.{key}": x.contiguous() for i, one in enumerate(self.memories) for key, x in one.items()}
-
-    def activate(self, merged: Adapter) -> None:
-        """Make an adapter the running one: alone active, and frozen."""
-        self.running = merged
-        merged.attach(self.model, RUNNING)
-        remove(self.model, TASK)
-        set_active(self.model, [RUNNING], trainable=None)
-
-    def constraints(self) -> list[Constraint]:
-        """The method's constraints with what they remember of past tasks."""
-        constraints = [choice.build("constrain") for choice in self.method.constrain]
-        for constraint, memory in zip(constraints, self.memories, strict=False):
-            if memory:
-                constraint.load_memory(memory)
-        return constraints
-
-    def evaluate(self, stage: int, scores: dict[str, Any]) -> None:
-        """Score and commit what stage `stage` (from 0; -1: the untrained model) is to be scored on and is not yet."""
-        names, keep = [task.name for task in self.tasks], self.config.keep_test_rows
-        wanted = asked_for(self.config.evaluate, names, list(self.columns), stage, keep)
-        for name in [name for name in wanted if name not in scores]:
-            clock = Clock(process_state().device)
-            found = answer_task(
-                self.model, self.encoders[name], self.columns[name], self.config.evaluation, self.generate
-            )
-            clock.stop("evaluate")
-            took, memory = clock.seconds["evaluate"], clock.peak_memory["evaluate"]
-            score, lines = found.score(), found.lines() if keep else None
-            on_main(partial(self.run_dir.commit_score, stage, name, score, lines, took, memory))
-            scores[name] = {"score": score}
-        if not keep and stage >= 0:
-            on_main(partial(self.run_dir.forget_rows, stage))
 
 
 class Stage:
@@ -190,7 +59,7 @@ class Stage:
         self.began_at = time.monotonic()
         self.clock = Clock(process_state().device)
         self.family = session.encoders[self.task.name].family
-        self.rows: list[Row] = []
+        self.rows: Sequence[Row] = []
         self.chosen: ChosenRows
         self.began: Adapter | None = None  # the first task's adapter as it began
         self.constraints: list[Constraint] = []
@@ -398,9 +267,9 @@ class Stage:
             seed=self.seed,
         )
 
-    def _blocks(self, rows: list[Row]) -> Dataset:
+    def _blocks(self, rows: Sequence[Row]) -> Dataset:
         """What the Trainer reads: rows, several in one with `train.packing`."""
-        session, found = self.session, Dataset.from_list(rows)
+        session, found = self.session, table_of(rows)
         if not session.config.train.packing or self.family.packs:
             return found
         check_packing(session.model, self.family)
@@ -410,8 +279,8 @@ class Stage:
         """The rows, with what their loss must know of the model as it begins; and those that curvature is measured
         on."""
         session, encoders = self.session, self.session.encoders
-        own = encoders[self.task.name].features(self.task.train)
-        own += [row for name, foreign in self.task.foreign for row in encoders[name].features(foreign)]
+        own = encoded(encoders[self.task.name], self.task.train, self.task.name)
+        own = joined(own, [row for name, foreign in self.task.foreign for row in encoders[name].features(foreign)])
         rows = blocks(own, session.config.max_length, session.model) if self.family.packs else own
         tokenizer, size = session.base.tokenizer, session.config.evaluation.batch_size
         self.rows = self.family.referenced(session.model, tokenizer, rows, size)

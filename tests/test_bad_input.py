@@ -25,7 +25,7 @@ from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.merges.merger import Merger
 from pm_llm.presets import PRESETS
 from pm_llm.sequence import ContinualSequence
-from pm_llm.stage import Watcher
+from pm_llm.session import Watcher
 from pm_llm.tasks.base import Example, Task, checked
 from tests.conftest import ROOT, make_peft, pm_llm, small_tasks
 from tests.helpers.errors import one_line

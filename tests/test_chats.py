@@ -11,7 +11,8 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.tasks.base import Example
 from pm_llm.tasks.chat_template import problem_of
-from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.encoding import Encoder
+from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.loading import load_tasks
 from tests.conftest import DECODER, tokenizer
 

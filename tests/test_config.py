@@ -40,7 +40,7 @@ def test_unknown_yaml_key_names_the_nearest(tmp_path, run) -> None:
         (("--train.extra", "{max_steps: 9}"), ("sets max_steps", "Set train.max_steps instead")),
         (("--train.extra", "{eval_strategy: steps}"), ("eval_strategy", "Leave it out")),
         (("--train.extra", "{max_length: 26}"), ("max_length", "Leave it out")),  # it would cut answers off
-        (("--train.extra", "{packing: true}"), ("packing", "Leave it out")),
+        (("--train.extra", "{packing: true}"), ("packing", "Set train.packing instead")),
         (("--tasks", "a.jsonl", "--tasks", "b.jsonl"), ("--tasks is given twice", "after one --tasks")),
         (("--train.extra", "{optim_args: 3}"), ("train.extra.optim_args is 3", "a text or none")),
         (("--train.extra", "{adam_beta1: abc}"), ("train.extra.adam_beta1 is 'abc'", "a finite number")),

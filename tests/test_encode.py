@@ -14,7 +14,8 @@ from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.benchmarks.embedded import make_task
-from pm_llm.tasks.encoding import Encoder, encoder_for, encoders_for
+from pm_llm.tasks.encoding import Encoder, encoder_for
+from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.loading import load_tasks
 from pm_llm.tasks.order import blurred
 from tests.conftest import DECODER, FAMILIES, KINDS, tokenizer
@@ -138,7 +139,7 @@ def test_longest_answer(family: str) -> None:
     task = make_task("topic", 50, 2)
     glue = " " if family == "llama" else ""
     expected = max(len(t(glue + row.completion, add_special_tokens=False)["input_ids"]) for row in task.train) + 1
-    assert KINDS[family].answer_length(Encoder(t, KINDS[family], 96, 1), task, None) == expected
+    assert KINDS[family].answer_length(Encoder(t, KINDS[family], 96, 1), task.train, None) == expected
 
 
 def test_rows_that_neighbours_train_on_are_looked_at(pico_folders, tmp_path) -> None:

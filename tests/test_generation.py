@@ -181,7 +181,10 @@ def test_any_kind_of_adapter(config, pico_folders, tmp_path, capsys) -> None:
     found = read_predictions(tmp_path / "p.jsonl")["topic"].predictions
     task = make_task("topic").subset(None, 6, 0)
     encoder = Encoder(
-        tokenizer("llama"), DECODER, 96, DECODER.answer_length(Encoder(tokenizer("llama"), DECODER, 96, 1), task, None)
+        tokenizer("llama"),
+        DECODER,
+        96,
+        DECODER.answer_length(Encoder(tokenizer("llama"), DECODER, 96, 1), task.train, None),
     )
     alone = PeftModel.from_pretrained(load_base(pico_folders["llama"]).model, str(tmp_path / "adapter")).eval()
     for row, said in zip(task.test, found, strict=True):

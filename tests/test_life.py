@@ -130,7 +130,7 @@ def test_killed_before_rows_are_forgotten(pico_folders, tmp_path, monkeypatch) -
     """The rows of a task are there until it is scored, also when nothing else of it is."""
     model, tasks = pico_folders["llama"], jsonl_tasks(tmp_path / "tasks", "sentiment")
     sequence = begin(model, tmp_path / "run", [tasks / "sentiment"], keep_test_rows=False)
-    monkeypatch.setattr("pm_llm.stage.answer_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("pm_llm.session.answer_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sequence.run()
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.run.record import Results
 from pm_llm.sequence import ContinualSequence
-from pm_llm.stage import Watcher
+from pm_llm.session import Watcher
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.loading import load_tasks
 from pm_llm.tasks.order import blurred, pick_order

@@ -14,7 +14,8 @@ from pm_llm.evaluation.answering import _references
 from pm_llm.evaluation.scorers import score
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.chat_template import _marked, answer_of, problem_of, render, trained_turns
-from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.encoding import Encoder
+from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.loading import load_tasks
 from tests.conftest import DECODER, tokenizer
 

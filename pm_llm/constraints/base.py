@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -103,7 +103,7 @@ class Context:
     live: Live | None = None
     model: Any = None
     chosen: ChosenRows | None = None
-    rows: list[Row] = field(default_factory=list)
+    rows: Sequence[Row] = field(default_factory=list)
     seed: int = 0
     new: Mapping[str, LowRank] = field(default_factory=dict)
     fisher: Fisher | None = None
@@ -148,7 +148,7 @@ class Constraint:
         return not self.fills("begin", "rows", "steps")
 
     # ---- around a task ----
-    def rows(self, rows: list[Row], context: Context) -> list[Row]:
+    def rows(self, rows: Sequence[Row], context: Context) -> Sequence[Row]:
         """What is trained on, from the task's own rows."""
         return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pm_llm.constraints.base import Constraint, Context
 from pm_llm.families.base import Row
+from pm_llm.families.rows import joined
 from pm_llm.system.options import option
 
 
@@ -34,8 +36,8 @@ class Replay(Constraint):
     old_data = True
     stores = "rows of past tasks"
 
-    def rows(self, rows: list[Row], context: Context) -> list[Row]:
-        return rows + self.kept
+    def rows(self, rows: Sequence[Row], context: Context) -> Sequence[Row]:
+        return joined(rows, self.kept)
 
     def steps(self, steps: int, context: Context) -> int:
         own = len(context.rows)
@@ -45,7 +47,7 @@ class Replay(Constraint):
         rows, rng = context.rows, random.Random(f"replay {context.seed}")
         count = max(1, round(self.share * len(rows)))
         if self.buffer == "task":
-            self.kept = self.kept + rng.sample(rows, count)
+            self.kept = self.kept + [rows[i] for i in rng.sample(range(len(rows)), count)]
             return
         self._room = self._room or count
         for row in rows:

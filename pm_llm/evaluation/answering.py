@@ -22,7 +22,8 @@ from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.families.models import load_base
 from pm_llm.system.progress import bar
 from pm_llm.tasks.base import Example, Task
-from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.encoding import Encoder
+from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.loading import load_tasks, scored
 
 Generate = Callable[..., list[str]]  # as `generate` is called

@@ -22,7 +22,8 @@ from pm_llm.run.folder import RunDir
 from pm_llm.run.reading import TASK_ADAPTER
 from pm_llm.system.progress import bar
 from pm_llm.tasks.base import Example, Task, distinct
-from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.encoding import Encoder
+from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.loading import load_tasks
 
 ROUTERS = ("nearest", "arrow")

@@ -8,7 +8,7 @@ in `FAMILIES`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -81,13 +81,19 @@ class Family:
             return self
         raise PmLlmError(f"{KINDS[kind]} can be trained on decoders (LLaMA-like models) only.")
 
-    def answer_length(self, encoder: Encoder, task: Task, most: int | None) -> int:
-        """Tokens that answers may have: `most` if given, else those of the longest training answer, with end of
+    def answer_length(self, encoder: Encoder, rows: Iterable[Example], most: int | None) -> int:
+        """Tokens that answers may have: `most` if given, else those of the longest answer of some rows, with end of
         sequence."""
         if most is not None:
             return most
-        distinct = {row.completion: row for row in task.whole or task.train}.values()
-        return max(len(encoder.whole_answer(row)) for row in distinct)
+        seen: set[int] = set()
+        longest = 0
+        for row in rows:
+            said = hash(row.completion)
+            if said not in seen:
+                seen.add(said)
+                longest = max(longest, len(encoder.whole_answer(row)))
+        return longest
 
     def features(self, encoder: Encoder, examples: Sequence[Example]) -> list[Row]:
         """Rows to train on."""
@@ -99,9 +105,9 @@ class Family:
 
     def referenced(
         self, model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, progress: Any = None
-    ) -> list[Row]:
+    ) -> Sequence[Row]:
         """The rows with what the loss must know of the model before training."""
-        return list(rows)
+        return rows
 
     def draw(self, model: Any, encoder: Encoder, rows: Sequence[Row], seed: int, how: EvaluationSection) -> list[Row]:
         """The rows with what is learnt in them drawn from the model."""

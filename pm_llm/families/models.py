@@ -111,6 +111,12 @@ def load_base(
                 f"the tokenizer's {token} is {number}, and the model {name!r} knows tokens up to {size - 1} only. "
                 "Give the tokenizer a token that the model has, or the model that tokenizer's embedding."
             )
+    _agree(model, tokenizer)
+    return Base(model, tokenizer, kind)
+
+
+def _agree(model: Any, tokenizer: Any) -> None:
+    """The model's special tokens are the tokenizer's, and its answers greedy."""
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as the Trainer would, with a notice
         setattr(model.config, token, getattr(tokenizer, token))
     # plain greedy decoding: no penalties or forced tokens that the model may ship; its own end tokens still end
@@ -121,7 +127,6 @@ def load_base(
         eos_token_id=sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])}),
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    return Base(model, tokenizer, kind)
 
 
 def empty_base(name: str) -> tuple[Any, Family]:

@@ -19,6 +19,7 @@ from transformers import BatchEncoding, DataCollatorForSeq2Seq
 
 from pm_llm.errors import PmLlmError
 from pm_llm.families.base import Batch, Family, Row
+from pm_llm.families.rows import TableRows, table_of
 
 LENGTHS = "seq_lengths"  # of the rows in a block, in tokens; TRL's name
 _KNOWN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # a model's answers to takes_packing
@@ -38,12 +39,12 @@ def packed(rows: Dataset, length: int) -> Dataset:
     return pack_dataset(rows.map(begin), length, "bfd")
 
 
-def blocks(rows: Sequence[Row], length: int, model: Any) -> list[Row]:
+def blocks(rows: Sequence[Row], length: int, model: Any) -> Sequence[Row]:
     """The rows in blocks, where the model takes them; else as they are."""
     if not takes_packing(model):
-        return list(rows)
-    found: list[Row] = packed(Dataset.from_list(list(rows)), length).to_list()
-    return found
+        return rows
+    found = packed(table_of(rows), length)
+    return TableRows(found) if isinstance(rows, TableRows) else found.to_list()
 
 
 def check_packing(model: Any, family: Family) -> None:

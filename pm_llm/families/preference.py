@@ -7,7 +7,7 @@ the first step, so that no second model is kept.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from pm_llm.evaluation.batches import in_batches, pack
 from pm_llm.evaluation.generate import evaluating
 from pm_llm.families.base import Batch, Row
 from pm_llm.families.decoder import Decoder
+from pm_llm.families.rows import with_columns
 from pm_llm.system.processes import process_state
 
 if TYPE_CHECKING:
@@ -57,11 +58,8 @@ class Preference(Decoder):
         return False  # a decoder's rows, and no other kind of model
 
     # ---- rows ----
-    def answer_length(self, encoder: Encoder, task: Task, most: int | None) -> int:
-        if most is not None:
-            return most
-        rows = {answer: row for row in _both(task.whole or task.train) for answer in [row.completion]}
-        return max(len(encoder.whole_answer(row)) for row in rows.values())
+    def answer_length(self, encoder: Encoder, rows: Iterable[Example], most: int | None) -> int:
+        return super().answer_length(encoder, (one for row in rows for one in (row, _worse(row))), most)
 
     def features(self, encoder: Encoder, examples: Sequence[Example]) -> list[Row]:
         return [
@@ -84,10 +82,10 @@ class Preference(Decoder):
         batch_size: int,
         progress: Any = None,
         collate: Any = None,
-    ) -> list[Row]:
+    ) -> Sequence[Row]:
         """The rows with what the model, as it is, gives both answers."""
         found = self.likelihoods(model, tokenizer, rows, batch_size, progress, collate)
-        return [{**row, **dict(zip(REFERENCE, pair, strict=True))} for row, pair in zip(rows, found, strict=True)]
+        return with_columns(rows, {key: [pair[i] for pair in found] for i, key in enumerate(REFERENCE)})
 
     def draw(self, model: Any, encoder: Encoder, rows: Sequence[Row], seed: int, how: EvaluationSection) -> list[Row]:
         """The same pairs; which answer is the better one is drawn with the model's own chances, `sigmoid(beta (m -
@@ -200,7 +198,3 @@ def counting(plain: Any) -> Any:
 def _worse(row: Example) -> Example:
     assert row.rejected is not None
     return replace(row, completion=row.rejected, turn=None)
-
-
-def _both(rows: Sequence[Example]) -> list[Example]:
-    return [one for row in rows for one in (row, _worse(row))]

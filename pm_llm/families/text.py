@@ -6,7 +6,7 @@ before, so that every token but the first is said once. Pieces are packed into b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,7 @@ class Text(Decoder):
     def takes(self, config: Any) -> bool:
         return False  # a decoder's rows, and no other kind of model
 
-    def answer_length(self, encoder: Encoder, task: Task, most: int | None) -> int:
+    def answer_length(self, encoder: Encoder, rows: Iterable[Example], most: int | None) -> int:
         return 1
 
     def features(self, encoder: Encoder, examples: Sequence[Example]) -> list[Row]:

@@ -121,8 +121,7 @@ def sum_fisher(
             if towards:
                 sums.along[ALONG] += torch.stack(slope).sum(dim=0).square().sum()
                 slope.clear()
-            if progress is not None:
-                progress(len(batch["labels"]))
+            _ = progress and progress(len(batch["labels"]))
     return sums
 
 

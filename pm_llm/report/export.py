@@ -24,7 +24,7 @@ from pm_llm.run.folder import RunDir
 from pm_llm.run.kept import read_all
 from pm_llm.system.files import new_folder
 from pm_llm.tasks.base import Task
-from pm_llm.tasks.encoding import encoders_for
+from pm_llm.tasks.fitting import encoders_for
 
 KINDS = ("adapter", "model", "gguf")
 PROMPTS = 8  # of the run's test rows, on which an export is compared

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.run.folder import RunDir
 from pm_llm.run.record import StageRecord
-from pm_llm.system.files import sha256_of
+from pm_llm.system.files import sha256_of, sha256_of_list
 from pm_llm.tasks.base import Example, Task
+from pm_llm.tasks.store import remembered
 
 # keys without influence on any result, beyond the rounding of sums
 FREE = (
@@ -24,7 +25,7 @@ ROWS = (
     *("benchmark", "order", "repeat", "blur", "bad_rows", "data_dir", "tasks", "probes"),
     *("max_train_samples", "max_test_samples"),
 )
-# of a row, what all have had from the first; later fields count where they say something
+# of a row, what all have had from the first
 DEFAULTS = [f.default for f in dataclasses.fields(Example)]
 FIRST_FIELDS = [f.name for f in dataclasses.fields(Example)].index("tools")
 # what accelerate launch says of sharding: each way writes checkpoints that another cannot read
@@ -199,14 +200,25 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _fingerprint(rows: Iterable[Example], *more: Any) -> str:
     """What rows hold, wherever they lie."""
-    found = []
-    for row in rows:
-        plain = dataclasses.astuple(dataclasses.replace(row, id=None, place=""))
-        size = len(plain)
-        while size > FIRST_FIELDS and plain[size - 1] == DEFAULTS[size - 1]:
-            size -= 1
-        found.append([*plain[:size]])
-    return sha256_of([found, *more])
+
+    def plain_rows() -> Iterator[list[Any]]:
+        for row in rows:
+            yield _plain(row)
+
+    key = getattr(rows, "key", None)  # of many rows, which are gone through once
+    if key is None:
+        return sha256_of_list(plain_rows(), *more)
+    found = remembered([key, *more], lambda: {"digest": sha256_of_list(plain_rows(), *more)}, bool)
+    return str(found["digest"])
+
+
+def _plain(row: Example) -> list[Any]:
+    """What a row holds; later fields count where they say something."""
+    plain = dataclasses.astuple(dataclasses.replace(row, id=None, place=""))
+    size = len(plain)
+    while size > FIRST_FIELDS and plain[size - 1] == DEFAULTS[size - 1]:
+        size -= 1
+    return [*plain[:size]]
 
 
 def _learnt(task: Task) -> list[str]:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pm_llm.config import RunConfig
 from pm_llm.run.going_on import restart_token
@@ -18,7 +17,8 @@ from pm_llm.run.reading import CURVATURE, KEPT, STAGES, TEST_ROWS, Reading
 from pm_llm.run.record import StageRecord
 from pm_llm.system.files import jsonl
 from pm_llm.system.progress import say
-from pm_llm.tasks.base import Example, Kept, Task
+from pm_llm.tasks.base import Kept, Task
+from pm_llm.tasks.store import example_of, plain_of
 
 
 def write_kept(folder: Path, task: Task, answer: int, train: str, test: str) -> None:
@@ -42,20 +42,14 @@ def write_kept(folder: Path, task: Task, answer: int, train: str, test: str) -> 
         "kept": dataclasses.asdict(Kept(answer, train, test, len(task.train), len(task.test))),
     }
     (folder / KEPT).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-    (folder / TEST_ROWS).write_bytes(jsonl([_row(row) for row in task.test]))
-
-
-def _row(row: Example) -> dict[str, Any]:
-    defaults = {f.name: f.default for f in dataclasses.fields(Example)}
-    return {key: x for key, x in dataclasses.asdict(row).items() if x != defaults[key]}
+    (folder / TEST_ROWS).write_bytes(jsonl([plain_of(row) for row in task.test]))
 
 
 def read_kept(folder: Path) -> Task:
     """The task that :func:`write_kept` wrote, without training rows, and without test rows where none are kept."""
-    found, lists = json.loads((folder / KEPT).read_text(encoding="utf-8")), {"messages", "alternatives", "tools"}
+    found = json.loads((folder / KEPT).read_text(encoding="utf-8"))
     rows = (folder / TEST_ROWS).read_text(encoding="utf-8").split("\n") if (folder / TEST_ROWS).is_file() else []
-    plain: list[Any] = [json.loads(row) for row in rows if row]
-    test = [Example(**{**row, **{key: tuple(row[key]) for key in lists & row.keys()}}) for row in plain]
+    test = [example_of(json.loads(row)) for row in rows if row]
     found.setdefault("loss_on", "last")  # as it was before it could be said
     kept, labels, files = Kept(**found.pop("kept")), tuple(found.pop("labels")), found.pop("files")
     return Task(train=[], test=test, labels=labels, files=tuple(map(tuple, files)), kept=kept, **found)

@@ -81,9 +81,7 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
     """
     config, scorers = run["config"], [task.scorer for task in columns.values()]
     stages: list[StageRecord] = run["stages"]
-    trained = {stage.task for stage in stages}
-    lower = {name for name in trained if SCORERS[columns[name].scorer].lower_is_better}
-    aside = lower if lower < trained else set()
+    lower, aside = _directions({stage.task for stage in stages}, columns)
     last = stages[-1]
     matrix = Matrix(list(columns), {}, [stage.task for stage in stages], bool(lower) and not aside, frozenset(aside))
     for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage.scores for stage in stages)]:
@@ -119,6 +117,12 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
         peak_memory_bytes=[max(stage.peak_memory_bytes.values()) for stage in stages],
         numbers={**measured(config["evaluate"], config["keep_test_rows"]), **fuar},
     )
+
+
+def _directions(trained: set[str], columns: Mapping[str, Task]) -> tuple[set[str], set[str]]:
+    """The trained tasks of which lower is better; and those that no average is of, where not all are such."""
+    lower = {name for name in trained if SCORERS[columns[name].scorer].lower_is_better}
+    return lower, lower if lower < trained else set()
 
 
 def _own(stage: StageRecord, run: dict[str, Any]) -> list[str]:

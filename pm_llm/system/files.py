@@ -104,6 +104,18 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def sha256_of_list(values: Iterable[Any], *more: Any) -> str:
+    """`sha256_of([list(values), *more])`, of which no more is held than one value."""
+    found = hashlib.sha256(b"[[")
+    for i, value in enumerate(values):
+        found.update(b", " * bool(i) + json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    found.update(b"]")
+    for value in more:
+        found.update(b", " + json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    found.update(b"]")
+    return found.hexdigest()
+
+
 def digests(folder: Path, paths: Iterable[Path] | None = None) -> Digests:
     """Size and SHA-256 of files below `folder` (by default all), by their relative path."""
     files = (path for path in folder.rglob("*") if path.is_file()) if paths is None else paths

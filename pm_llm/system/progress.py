@@ -12,7 +12,7 @@ from pm_llm.errors import nobody_listens
 from pm_llm.system.processes import process_state
 
 
-def bar(total: int, label: str, unit: str) -> Any:
+def bar(total: int | None, label: str, unit: str) -> Any:
     """A bar that disappears when it is done; on the main process only."""
     disable = True if not process_state().is_main_process else None
     return tqdm(total=total, desc=label, unit=unit, leave=False, disable=disable)

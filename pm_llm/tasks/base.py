@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,6 +72,12 @@ class Example:
     def texts(self) -> list[str]:
         """All that is said in it, and may be learnt."""
         return [*self.references, *([] if self.rejected is None else [self.rejected])]
+
+
+def picked(rows: Sequence[Example], numbers: Sequence[int]) -> Sequence[Example]:
+    """Rows by their numbers; of rows in a file (:class:`pm_llm.tasks.store.Stored`) a view."""
+    select: Callable[..., Sequence[Example]] | None = getattr(rows, "select", None)
+    return [rows[i] for i in numbers] if select is None else select(numbers)
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ class Task:
                 f"Use {', '.join(fitting)}."
             )
         self._check_labels(problems)
-        seen: dict[tuple[str, str], str] = {}
+        seen: dict[int, tuple[str, int]] = {}
         kept: dict[str, Any] = {split: self._good(split, seen, problems, answers) for split in SPLITS}
         empty = [split for split in ("train", "test") if not kept[split]]
         if empty and not explained:
@@ -191,26 +198,33 @@ class Task:
                     "neither case nor punctuation. Use scorer accuracy.",
                 )
 
-    def _good(self, split: str, seen: dict[tuple[str, str], str], problems: Problems, answers: bool) -> list[Example]:
-        """The split's good rows; `seen` are the ids so far, by file, with their places."""
-        kept: list[Example] = []
-        for number, row in enumerate(getattr(self, split), start=1):
-            place = row.place or f"task {self.name!r}, {split}:row {number}"
-            wrong = self._wrong(row, answers)
+    def _good(
+        self, split: str, seen: dict[int, tuple[str, int]], problems: Problems, answers: bool
+    ) -> Sequence[Example]:
+        """The split's good rows; `seen` are the ids so far, by file, with split and number of their rows."""
+        rows: Sequence[Example] = getattr(self, split)
+        kept = array("q")
+        kind = self.kind
+        for number, row in enumerate(rows):
+            place = self._place(split, number, row)
+            wrong = self._wrong(row, kind, answers)
             if wrong is None and row.id is not None:
-                first = seen.setdefault((place.rpartition(":")[0], row.id), place)
-                wrong = None if first == place else f"its id {row.id!r} is that of {first} too."
+                first = seen.setdefault(hash((place.rpartition(":")[0], row.id)), (split, number))
+                before = place if first == (split, number) else self._place(*first)
+                wrong = None if before == place else f"its id {row.id!r} is that of {before} too."
             if wrong is None:
-                kept.append(row)
+                kept.append(number)
             else:
                 problems.row(place, wrong)
-        return kept
+        return picked(rows, kept)
 
-    def _wrong(self, row: Example, answers: bool) -> str | None:
-        if row.kind != self.kind:
-            return (
-                f"it is of the kind {row.kind!r}, and the task's first row of {self.kind!r}. Make two tasks of them."
-            )
+    def _place(self, split: str, number: int, row: Example | None = None) -> str:
+        row = row or getattr(self, split)[number]
+        return row.place or f"task {self.name!r}, {split}:row {number + 1}"
+
+    def _wrong(self, row: Example, kind: str, answers: bool) -> str | None:
+        if row.kind != kind:
+            return f"it is of the kind {row.kind!r}, and the task's first row of {kind!r}. Make two tasks of them."
         if answers and not all(text.strip() for text in row.texts):
             return EMPTY[row.kind]
         if row.kind == "preference" and row.rejected == row.completion:
@@ -232,7 +246,7 @@ class Task:
             rows: Sequence[Example] = getattr(self, split)
             if n is None or n >= len(rows):
                 return rows
-            return random.Random(f"{seed} {self.name} {split}").sample(list(rows), n)
+            return picked(rows, random.Random(f"{seed} {self.name} {split}").sample(range(len(rows)), n))
 
         return replace(self, train=draw("train", train), test=draw("test", test), validation=draw("validation", test))
 

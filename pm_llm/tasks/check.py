@@ -11,7 +11,8 @@ import numpy as np
 
 from pm_llm.config import RunConfig
 from pm_llm.tasks.base import SPLITS, Example, Task, distinct
-from pm_llm.tasks.encoding import Encoder, encoders_for
+from pm_llm.tasks.encoding import Encoder
+from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.loading import load_tasks, scored
 
 QUANTILES = (0, 50, 90, 99, 100)

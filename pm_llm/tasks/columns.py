@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -34,29 +34,36 @@ TEXT = "text"  # alone: raw text
 CHOSEN, REJECTED = "chosen", "rejected"  # of a preference pair
 
 
-def examples_of(rows: list[Row], spec: UserTask, problems: Problems, prompts: bool = False) -> list[Example]:
-    """The rows as examples; what is wrong with them, or would be left out of them, goes to `problems`.
+def examples_of(rows: Iterable[Row], spec: UserTask, problems: Problems, prompts: bool = False) -> Iterator[Example]:
+    """The rows, which are gone through three times, as examples; what is wrong with them, or would be left out of
+    them, goes to `problems`.
 
     With `prompts` rows may be prompts alone, and chats may end with a question; their answers are empty then.
     """
-    if not rows:
-        return []
-    found = Counter(columns_of(row.values, spec, prompts) for row in rows)
+    found: Counter[Columns | None] = Counter()
+    first: Row | None = None
+    for row in rows:
+        first = first or row
+        found[columns_of(row.values, spec, prompts)] += 1
+    if first is None:
+        return
     if list(found) == [None]:
         problems.add(
-            rows[0].place,
-            f"the columns are {', '.join(map(str, rows[0].values))}; needed are prompt and completion, or messages, "
+            first.place,
+            f"the columns are {', '.join(map(str, first.values))}; needed are prompt and completion, or messages, "
             "or text, or chosen and rejected. Name yours with `prompt` and `completion`, or `messages`, or `text`.",
         )
-        return []
+        return
     common = max((columns for columns in found if columns is not None), key=found.__getitem__)
-    if not _all_used(rows, common, spec, problems):
-        return []
-    examples = [common.example(row, spec, problems, prompts) for row in rows]
-    return [example for example in examples if example is not None]
+    if not _all_used(rows, first, common, spec, problems):
+        return
+    for row in rows:
+        example = common.example(row, spec, problems, prompts)
+        if example is not None:
+            yield example
 
 
-def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Problems) -> bool:
+def _all_used(rows: Iterable[Row], one: Row, columns: Columns, spec: UserTask, problems: Problems) -> bool:
     """Whether nothing of the rows is left out unsaid: what is neither used nor in `ignore` is refused, or told where
     it is of numbers, or the user named the columns that count."""
     used = {*columns.used(), spec.id, *spec.ignore}
@@ -87,7 +94,7 @@ def _all_used(rows: list[Row], columns: Columns, spec: UserTask, problems: Probl
         )
         return False
     if left:
-        problems.note(f"{rows[0].place.rpartition(':')[0]}: not used: {', '.join(left)}")
+        problems.note(f"{one.place.rpartition(':')[0]}: not used: {', '.join(left)}")
     return True
 
 

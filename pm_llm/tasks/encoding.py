@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
-from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.families.base import Family, Row
-from pm_llm.tasks.base import SPLITS, Example, Task
+from pm_llm.system.files import sha256_of
+from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.chat_template import MARK, answer_of, problem_of, render, trained_turns
 from pm_llm.tasks.chats import text_of
-from pm_llm.tasks.problems import Problems
 
 
 @dataclass(frozen=True)
@@ -75,23 +74,13 @@ class Encoder:
             return found
         return [(i, i + 1) for i in range(len(body))]  # at most a token a character, nearly always
 
-    def too_long(self, examples: Sequence[Example]) -> dict[int, str]:
-        """Identity of a row -> what to say of it, for those whose prompt does not fit however much of it is cut."""
-        frames: dict[tuple[str, str], str | None] = {}
-        found = {}
-        for row in examples:
-            if self.is_chat(row):
-                messages = row.messages or ()
-                wrong = self._too_long(replace(row, messages=(*messages[:-1], {**messages[-1], "content": ""})))
-            elif (row.head, row.tail) in frames:
-                wrong = frames[row.head, row.tail]
-            else:
-                wrong = frames[row.head, row.tail] = self._too_long(replace(row, body="", messages=None))
-            if wrong is not None:
-                found[id(row)] = wrong
-        return found
-
-    def _too_long(self, frame: Example) -> str | None:
+    def too_long(self, example: Example) -> str | None:
+        """What to say of a row whose prompt does not fit however much of it is cut; None: it does."""
+        if self.is_chat(example):
+            messages = example.messages or ()
+            frame = replace(example, messages=(*messages[:-1], {**messages[-1], "content": ""}))
+        else:
+            frame = replace(example, body="", messages=None)
         length = len(self.whole_prompt(frame))
         if length <= self.prompt_budget:
             return None
@@ -161,6 +150,15 @@ class Encoder:
         unknown = self.tokenizer.unk_token_id
         return unknown is not None and unknown in [*self.whole_prompt(example), *self.whole_answer(example)]
 
+    @property
+    def fingerprint(self) -> str:
+        """What stands for all that tokens depend on."""
+        tokenizer, backend = self.tokenizer, getattr(self.tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+        names = [tokenizer.chat_template, str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+        own = [self.max_length, self.max_new_tokens, self.special_tokens, self.loss_on]
+        return sha256_of([words, *names, *own, type(self.family).__name__, self.family.kind])
+
     def _encode(self, text: str, **how: Any) -> Any:
         return self.tokenizer(text, **{"split_special_tokens": self.special_tokens != "token", **how})
 
@@ -204,16 +202,18 @@ class Encoder:
         """What may be shortened."""
         return (example.messages or ())[-1]["content"] if self.is_chat(example) else example.body
 
-    def wrong(self, example: Example) -> str | None:
-        """What is wrong with a row for this model, if anything is, however much of its body is cut."""
+    def look(self, example: Example) -> tuple[str | None, int]:
+        """What is wrong with a row for this model, if anything is, however much of its body is cut; and, of a chat,
+        the tokens of its whole prompt."""
+        length = 0
         if self.is_chat(example):
             refused = problem_of(self.tokenizer, example)
             if refused is not None:
-                return refused
+                return refused, 0
             try:
-                self.whole_prompt(example)
+                length = len(self.whole_prompt(example))
             except PmLlmError as error:
-                return str(error)
+                return str(error), 0
         if self.special_tokens is None:
             texts = [*map(text_of, example.messages or ()), example.head, example.body, example.tail]
             texts += [self.bare(answer) for answer in example.texts]
@@ -221,76 +221,15 @@ class Encoder:
             if token is not None:
                 return (
                     f"it holds the text of the special token {token!r}. Say what that is with `special_tokens: text` "
-                    "(its letters) or `special_tokens: token` (the token)."
+                    "(its letters) or `special_tokens: token` (the token).",
+                    0,
                 )
-        return None
+        return None, length
 
 
 @lru_cache
 def _special(tokenizer: Any) -> tuple[str, ...]:
     return tuple(token for token in tokenizer.all_special_tokens if token)
-
-
-def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, Encoder], Callable[[Task], Task]]:
-    """How each task's rows are rendered for `config.model`, by name, after a look at every row; and what takes the
-    rows out of a task that cannot be (with `bad_rows: drop`, which says how many; else it leaves tasks as they are).
-
-    Raises:
-        PmLlmError: With every row whose frame alone is too long or that the chat template refuses.
-    """
-    from pm_llm.families.models import load_tokenizer
-
-    tokenizer, model_family = load_tokenizer(config.model)
-    problems, encoders = Problems(drop=config.bad_rows == "drop"), {}
-    bad: dict[int, Example] = {}  # by identity; held, so that it is not another's
-    for task in tasks:
-        family = model_family.of(task.kind, config.train.beta)
-        if task.kept is not None:  # its rows were looked at when it was trained
-            length = task.kept.answer
-            how = (task.special_tokens, task.loss_on)
-            encoders[task.name] = Encoder(tokenizer, family, config.max_length, length, *how)
-            continue
-        rows = [*(task.whole or task.train), *task.validation, *task.test]  # what neighbours may train on, too
-        blind = Encoder(tokenizer, family, config.max_length, 1, task.special_tokens, task.loss_on)
-        wrong = {id(row): what for row in rows if (what := blind.wrong(row)) is not None}
-        good = [row for row in task.whole or task.train if id(row) not in wrong]
-        if good:
-            encoder = encoder_for(
-                tokenizer, family, replace(task, train=good, whole=()), config.max_length, config.max_new_tokens
-            )
-            wrong |= encoder.too_long([row for row in rows if id(row) not in wrong])
-            encoders[task.name] = encoder
-            _tell_unknown(task.name, encoder, [row for row in rows if id(row) not in wrong], problems)
-        for row in rows:
-            if id(row) in wrong:
-                bad[id(row)] = row
-                problems.row(row.place, wrong[id(row)])
-        for split in ("train", "test"):
-            if problems.drop and all(id(row) in bad for row in getattr(task, split)) and getattr(task, split):
-                problems.add("", f"task {task.name!r} has no {split} rows left that the model can be given.")
-    problems.tell()
-
-    def fitting(task: Task) -> Task:
-        def kept(some: Sequence[Example]) -> list[Example]:
-            return [row for row in some if id(row) not in bad]
-
-        splits: dict[str, Any] = {name: kept(getattr(task, name)) for name in (*SPLITS, "whole")}
-        return replace(task, **splits, foreign=tuple((name, kept(some)) for name, some in task.foreign))
-
-    return encoders, fitting if bad else lambda task: task
-
-
-def _tell_unknown(name: str, encoder: Encoder, rows: Sequence[Example], problems: Problems) -> None:
-    sample = encoder.tokenizer("{}\n~\u00e9\u4e2d\U0001f600", add_special_tokens=False)["input_ids"]
-    if encoder.tokenizer.unk_token_id not in sample:
-        return  # it knows all characters
-    found = [row for row in rows if encoder.unknown(row)]
-    if found:
-        where = f", the first at {found[0].place}" if found[0].place else ""
-        problems.note(
-            f"task {name!r}: {len(found)} of {len(rows)} rows hold characters that the model's vocabulary lacks"
-            f"{where}: it sees {encoder.tokenizer.unk_token} for each, and answers cannot be told apart by them"
-        )
 
 
 def encoder_for(tokenizer: Any, family: Family, task: Task, max_length: int, max_new_tokens: int | None) -> Encoder:
@@ -300,11 +239,16 @@ def encoder_for(tokenizer: Any, family: Family, task: Task, max_length: int, max
         PmLlmError: If the answers leave no room for prompts.
     """
     encoder = Encoder(tokenizer, family, max_length, max_new_tokens or 1, task.special_tokens, task.loss_on)
-    answer = family.answer_length(encoder, task, max_new_tokens)
+    answer = family.answer_length(encoder, task.whole or task.train, max_new_tokens)
+    return with_room(encoder, answer, task.name)
+
+
+def with_room(encoder: Encoder, answer: int, name: str) -> Encoder:
+    """The encoder with room for answers of so many tokens. Raises PmLlmError if they leave none for prompts."""
     encoder = replace(encoder, max_new_tokens=answer)
     if encoder.prompt_budget < 1:
         raise PmLlmError(
-            f"task {task.name!r}: answers of {answer} tokens leave none of max_length {max_length} for prompts. "
+            f"task {name!r}: answers of {answer} tokens leave none of max_length {encoder.max_length} for prompts. "
             "Raise max_length, or set max_new_tokens to cut long answers."
         )
     return encoder

@@ -18,7 +18,7 @@ from typing import Any
 from pm_llm.errors import did_you_mean, first_line, near_file
 from pm_llm.tasks.problems import Problems
 
-PACKED = ".gz"
+PACKED = (".gz", ".zst")
 SEPARATORS = (",", ";", "\t", "|")
 _BETWEEN = re.compile(r"[\s,]*")
 
@@ -56,31 +56,36 @@ class Row:
 
 def kind_of(path: Path) -> str | None:
     """The suffix by which a file is read, without that of a compression; None: it is of no kind that is."""
-    suffix = Path(path.stem).suffix if path.suffix == PACKED else path.suffix
-    return suffix if suffix in READERS and (suffix != ".parquet" or path.suffix != PACKED) else None
+    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    return suffix if suffix in READERS and (suffix != ".parquet" or path.suffix not in PACKED) else None
 
 
 def stem_of(path: Path) -> str:
     """A file's name without what says its kind."""
     kind = kind_of(path)
-    return path.stem if kind is None else path.name.removesuffix(PACKED).removesuffix(kind)
+    if kind is None:
+        return path.stem
+    return path.name.removesuffix(path.suffix if path.suffix in PACKED else "").removesuffix(kind)
 
 
-def read_rows(path: Path, problems: Problems) -> list[Row]:
-    """All rows of a file, by its suffix. What cannot be read goes to `problems`."""
+def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
+    """The rows of a file, by its suffix, one after the other. What cannot be read goes to `problems`."""
     kind = kind_of(path)
     problems.opened(path)
     if kind is None:
-        allowed = f"{', '.join(READERS)}, and all but Parquet with {PACKED}"
+        allowed = f"{', '.join(READERS)}, and all but Parquet with {' or '.join(PACKED)}"
         problems.add(str(path), f"files of kind {path.suffix!r} cannot be read. Allowed: {allowed}.")
     elif not path.is_file():
         problems.add(str(path), f"does not exist.{near_file(path)}")
     elif path.stat().st_size:
         try:
-            return list(READERS[kind](path, problems))
+            yield from READERS[kind](path, problems)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             problems.add(str(path), f"is not a whole gzip file: {error}.")
-    return []
+        except OSError as error:
+            if path.suffix != ".zst":
+                raise
+            problems.add(str(path), f"is not a whole zstandard file: {first_line(error)}.")
 
 
 def read_json(path: Path, problems: Problems) -> Any:
@@ -135,6 +140,9 @@ def is_there(path: Path, advice: str, problems: Problems, optional: bool = False
 
 def _json(path: Path, problems: Problems) -> Iterator[Row]:
     """An array of rows, or a row a line."""
+    if _row_a_line(path):
+        yield from _jsonl(path, problems)
+        return
     text = _decoded(path).strip()
     if text.startswith("["):
         yield from json_array(path, problems)
@@ -144,6 +152,16 @@ def _json(path: Path, problems: Problems) -> Iterator[Row]:
         problems.add(str(path), "is one JSON object over several lines. Give a list of rows, or a row a line.")
     else:
         yield from _jsonl(path, problems)
+
+
+def _row_a_line(path: Path) -> bool:
+    """Whether its first line is an object by itself, and another line follows: nothing more of it need be read."""
+    lines = (line for line in _lines(path) if line.strip())
+    try:
+        found = isinstance(json.loads(next(lines, "null")), dict)
+    except (ValueError, RecursionError):
+        return False
+    return found and next(lines, None) is not None
 
 
 def _wrapping(text: str) -> str | None:
@@ -157,7 +175,7 @@ def _wrapping(text: str) -> str | None:
 
 
 def _jsonl(path: Path, problems: Problems) -> Iterator[Row]:
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -179,16 +197,16 @@ def _object(value: Any, place: str, problems: Problems) -> Iterator[Row]:
 
 def _csv(path: Path, problems: Problems) -> Iterator[Row]:
     limit = csv.field_size_limit(sys.maxsize)
-    text, taken = _decoded(path), 0
+    taken = 0
 
     def lines() -> Iterator[str]:
         nonlocal taken
-        for line in io.StringIO(text, newline="\n"):
+        for line in _lines(path):
             taken += 1
             yield line
 
     try:
-        first = next((line for line in io.StringIO(text, newline="\n") if line.strip()), "")
+        first = next((line for line in _lines(path) if line.strip()), "")
         reader, header = csv.reader(lines(), strict=True, delimiter=_separator(first)), None
         while True:
             place = f"{path}:{taken + 1}"
@@ -223,20 +241,23 @@ def _separator(header: str) -> str:
 def _parquet(path: Path, problems: Problems) -> Iterator[Row]:
     from datasets import Dataset
     from datasets.table import InMemoryTable
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException, Table
     from pyarrow.parquet import ParquetFile
 
     try:
         with path.open("rb") as file:  # a name would be taken for a pattern
-            rows = Dataset(InMemoryTable(ParquetFile(file).read()))
+            done, parts = 0, ParquetFile(file)
+            for part in parts.iter_batches(batch_size=1000):
+                rows = Dataset(InMemoryTable(Table.from_batches([part])))
+                yield from dataset_rows(rows, str(path), done)
+                done += len(rows)
     except (ValueError, OSError, ArrowException) as error:
         problems.add(str(path), f"cannot be read as parquet: {first_line(error)}")
-        return
-    yield from dataset_rows(rows, str(path))
 
 
-def dataset_rows(rows: Any, name: str) -> Iterator[Row]:
-    """The rows of a `datasets.Dataset`; class labels become their names, and columns of whole numbers text."""
+def dataset_rows(rows: Any, name: str, before: int = 0) -> Iterator[Row]:
+    """The rows of a `datasets.Dataset`, numbered after `before` others; class labels become their names, and columns
+    of whole numbers text. What a table must have in every nested value, and a row does not, is left out of it."""
     from datasets import ClassLabel, Value
 
     words: dict[str, Callable[[Any], Any]] = {}
@@ -245,9 +266,17 @@ def dataset_rows(rows: Any, name: str) -> Iterator[Row]:
             words[column] = dict(enumerate(feature.names)).get  # -1, a hidden label, becomes None
         elif isinstance(feature, Value) and "int" in feature.dtype:
             words[column] = str
-    for number, values in enumerate(rows, start=1):
+        elif not isinstance(feature, Value):
+            words[column] = _without_nothing
+    for number, values in enumerate(rows, start=before + 1):
         named = {c: words[c](v) if c in words and v is not None else v for c, v in values.items()}
         yield Row(named, f"{name}:row {number}")
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nothing(x) for key, x in value.items() if x is not None}
+    return [_without_nothing(x) for x in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path, Problems], Iterator[Row]]] = {
@@ -261,8 +290,25 @@ READERS: dict[str, Callable[[Path, Problems], Iterator[Row]]] = {
 
 def _decoded(path: Path) -> str:
     # bytes that are no UTF-8 become lone surrogates, which Row.check_text finds in the row that holds them
-    content = gzip.decompress(path.read_bytes()) if path.suffix == PACKED else path.read_bytes()
-    return content.decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
+    with _opened(path) as file:
+        return str(file.read().decode("utf-8-sig", errors="surrogateescape")).replace("\r\n", "\n")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The same line by line, of which no more is held than one."""
+    with _opened(path) as file:
+        for number, line in enumerate(file):
+            text = line.decode("utf-8" if number else "utf-8-sig", errors="surrogateescape")
+            yield text.removesuffix("\r\n") + "\n" if text.endswith("\r\n") else text
+
+
+def _opened(path: Path) -> Any:
+    """A file's bytes, without its compression."""
+    if path.suffix == ".zst":
+        from pyarrow import input_stream
+
+        return io.BufferedReader(input_stream(str(path), compression="zstd"))
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def short(value: Any) -> str:

@@ -251,8 +251,8 @@ def _row(source: HubRows, values: dict[str, Any], place: str, problems: Problems
     return text, answer, place
 
 
-def load_hub_dataset(name: str, subset: str | None) -> dict[str, Any]:
-    """All splits of a dataset by its id. Raises PmLlmError if it cannot be had."""
+def load_hub_dataset(name: str, subset: str | None, stream: bool = False) -> dict[str, Any]:
+    """All splits of a dataset by its id, loaded or as streams. Raises PmLlmError if it cannot be had."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
@@ -260,7 +260,7 @@ def load_hub_dataset(name: str, subset: str | None) -> dict[str, Any]:
     if name in _PACKAGED_DATASETS_MODULES:  # it would read all such files below the working folder
         raise PmLlmError(f"{name!r} is a file format to `datasets`, not a dataset. Give a file, a folder or an id.")
     try:
-        return dict(load_dataset(name, subset))
+        return dict(load_dataset(name, subset, streaming=stream))
     except (
         DatasetNotFoundError,
         DatasetGenerationError,

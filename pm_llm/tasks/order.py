@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pm_llm.errors import PmLlmError, unknown_name
-from pm_llm.tasks.base import Example, Task
+from pm_llm.tasks.base import Example, Task, picked
 
 
 def pick_order(order: str | Sequence[str] | None, orders: dict[str, list[str]], known: Sequence[str]) -> list[str]:
@@ -64,8 +64,10 @@ def blurred(tasks: Sequence[Task], share: float, seed: int) -> list[Task]:
         foreign: dict[str, list[Example]] = {}
         for k, neighbour in enumerate(neighbours):
             n = count // len(neighbours) + (k < count % len(neighbours))
-            drawn = rng.sample(list(neighbour.train), min(n, len(neighbour.train)))
+            numbers = rng.sample(range(len(neighbour.train)), min(n, len(neighbour.train)))
+            drawn = [neighbour.train[i] for i in numbers]
             foreign[neighbour.name] = foreign.get(neighbour.name, []) + drawn
-        kept = rng.sample(list(task.train), len(task.train) - sum(map(len, foreign.values())))
+        count = len(task.train) - sum(map(len, foreign.values()))
+        kept = picked(task.train, rng.sample(range(len(task.train)), count))
         mixed.append(replace(task, train=kept, whole=task.train, foreign=tuple(foreign.items())))
     return mixed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,36 @@ from typing import Any
 from pm_llm.config import build
 from pm_llm.errors import PmLlmError
 from pm_llm.system.coerce import name_of
-from pm_llm.tasks.base import DEFAULT_SCORER, Example, Task, check_while
+from pm_llm.tasks.base import DEFAULT_SCORER, Example, Task, check_while, picked
 from pm_llm.tasks.columns import examples_of
 from pm_llm.tasks.files import READERS, Row, dataset_rows, kind_of, read_rows, stem_of
 from pm_llm.tasks.hub import load_hub_dataset
 from pm_llm.tasks.problems import Problems
+from pm_llm.tasks.store import Again, gathered, identity_of, once
 
 _TEST_ALIASES = ("validation", "dev", "eval")
 _SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")
-Splits = dict[str, Callable[[], list[Row]]]  # read only where they are used
+Splits = dict[str, Callable[[Problems], Iterable[Row]]]  # read only where they are used
 
 
 @dataclass(frozen=True)
 class UserTask:
     """One entry of `tasks`: a path or dataset id, and what is not to be guessed.
 
-    `data` is a file (with `test_data`, or a share `test_size` split off), a folder with `train.*` and `test.*`, a
-    folder written by `Dataset.save_to_disk`, or a dataset id on the Hub (with its configuration in `subset`).
-    `prompt` and `completion` name the columns; `prompt` may be several, which are joined, or a template such as
-    `{question}\\n{choices}`. `messages` names a chat column, whose last turn is the answer, and `text` one of raw
-    text, all of which is learnt; `chosen` and `rejected` are the answers of preference pairs. Without names, common
-    ones are found (prompt/completion, instruction/output, question/answer, text/label, messages ...), and every other
-    column with text must be in `ignore`. `special_tokens` says what the text of a special token in a row is: `text`
-    or `token`. Of a chat all turns of the `assistant` are learnt, but for those with `weight` 0, or with `loss_on:
-    last` the last one alone. `labels` makes it a classification task: every other answer is an error.
-    `validation_size` splits a share off the training rows, for choosing settings without the test rows.
+    `data` is a file or several (with `test_data`, or a share `test_size` split off), a folder with `train.*` and
+    `test.*`, a folder written by `Dataset.save_to_disk`, or a dataset id on the Hub (with its configuration in
+    `subset`; with `stream` its rows are read as they come). `prompt` and `completion` name the columns; `prompt` may
+    be several, which are joined, or a template such as `{question}\\n{choices}`. `messages` names a chat column,
+    whose last turn is the answer, and `text` one of raw text, all of which is learnt; `chosen` and `rejected` are the
+    answers of preference pairs. Without names, common ones are found (prompt/completion, instruction/output,
+    question/answer, text/label, messages ...), and every other column with text must be in `ignore`. `special_tokens`
+    says what the text of a special token in a row is: `text` or `token`. Of a chat all turns of the `assistant` are
+    learnt, but for those with `weight` 0, or with `loss_on: last` the last one alone. `labels` makes it a
+    classification task: every other answer is an error. `validation_size` splits a share off the training rows, for
+    choosing settings without the test rows.
     """
 
-    data: str
+    data: str | list[str]
     name: str | None = None
     test_data: str | None = None
     validation_data: str | None = None
@@ -61,6 +63,12 @@ class UserTask:
     test_size: float = 0.1
     validation_size: float = 0.0
     seed: int = 0
+    stream: bool = False
+
+    @property
+    def first(self) -> str:
+        """Where its rows are; of several files the first."""
+        return self.data if isinstance(self.data, str) else self.data[0]
 
 
 def load_user_tasks(
@@ -74,7 +82,7 @@ def load_user_tasks(
     One that holds nothing but splits is a task.
     """
     specs = user_tasks(entries, folder)
-    return [check_while(problems, partial(_load, spec, folder, probe)) for spec in specs]
+    return [_load(spec, folder, probe, problems) for spec in specs]
 
 
 def user_tasks(entries: Sequence[Any], folder: Path | None, kept: Sequence[Task] = ()) -> list[UserTask]:
@@ -84,7 +92,7 @@ def user_tasks(entries: Sequence[Any], folder: Path | None, kept: Sequence[Task]
 
 def load_user_task(spec: UserTask, folder: Path | None, problems: Problems) -> Task:
     """One of them, read and checked."""
-    return check_while(problems, partial(_load, spec, folder, False))
+    return _load(spec, folder, False, problems)
 
 
 def rows_or_prompts(entries: Any, folder: Path | None, problems: Problems) -> list[Task]:
@@ -92,7 +100,7 @@ def rows_or_prompts(entries: Any, folder: Path | None, problems: Problems) -> li
     are prompts alone, or are chats that end with a question, the answer is empty."""
     listed = entries if isinstance(entries, list) else [entries]
     specs = [_parse(one) for entry in listed for one in _expand(entry, folder)]
-    return [check_while(problems, partial(_load, spec, folder, True, prompts=True), answers=False) for spec in specs]
+    return [_load(spec, folder, True, problems, prompts=True) for spec in specs]
 
 
 def _expand(entry: Any, folder: Path | None, kept: Sequence[Task] = ()) -> list[Any]:
@@ -133,6 +141,8 @@ def _parse(entry: Any) -> UserTask:
     if not isinstance(entry, dict) or "data" not in entry:
         raise PmLlmError(f"tasks: {entry!r} is not a task. Give a path, a dataset id, or a mapping with `data`.")
     spec: UserTask = build(UserTask, entry, "")
+    if not spec.data:
+        raise PmLlmError(f"tasks: {entry!r} has no data. Give a path, several, or a dataset id.")
     for label in spec.labels:
         if not isinstance(label, str):
             raise PmLlmError(f"labels: {label!r} is no text. Quote it: YAML takes yes, no and 1 for something else.")
@@ -155,23 +165,26 @@ def _parse(entry: Any) -> UserTask:
 
 def task_name(spec: UserTask, folder: Path | None) -> str:
     """Its own, or that of its file or folder."""
-    path = _place(spec.data, folder)
-    return name_of(spec.name or (stem_of(path) if kind_of(path) else path.name), f"the name of {spec.data!r}")
+    path = _place(spec.first, folder)
+    found = path.name if kind_of(path) is None else stem_of(path) if isinstance(spec.data, str) else _split_of(path)
+    return name_of(spec.name or found, f"the name of {spec.data!r}")
 
 
 def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems, prompts: bool = False) -> Task:
-    path, name = _place(spec.data, folder), task_name(spec, folder)
-    here = path.is_dir() or kind_of(path) is not None or path.is_file() or spec.data.startswith((".", "/"))
+    """A task, read and checked; a large one is read once as long as its files stay as they are."""
+    path, name = _place(spec.first, folder), task_name(spec, folder)
+    here = path.is_dir() or kind_of(path) is not None or path.is_file() or spec.first.startswith((".", "/"))
     if here and spec.subset is not None:
         raise PmLlmError(f"task {name!r}: subset {spec.subset!r} is of a dataset on the Hub, and {path} is here.")
-    if path.is_dir():
-        splits = _from_folder(path, spec, problems)
+    paths = [_place(one, folder) for one in ([spec.data] if isinstance(spec.data, str) else spec.data)]
+    if path.is_dir() and len(paths) == 1:
+        splits = _from_folder(path, spec)
     elif here:
-        splits = {spec.train_split: lambda: read_rows(path, problems)}
+        splits = {spec.train_split: partial(_read_all, paths)}
         if probe:
             splits[spec.test_split] = splits[spec.train_split]
     else:
-        splits = _from_datasets(load_hub_dataset(spec.data, spec.subset), spec.data)
+        splits = _from_datasets(load_hub_dataset(spec.first, spec.subset, spec.stream), spec.first)
     default = {f.name: f.default for f in fields(UserTask)}
     given = (("test_split", spec.test_data), ("validation_split", spec.validation_data))
     for key, file in given:
@@ -180,9 +193,12 @@ def _load(spec: UserTask, folder: Path | None, probe: bool, problems: Problems, 
             both = f"{key} and train_split are both {split!r}"
             raise PmLlmError(f"task {name!r}: {both}. Score rows that are not trained on (or give them as a probe).")
         if file is not None:
-            splits[split] = partial(read_rows, _place(file, folder), problems)
-    source = str(path.absolute()) if here else spec.data
-    return _assembled(spec, name, splits, source, probe, problems, prompts)
+            splits[split] = partial(_read_all, [_place(file, folder)])
+    others = [_place(file, folder) for _, file in given if file is not None]
+    source = str(path.absolute()) if here else spec.first
+    identity = identity_of([*paths, *others] if here else others, splits)
+    whole = None if identity is None else [name, asdict(spec), source, identity, probe, prompts, problems.drop]
+    return once(whole, problems, partial(_assembled, spec, name, splits, source, probe, prompts=prompts), not prompts)
 
 
 def task_in_memory(name: str, given: dict[str, Any], keys: dict[str, Any]) -> Task:
@@ -191,15 +207,15 @@ def task_in_memory(name: str, given: dict[str, Any], keys: dict[str, Any]) -> Ta
     spec = _parse({"data": name, "name": name, **keys})
     places = {"train": spec.train_split, "test": spec.test_split, "validation": spec.validation_split}
 
-    def read(rows: Any, place: str) -> list[Row]:
+    def read(rows: Any, place: str, problems: Problems) -> Iterable[Row]:
         if isinstance(rows, (list, tuple)):
-            return [Row(dict(row), f"{place}:row {number}") for number, row in enumerate(rows, start=1)]
-        return list(dataset_rows(rows, place))
+            return (Row(dict(row), f"{place}:row {number}") for number, row in enumerate(rows, start=1))
+        return dataset_rows(rows, place)
 
     splits: Splits = {
         places[key]: partial(read, rows, f"{name}/{key}") for key, rows in given.items() if rows is not None
     }
-    found = check_while(problems, lambda problems: _assembled(spec, name, splits, "", False, problems, False))
+    found = check_while(problems, partial(_assembled, spec, name, splits, "", False, prompts=False))
     problems.tell()
     return found
 
@@ -222,14 +238,13 @@ def _assembled(
             return Task(name, [], [], spec.scorer or DEFAULT_SCORER["prompt"])
 
     @cache  # a probe's rows are those of both splits
-    def examples(load: Callable[[], list[Row]]) -> list[Example]:
-        return examples_of(load(), spec, problems, prompts)
+    def examples(load: Callable[[Problems], Iterable[Row]]) -> Sequence[Example]:
+        rows = Again(lambda first: load(problems if first else Problems()))
+        return gathered(examples_of(rows, spec, problems, prompts), name)
 
-    train, test, validation = examples(splits[spec.train_split]), None, None
-    if scored is not None:
-        test = examples(splits[scored])
-    if validated is not None and not probe:
-        validation = examples(splits[validated])
+    train = examples(splits[spec.train_split])
+    test = None if scored is None else examples(splits[scored])
+    validation = None if validated is None or probe else examples(splits[validated])
     if test is None:
         what = f"task {name!r} has no test split and test_size"
         train, test = _split_off(train, spec.test_size, spec.seed, what, problems)
@@ -265,8 +280,8 @@ def _scored(spec: UserTask, splits: set[str]) -> tuple[str | None, str | None]:
 
 
 def _split_off(
-    rows: list[Example], share: float, seed: int, what: str, problems: Problems
-) -> tuple[list[Example], list[Example]]:
+    rows: Sequence[Example], share: float, seed: int, what: str, problems: Problems
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """The rows without, and only, a share of them drawn by `seed`."""
     from datasets import Dataset
 
@@ -277,10 +292,10 @@ def _split_off(
     except ValueError as error:
         problems.add("", f"{what}={share} of {len(rows)} row(s) with seed {seed} cannot make one: {error}.")
         return rows, []
-    return [rows[i] for i in halves["train"]["at"]], [rows[i] for i in halves["test"]["at"]]
+    return picked(rows, halves["train"]["at"]), picked(rows, halves["test"]["at"])
 
 
-def _from_folder(path: Path, spec: UserTask, problems: Problems) -> Splits:
+def _from_folder(path: Path, spec: UserTask) -> Splits:
     from datasets import load_from_disk
     from pyarrow import ArrowException
 
@@ -294,25 +309,41 @@ def _from_folder(path: Path, spec: UserTask, problems: Problems) -> Splits:
     for file in sorted(path.iterdir()):
         if kind_of(file) is not None:
             files[_split_of(file)].append(file)
-    if not files:
+    splits: Splits = {split: partial(_joined, split, parts) for split, parts in files.items()}
+    known = {spec.train_split, spec.test_split, spec.validation_split, "test", *_TEST_ALIASES}
+    for inner in sorted(x for x in path.iterdir() if x.is_dir() and x.name in known):
+        parts = sorted(file for file in inner.iterdir() if kind_of(file) is not None)
+        if inner.name in splits:
+            raise PmLlmError(f"{path}: the folder {inner.name} and {files[inner.name][0].name} are both that split.")
+        if parts:
+            splits[inner.name] = partial(_read_all, parts)
+    if not splits:
         raise PmLlmError(f"{path} holds no {', '.join(READERS)} file and no saved dataset.")
-    return {split: partial(_joined, split, parts, problems) for split, parts in files.items()}
+    return splits
 
 
-def _joined(split: str, files: list[Path], problems: Problems) -> list[Row]:
+def _joined(split: str, files: list[Path], problems: Problems) -> Iterator[Row]:
     of = {int(found[1]) if (found := _SHARD.search(stem_of(file))) else 1 for file in files}
     folder = files[0].parent
     if len(of) > 1 or len({file.suffix for file in files}) > 1 or len(files) > max(of):
         names = " and ".join(file.name for file in files)
-        raise PmLlmError(f"{folder}: {names} are all of the split {split!r}. Keep one, or make them one.")
+        raise PmLlmError(
+            f"{folder}: {names} are all of the split {split!r}. Keep one, give them as a list (`data: [a, b]`), or "
+            f"put them into a folder {split}."
+        )
     if len(files) < max(of):
         raise PmLlmError(f"{folder} holds {len(files)} of the {max(of)} files of the split {split!r}.")
-    return [row for file in files for row in read_rows(file, problems)]
+    yield from _read_all(files, problems)
+
+
+def _read_all(files: Sequence[Path], problems: Problems) -> Iterator[Row]:
+    for file in files:
+        yield from read_rows(file, problems)
 
 
 def _from_datasets(loaded: dict[str, Any], name: str) -> Splits:
     return {split: partial(_listed, rows, f"{name}/{split}") for split, rows in loaded.items()}
 
 
-def _listed(rows: Any, name: str) -> list[Row]:
-    return list(dataset_rows(rows, name))
+def _listed(rows: Any, name: str, problems: Problems) -> Iterator[Row]:
+    return dataset_rows(rows, name)

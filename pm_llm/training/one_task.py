@@ -78,8 +78,7 @@ def train(
             trainer.log({})
         # under ZeRO-3 transformers would go on sharding what is loaded, and wait for all processes at every token
         unset_hf_deepspeed_config()
-        found: list[dict[str, Any]] = trainer.state.log_history
-        return found
+        return list(trainer.state.log_history)
 
 
 @contextmanager

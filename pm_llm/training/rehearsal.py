@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,17 @@ from pm_llm.errors import PmLlmError, first_line
 from pm_llm.evaluation.answering import answer_task
 from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.families.base import Family, Row
+from pm_llm.families.rows import longest
 from pm_llm.fisher.rows import ChosenRows
 from pm_llm.system.processes import process_state
 from pm_llm.tasks.base import Task
 from pm_llm.tasks.encoding import Encoder
 
 if TYPE_CHECKING:
-    from pm_llm.stage import Session
+    from pm_llm.session import Session
+
+
+MOST = 1000  # test rows among which the longest is looked for
 
 
 def rehearse(session: Session, rows: Sequence[Row], family: Family, constraints: Sequence[Constraint]) -> None:
@@ -29,13 +34,13 @@ def rehearse(session: Session, rows: Sequence[Row], family: Family, constraints:
     Raises:
         PmLlmError: If something fails.
     """
-    longest = max(rows, key=family.length)
+    one_row = longest(rows, family.length)
     fishers = FisherSection(samples=1, batch_size=1)
     what = "trained on its longest row"
     try:
         with torch.random.fork_rng(devices=[]):
             one = ChosenRows(
-                "rehearsal", [longest] * process_state().num_processes, fishers, 0, session.base.tokenizer, family
+                "rehearsal", [one_row] * process_state().num_processes, fishers, 0, session.base.tokenizer, family
             )
             one.loss(session.model)
             if session.merger.rule.needs.fisher or any(c.needs.fisher for c in constraints):
@@ -43,11 +48,11 @@ def rehearse(session: Session, rows: Sequence[Row], family: Family, constraints:
                 one.fisher(session.model, "factored")
             what = "scored"
             for task, encoder in _one_of_each_kind(session):
-                row = max(task.test, key=lambda row: len(encoder.prompt(row)))
+                row = max(islice(task.test, MOST), key=lambda row: len(encoder.prompt(row)))
                 # one token is answered after the whole prompt
                 length = max(encoder.max_length - encoder.max_new_tokens + 1, encoder.prompt_budget)
-                short, one_row = replace(encoder, max_length=length, max_new_tokens=1), replace(task, test=[row])
-                answer_task(session.model, short, one_row, session.config.evaluation)
+                short, alone = replace(encoder, max_length=length, max_new_tokens=1), replace(task, test=[row])
+                answer_task(session.model, short, alone, session.config.evaluation)
     except PmLlmError:
         raise
     except Exception as error:  # whatever a model's own code raises

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pm_llm.stage import Session, Stage
+from pm_llm.session import Session
+from pm_llm.stage import Stage
 
 
 @contextmanager
