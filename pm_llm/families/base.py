@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -102,6 +103,15 @@ class Family:
     def length(self, row: Row) -> int:
         """Tokens of a training row."""
         return len(row["input_ids"])
+
+    def carries(self, row: Row) -> tuple[int, int]:
+        """How many tokens of a training row carry loss, and how many there are."""
+        return sum(label != -100 for label in row["labels"]), len(row["input_ids"])
+
+    def parts(self, row: Row) -> list[tuple[list[int], bool]]:
+        """A training row in pieces, with whether each is learnt."""
+        pairs = zip(row["input_ids"], (label != -100 for label in row["labels"]), strict=True)
+        return [([i for i, _ in some], learnt) for learnt, some in groupby(pairs, key=lambda pair: pair[1])]
 
     def referenced(
         self, model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, progress: Any = None

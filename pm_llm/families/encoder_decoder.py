@@ -46,6 +46,12 @@ class EncoderDecoder(Family):
         found: list[int] = row["input_ids"]
         return found
 
+    def carries(self, row: Row) -> tuple[int, int]:
+        return len(row["labels"]), len(row["input_ids"]) + len(row["labels"])
+
+    def parts(self, row: Row) -> list[tuple[list[int], bool]]:
+        return [(row["input_ids"], False), (row["labels"], True)]
+
     def trainer_class(self) -> Any:
         from pm_llm.training.trainers import ContinualSeq2SeqTrainer
 

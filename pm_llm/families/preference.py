@@ -59,17 +59,24 @@ class Preference(Decoder):
 
     # ---- rows ----
     def answer_length(self, encoder: Encoder, rows: Iterable[Example], most: int | None) -> int:
-        return super().answer_length(encoder, (one for row in rows for one in (row, _worse(row))), most)
+        return super().answer_length(encoder, (one for row in rows for one in (row, worse_of(row))), most)
 
     def features(self, encoder: Encoder, examples: Sequence[Example]) -> list[Row]:
         return [
             {
                 "prompt_ids": encoder.prompt(row),
                 "chosen_ids": encoder.answer(row),
-                "rejected_ids": encoder.answer(_worse(row)),
+                "rejected_ids": encoder.answer(worse_of(row)),
             }
             for row in examples
         ]
+
+    def carries(self, row: Row) -> tuple[int, int]:
+        answers = len(row["chosen_ids"]) + len(row["rejected_ids"])
+        return answers, answers + 2 * len(row["prompt_ids"])
+
+    def parts(self, row: Row) -> list[tuple[list[int], bool]]:
+        return [(row["prompt_ids"], False), (row["chosen_ids"], True), ([], False), (row["rejected_ids"], True)]
 
     def length(self, row: Row) -> int:
         return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
@@ -195,6 +202,7 @@ def counting(plain: Any) -> Any:
     return collate
 
 
-def _worse(row: Example) -> Example:
+def worse_of(row: Example) -> Example:
+    """A pair's prompt with the worse answer."""
     assert row.rejected is not None
     return replace(row, completion=row.rejected, turn=None)
