@@ -140,3 +140,22 @@ def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
     exec(parts, names)
     assert (place / "merged/adapter_model.safetensors").is_file()
     assert 0 < names["merger"].report.coefficient <= 1
+
+
+@pytest.mark.slow
+def test_commands_of_the_finance_recipe(tmp_path, forker) -> None:
+    """In their order; each run trains a few steps."""
+    for name in ("recipes", "accelerate_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    text = (ROOT / "recipes/finance/README.md").read_text()
+    lines = [shlex.split(c) for c in commands(re.findall(r"```(\w+)\n(.*?)```", text, re.S))]
+    assert [line[1] for line in lines[1:]] == ["run", "export", "vector", "run", "run"]
+    made = subprocess.run(
+        [sys.executable, *lines[0][1:], "--rows", "40"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    for line in lines[1:]:
+        do(forker, tmp_path, [*line, *(["--train.max_steps", "3"] if line[1] == "run" else [])])
+    found = json.loads((tmp_path / "runs/finance/transferred/results.json").read_text())
+    assert found["scorers"] == ["perplexity", "exact_match"]
+    assert found["method"]["merge"]["name"] == "transfer"
