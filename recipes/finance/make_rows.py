@@ -1,4 +1,4 @@
-"""Write small made-up rows: filings as raw text, questions on them, and instructions that have nothing to do with them.
+"""Write small made-up rows: filings as raw text, and instructions that have nothing to do with them.
 
 python recipes/finance/make_rows.py --out finance
 """
