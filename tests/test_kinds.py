@@ -457,3 +457,39 @@ def test_a_fisher_in_one_call_is_that_of_a_run() -> None:
         measure(model, ROWS, tokenizer("llama"))
     with pytest.raises(PmLlmError, match="no row"):
         measure(model, [], tokenizer("llama"))
+
+
+# ---- what a run would train on ----
+def test_tasks_check_says_what_is_learnt_of_each_kind(tmp_path, capsys) -> None:
+    from pm_llm.cli import main
+
+    chat = {"messages": [turn("user", "a ?"), turn("assistant", "b"), turn("user", "c ?"), turn("assistant", "d")]}
+    one = tokenizer("llama")
+    one.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }} </{{ m.role }}>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    make_model("llama").save_pretrained(tmp_path / "model")
+    one.save_pretrained(tmp_path / "model")
+    files = [
+        file_of(tmp_path, chat, name="chats"),
+        file_of(tmp_path, {"text": "a cat ."}, name="texts"),
+        file_of(tmp_path, {"prompt": "q ?", "chosen": "yes", "rejected": "no"}, name="pairs"),
+    ]
+    assert main(["tasks", "check", *files, "--model", str(tmp_path / "model")]) == 0
+    said = capsys.readouterr().out
+    assert "chats of turns min 4 50% 4 90% 4 99% 4 max 4; 0 with tools, 0 with tool calls" in said
+    assert said.count("[[b </assistant>]]") == 3
+    assert said.count("[[d </assistant></s>]]") == 3
+    assert "texts: raw text, scorer perplexity\n  train: 5 documents" in said
+    assert "<s>[[a cat .</s>]]" in said
+    assert "pairs: preference pairs, scorer pair_accuracy\n  train: 5 pairs" in said
+    assert "[[ yes</s>]][[ no</s>]]" in said
+    assert said.count("tokens carry loss") == 3
+
+
+def test_t5_takes_prompts_with_answers_only(tmp_path, capsys) -> None:
+    from pm_llm.cli import main
+
+    assert main(["tasks", "check", file_of(tmp_path, {"text": "a cat ."}), "--model", "embedded:t5"]) == 2
+    assert "raw text can be trained on decoders (LLaMA-like models) only" in capsys.readouterr().err
