@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pm_llm import ContinualSequence
 from pm_llm.presets import PRESETS, TESTED
 from pm_llm.training.trainers import ContinualDPOTrainer, ContinualSeq2SeqTrainer, ContinualSFTTrainer
 from tests.conftest import batch_of, features, small_tasks
+from tests.helpers.kinds import CHATS
 from tests.helpers.launching import launch, launcher, same_as_one_process
 from tests.helpers.presets import sequence
 
@@ -72,12 +74,15 @@ def test_trains_on_raw_text_and_on_pairs(preset: str, pico_folders, tmp_path) ->
             goes_on(preset, "llama", pico_folders["llama"], tmp_path / kind, whole, kind)
 
 
-@pytest.mark.parametrize("kind", ["text", "preference", "prompt"])
+@pytest.mark.parametrize("kind", ["text", "preference", "prompt", "turns"])
 def test_every_kind_of_rows_goes_on(kind: str, pico_folders, tmp_path) -> None:
-    keys = {"train.packing": True, "max_length": 48} if kind == "prompt" else {}
-    keys |= {} if kind == "prompt" else {"fisher.labels": "sampled"}
-    whole = sequence("pm_curvature", pico_folders["llama"], tmp_path / "whole", kind, **keys).run()
-    goes_on("pm_curvature", "llama", pico_folders["llama"], tmp_path, whole, kind, **keys)
+    keys = {"train.packing": True, "max_length": 64} if kind in ("prompt", "turns") else {"fisher.labels": "sampled"}
+    model = pico_folders["llama"]
+    if kind == "turns":
+        model = shutil.copytree(model, tmp_path / "model")
+        (model / "chat_template.jinja").write_text(CHATS)
+    whole = sequence("pm_curvature", str(model), tmp_path / "whole", kind, **keys).run()
+    goes_on("pm_curvature", "llama", str(model), tmp_path, whole, kind, **keys)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pm_llm.system.progress import bar
 from pm_llm.tasks.base import SPLITS, Example, Task, picked
 from pm_llm.tasks.encoding import Encoder, with_room
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.store import Stored, folder, remembered, written
+from pm_llm.tasks.store import Stored, code, folder, remembered, written
 
 Fitting = Callable[[Task], Task]
 Key = tuple[str, Any]  # of a row: its task, and its place, or itself where it has none
@@ -70,7 +70,7 @@ def encoded(encoder: Encoder, rows: Sequence[Example], label: str) -> Sequence[R
         return encoder.features(rows)
     from datasets import Dataset
 
-    name = sha256_of(["rows", rows.key, encoder.fingerprint])
+    name = sha256_of(["rows", code(), rows.key, encoder.fingerprint])
     file = folder() / f"{name}.arrow"
     if not file.is_file():
 

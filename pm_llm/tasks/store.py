@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from pm_llm import __version__
 from pm_llm.system.files import sha256_of
 from pm_llm.system.progress import bar
 from pm_llm.tasks.base import SPLITS, Example, Task, check_while
@@ -107,6 +108,14 @@ def written(name: str, rows: Iterable[dict[str, Any]], features: Any) -> Path:
     finally:
         scratch.unlink(missing_ok=True)
     return file
+
+
+@lru_cache
+def code() -> str:
+    """What stands for the programs that read rows and make tokens of them."""
+    rooms = [Path(__file__).parent, Path(__file__).parent.parent / "families"]
+    sources = [path.read_text(encoding="utf-8") for room in rooms for path in sorted(room.glob("*.py"))]
+    return sha256_of([sources, version("transformers"), version("tokenizers"), version("jinja2")])
 
 
 def gathered(rows: Iterable[Example], label: str = "rows") -> list[Example] | Stored:
@@ -226,7 +235,7 @@ def once(key: Any, problems: Problems, make: Callable[[Problems], Task], answers
 
 def remembered(key: Any, make: Callable[[], dict[str, Any]], when: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """What `make` gives, for JSON; kept under a key, and not made again, where `when` says so of it."""
-    file = folder() / f"{sha256_of([__version__, key])}.json"
+    file = folder() / f"{sha256_of([code(), key])}.json"
     if file.is_file():
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found

@@ -13,6 +13,9 @@ def of_kind(kind: str, name: str, train: int = 12, test: int = 2) -> Task:
     task = make_task(name, train, test)
 
     def turned(row: Example) -> Example:
+        if kind == "turns":
+            turns = ({"role": "user", "content": "hello ?"}, {"role": "assistant", "content": "ask me ."})
+            return replace(row, head="", body="", tail="", messages=(*turns, {"role": "user", "content": row.prompt}))
         if kind == "text":
             return Example("", f"{row.prompt} {row.completion} .", kind="text")
         if kind == "preference":
@@ -22,7 +25,13 @@ def of_kind(kind: str, name: str, train: int = 12, test: int = 2) -> Task:
 
     rows = {split: [turned(row) for row in getattr(task, split)] for split in ("train", "test")}
     labels = task.labels if kind == "prompt" else ()
-    return checked([Task(task.name, **rows, scorer=DEFAULT_SCORER[kind], labels=labels)])[0]
+    return checked([Task(task.name, **rows, scorer=DEFAULT_SCORER.get(kind, "exact_match"), labels=labels)])[0]
+
+
+CHATS = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} </{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 
 
 def kind_tasks(kind: str) -> list[Task]:
