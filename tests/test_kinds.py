@@ -148,6 +148,17 @@ def test_every_token_of_a_text_is_said_once_and_after_what_came_before() -> None
     assert pieces[1]["input_ids"][0] == pieces[0]["input_ids"][-1]
 
 
+def test_rows_of_blocks_stay_apart_when_they_are_packed_again() -> None:
+    rows = [{"input_ids": [2, i, i + 1], "labels": [-100, i, i + 1]} for i in range(5, 15)]
+    once = packed(Dataset.from_list(rows), 7)
+    again = packed(Dataset.from_list([*once.to_list(), *rows[:2]]), 10)
+    assert {n for one in again["seq_lengths"] for n in one} == {3}
+    assert sum(map(len, again["seq_lengths"])) == 12
+    assert sorted(i for one in again["input_ids"] for i in one) == sorted(
+        i for row in [*rows, *rows[:2]] for i in row["input_ids"]
+    )
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_rows_in_blocks_have_the_loss_and_gradient_that_they_have_alone(attention: str) -> None:
     model = make_peft("llama", random_b=True)

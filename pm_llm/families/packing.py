@@ -32,11 +32,18 @@ def packed(rows: Dataset, length: int) -> Dataset:
     """
     from trl import pack_dataset
 
-    def begin(row: dict[str, Any]) -> dict[str, Any]:
-        return {"labels": [-100, *row["labels"][1:]]}
+    def singly(some: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+        lengths = some.get(LENGTHS) or [None] * len(some["input_ids"])
+        for ids, labels, own in zip(some["input_ids"], some["labels"], lengths, strict=True):
+            at = 0
+            for size in own or [len(ids)]:  # of a block each row by itself
+                found["input_ids"].append(ids[at : at + size])
+                found["labels"].append([-100, *labels[at + 1 : at + size]])
+                at += size
+        return found
 
-    rows = rows.select_columns(["input_ids", "labels"])
-    return pack_dataset(rows.map(begin), length, "bfd")
+    return pack_dataset(rows.map(singly, batched=True, remove_columns=rows.column_names), length, "bfd")
 
 
 def blocks(rows: Sequence[Row], length: int, model: Any) -> Sequence[Row]:
