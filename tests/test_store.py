@@ -225,21 +225,21 @@ def test_a_dataset_on_the_hub_may_be_streamed(small: Path, monkeypatch) -> None:
 
 
 def test_memory_does_not_grow_with_rows(small: Path, monkeypatch) -> None:
-    """Of 60,000 rows read from a file no more is held at once than a small part."""
+    """Of 8,000 rows read from a file no more is held at once than a small part."""
     import tracemalloc
 
     path = small / "many.jsonl"
     with path.open("w") as file:
-        for i in range(60_000):
-            file.write(json.dumps({"prompt": f"{i} " * 40, "completion": "yes"}) + "\n")
+        for i in range(8_000):
+            file.write(json.dumps({"prompt": f"{i} " * 400, "completion": "yes"}) + "\n")
     monkeypatch.setattr(store, "LIMIT", 100)
     tracemalloc.start()
     task = loaded(str(path))
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(task.train) == 54_000
-    assert os.path.getsize(path) > 14e6
-    assert most < 9e6
+    assert len(task.train) == 7_200
+    assert os.path.getsize(path) > 12e6
+    assert most < 6e6
 
 
 def test_rows_in_memory_that_are_a_dataset(small: Path) -> None:
