@@ -28,6 +28,7 @@ from pm_llm.system.mapped import Zeros
 from pm_llm.system.processes import Clock, on_main, process_state
 from pm_llm.tasks.base import Task
 from pm_llm.tasks.encoding import Encoder
+from pm_llm.tasks.store import forget
 from pm_llm.training.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -151,3 +152,4 @@ class Session:
             scores[name] = {"score": score}
         if not keep and stage >= 0:
             on_main(partial(self.run_dir.forget_rows, stage))
+            forget(names[stage])

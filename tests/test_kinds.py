@@ -490,7 +490,7 @@ def test_tasks_check_says_what_is_learnt_of_each_kind(tmp_path, capsys) -> None:
     assert main(["tasks", "check", *files, "--model", str(tmp_path / "model")]) == 0
     said = capsys.readouterr().out
     assert "chats of turns min 4 50% 4 90% 4 99% 4 max 4; 0 with tools, 0 with tool calls" in said
-    assert said.count("[[b </assistant>]]") == 3
+    assert said.count("[[ b </assistant>]]") == 3
     assert said.count("[[d </assistant></s>]]") == 3
     assert "texts: raw text, scorer perplexity\n  train: 5 documents" in said
     assert "<s>[[a cat .</s>]]" in said

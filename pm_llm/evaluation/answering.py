@@ -18,7 +18,7 @@ from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels
 from pm_llm.evaluation.predictions import Predictions
-from pm_llm.evaluation.scorers import SCORERS
+from pm_llm.evaluation.scorers import SCORERS, calls_in
 from pm_llm.families.models import load_base
 from pm_llm.system.progress import bar
 from pm_llm.tasks.base import Example, Task
@@ -45,18 +45,23 @@ def answer_task(
             references = [[n, len(row.completion.encode())] for n, row in zip(tokens, task.test, strict=True)]
         elif how.mode == "labels" and task.labels:
             answers = choose_labels(model, encoder, task.test, task.labels, *sizes, progress.update)
-            references = [_references(encoder, row) for row in task.test]
+            references = [_references(encoder, row, task.scorer) for row in task.test]
         else:
             answers = generate(model, encoder, task.test, *sizes, progress.update)
-            references = [_references(encoder, row) for row in task.test]
+            references = [_references(encoder, row, task.scorer) for row in task.test]
     sources = [row.source or row.prompt if SCORERS[task.scorer].needs_source else None for row in task.test]
     keys = [sha256("\0".join([row.prompt, *row.references]).encode()).hexdigest()[:16] for row in task.test]
     return Predictions(task.name, task.scorer, answers, references, sources, keys)
 
 
-def _references(encoder: Encoder, row: Example) -> list[str]:
+def _references(encoder: Encoder, row: Example, scorer: str = "") -> list[str]:
     """The right answers; and as the model's tokenizer writes them, where it normalises (full-width forms, say)."""
     found = [encoder.reference(row, reference) for reference in row.references]
+    if scorer == "tool_call" and row.turn and "tool_calls" in row.turn and not calls_in(found[0]):
+        raise PmLlmError(
+            f"{row.place}: the model's chat template writes a call as {found[0]!r}, which scorer tool_call cannot "
+            "read (it wants JSON objects with name and arguments). Use scorer accuracy."
+        )
     for text in list(found):
         ids = encoder.whole_answer(replace(row, completion=text)) if normalize("NFKC", text) != text else []
         if ids and encoder.tokenizer.unk_token_id not in ids:

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from pm_llm.errors import PmLlmError, unknown_name
+from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.run.record import Results
 
 UNTRAINED = -1  # the stage before the first task
@@ -45,6 +46,7 @@ class Matrix:
         stages: The task trained at each stage; by default `tasks`.
         lower_is_better: For perplexity: the best earlier score is then the lowest.
         aside: Tasks that no average is of: those better low, where other scores are better high.
+        lower: The columns of which a lower score is better; by default all with `lower_is_better`, else none.
     """
 
     tasks: list[str]
@@ -52,6 +54,7 @@ class Matrix:
     stages: list[str] = field(default_factory=list)
     lower_is_better: bool = False
     aside: frozenset[str] = frozenset()
+    lower: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         self.stages = self.stages or list(self.tasks)
@@ -129,10 +132,10 @@ class Matrix:
         """
         self.check_fuar(kept, updated, acquired)
         last = len(self.stages) - 1
-        sign = -1 if self.lower_is_better else 1
 
         def gap(task: str, a: int, b: int) -> float:
-            j = self.tasks.index(task)
+            j, low = self.tasks.index(task), self.lower_is_better if self.lower is None else task in self.lower
+            sign = -1 if low else 1
             return max(0.0, sign * (self.get(a, j) - self.get(b, j)))
 
         before = range(UNTRAINED, last)
@@ -191,6 +194,8 @@ class Matrix:
         """The matrix of a run's results."""
         matrix = cls.from_rows(results.tasks, results.matrix, results.stages)
         matrix.lower_is_better, matrix.aside = results.lower_is_better, frozenset(results.aside)
+        if results.scorers:
+            matrix.lower = lower_of(results.tasks, results.scorers)
         for name, value in (results.untrained or {}).items():
             matrix.set(UNTRAINED, name, value)
         return matrix
@@ -211,6 +216,11 @@ class Matrix:
                 shown.append("" if i == UNTRAINED else f"{coefficients[i]:.3f}")
             lines.append(f"| {name} | " + " | ".join(shown) + " |")
         return "\n".join(lines)
+
+
+def lower_of(tasks: Sequence[str], scorers: Sequence[str]) -> frozenset[str]:
+    """The tasks of which a lower score is better."""
+    return frozenset(name for name, scorer in zip(tasks, scorers, strict=True) if SCORERS[scorer].lower_is_better)
 
 
 def scored_as(evaluate: str, keep: bool) -> str:

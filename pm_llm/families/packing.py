@@ -55,7 +55,7 @@ def blocks(rows: Sequence[Row], length: int, model: Any) -> Sequence[Row]:
 
 
 def check_packing(model: Any, family: Family) -> None:
-    """Raise PmLlmError if such rows cannot be packed for a model."""
+    """Raise PmLlmError if such rows, which `train.packing` asks for, cannot be packed for a model."""
     if family.task_type != "CAUSAL_LM" or family.kind == "preference":
         what = "preference pairs" if family.kind == "preference" else "rows of an encoder-decoder"
         raise PmLlmError(f"train.packing: {what} cannot be packed. Leave it out.")

@@ -35,7 +35,10 @@ class TableRows(Sequence[Row]):
 
 def table_of(rows: Sequence[Row]) -> Dataset:
     """Rows as a dataset."""
-    return rows.dataset if isinstance(rows, TableRows) else Dataset.from_list(list(rows))
+    if isinstance(rows, TableRows):
+        return rows.dataset
+    columns = dict.fromkeys(key for row in rows for key in row)  # those of the first row are not those of all
+    return Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
 
 
 def features_of(row: Row) -> Features:
@@ -59,7 +62,7 @@ def joined(rows: Sequence[Row], others: Sequence[Row]) -> Sequence[Row]:
         return [*rows, *others]
     if not others:
         return rows
-    more, own = Dataset.from_list(list(others)), rows.dataset.features
+    more, own = table_of(others), rows.dataset.features
     shared = Features({key: own.get(key, feature) for key, feature in more.features.items()})
     return TableRows(concatenate_datasets([rows.dataset, more.cast(shared)]))
 

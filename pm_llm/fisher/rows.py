@@ -98,6 +98,7 @@ def measure(
     max_length: int = 512,
     direction: dict[str, LowRank] | None = None,
     loss_before: float | None = None,
+    beta: float = 0.1,
 ) -> Fisher:
     """The Fisher of one task's rows, for a loop of one's own: what `Merger("optimal").fold` takes.
 
@@ -117,12 +118,13 @@ def measure(
         direction: A task vector by module, along which the exact curvature is measured too.
         loss_before: The mean loss before training, for rules that measure by what was gained (`fisher_scale:
             measured`): :func:`mean_loss` of the same rows and seed gives it.
+        beta: DPO's, of preference pairs (`trainer.train_dataset` of a `ContinualDPOTrainer`).
 
     Raises:
         PmLlmError: If there is no row, or a row has neither labels nor an answer.
     """
     config = FisherSection(samples=samples, batch_size=batch_size)
-    chosen = ChosenRows("rows", *_encoded(model, rows, tokenizer, config, seed, max_length))
+    chosen = ChosenRows("rows", *_encoded(model, rows, tokenizer, config, seed, max_length, beta))
     return chosen.fisher(model, form, direction, loss_before)
 
 
@@ -134,37 +136,49 @@ def mean_loss(
     batch_size: int = 4,
     seed: int = 0,
     max_length: int = 512,
+    beta: float = 0.1,
 ) -> float:
     """The mean loss (nats a row) on the rows that :func:`measure` draws; arguments as there."""
     config = FisherSection(samples=samples, batch_size=batch_size)
-    return ChosenRows("rows", *_encoded(model, rows, tokenizer, config, seed, max_length)).loss(model)
+    return ChosenRows("rows", *_encoded(model, rows, tokenizer, config, seed, max_length, beta)).loss(model)
 
 
-def _encoded(model: Any, rows: Any, tokenizer: Any, config: FisherSection, seed: int, max_length: int) -> Any:
+def _encoded(
+    model: Any, rows: Any, tokenizer: Any, config: FisherSection, seed: int, max_length: int, beta: float
+) -> Any:
     """The rest of what :class:`ChosenRows` is given."""
-    from pm_llm.tasks.base import Task
+    from pm_llm.tasks.base import Task, picked
     from pm_llm.tasks.encoding import encoder_for
 
     family = family_of(model)
     if isinstance(rows, Task):
+        if rows.kind == "preference":
+            raise PmLlmError(
+                "the Fisher of preference pairs needs what the model before the task gave both answers. Give "
+                "trainer.train_dataset of a ContinualDPOTrainer."
+            )
         encoder = encoder_for(tokenizer, family.of(rows.kind), rows, max_length, None)
-        return encoder.features(rows.train), config, seed, tokenizer, encoder.family
+        some = picked(rows.train, drawn(len(rows.train), config.samples, seed))
+        return encoder.features(some), config, seed, tokenizer, encoder.family
     if not len(rows):
         raise PmLlmError("there is no row to measure the Fisher on.")
     taken = [_labelled(rows[i]) for i in drawn(len(rows), config.samples, seed)]
-    return taken, config, seed, tokenizer, family
+    return taken, config, seed, tokenizer, family.of("preference", beta) if "chosen_ids" in taken[0] else family
 
 
 def _labelled(row: Mapping[str, Any]) -> Row:
+    if row.keys() >= {"prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"}:
+        return dict(row)
     if "input_ids" not in row or not ({"labels", "completion_mask"} & row.keys()):
         raise PmLlmError(
             f"a row has {', '.join(map(str, row))}; it needs input_ids and labels (or completion_mask), as "
             "trainer.train_dataset has. Or give a Task."
         )
-    ids = list(row["input_ids"])
+    ids, block = list(row["input_ids"]), {"seq_lengths": row["seq_lengths"]} if row.get("seq_lengths") else {}
     if "labels" in row:
-        return {"input_ids": ids, "labels": list(row["labels"])}
-    return {"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, row["completion_mask"], strict=True)]}
+        return {"input_ids": ids, "labels": list(row["labels"]), **block}
+    said = [i if mask else -100 for i, mask in zip(ids, row["completion_mask"], strict=True)]
+    return {"input_ids": ids, "labels": said, **block}
 
 
 def drawn(count: int, most: int, seed: int) -> list[int]:

@@ -28,6 +28,14 @@ ROWS = (
 # of a row, what all have had from the first
 DEFAULTS = [f.default for f in dataclasses.fields(Example)]
 FIRST_FIELDS = [f.name for f in dataclasses.fields(Example)].index("tools")
+# keys that runs of before do not have, with what they did
+LATER = {
+    "train.packing": False,
+    "train.train_sampling_strategy": "random",
+    "train.beta": 0.1,
+    "attn_implementation": None,
+}
+NOTHING = object()
 # what accelerate launch says of sharding: each way writes checkpoints that another cannot read
 LAUNCHER = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
@@ -102,11 +110,18 @@ def _rows(tasks: Sequence[Task], columns: Mapping[str, Task], lengths: Mapping[s
         "train": [
             task.kept.train
             if task.kept
-            else _fingerprint(task.train, *(_fingerprint(found, name) for name, found in task.foreign), *_learnt(task))
+            else _fingerprint(
+                task.train,
+                *(_fingerprint(found, name) for name, found in task.foreign),
+                *_learnt(task),
+                name=task.name,
+            )
             for task in tasks
         ],
         "test": {
-            name: task.kept.test if task.kept else _fingerprint(task.test, task.scorer, task.labels, lengths[name])
+            name: task.kept.test
+            if task.kept
+            else _fingerprint(task.test, task.scorer, task.labels, lengths[name], name=name)
             for name, task in columns.items()
         },
     }
@@ -185,7 +200,11 @@ def changes(old: dict[str, Any], new: dict[str, Any], stages_only: bool = False,
 def _settings(config: dict[str, Any], rows: bool = False) -> dict[str, Any]:
     """By dotted key, without those that say nothing or, unless `rows`, are judged by rows."""
     aside = ("fuar", *(("data_dir",) if rows else ROWS))  # FUAR is computed from scores when a run is finished
-    return {key: value for key, value in _flat(config).items() if key not in FREE and key.split(".")[0] not in aside}
+    return {
+        key: value
+        for key, value in _flat(config).items()
+        if key not in FREE and key.split(".")[0] not in aside and LATER.get(key, NOTHING) != value
+    }
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -198,7 +217,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _fingerprint(rows: Iterable[Example], *more: Any) -> str:
+def _fingerprint(rows: Iterable[Example], *more: Any, name: str = "") -> str:
     """What rows hold, wherever they lie."""
 
     def plain_rows() -> Iterator[list[Any]]:
@@ -208,7 +227,7 @@ def _fingerprint(rows: Iterable[Example], *more: Any) -> str:
     key = getattr(rows, "key", None)  # of many rows, which are gone through once
     if key is None:
         return sha256_of_list(plain_rows(), *more)
-    found = remembered([key, *more], lambda: {"digest": sha256_of_list(plain_rows(), *more)}, bool)
+    found = remembered([key, *more], lambda: {"digest": sha256_of_list(plain_rows(), *more)}, bool, name)
     return str(found["digest"])
 
 

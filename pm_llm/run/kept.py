@@ -39,7 +39,7 @@ def write_kept(folder: Path, task: Task, answer: int, train: str, test: str) -> 
         "loss_on": task.loss_on,
         "source": task.source,
         "files": task.files,
-        "kept": dataclasses.asdict(Kept(answer, train, test, len(task.train), len(task.test))),
+        "kept": dataclasses.asdict(Kept(answer, train, test, len(task.train), len(task.test), task.kind)),
     }
     (folder / KEPT).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     (folder / TEST_ROWS).write_bytes(jsonl([plain_of(row) for row in task.test]))

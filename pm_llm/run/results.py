@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pm_llm.evaluation.matrix import UNTRAINED, Matrix
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix, lower_of
 from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.presets import PRESETS
 from pm_llm.run.going_on import changes
@@ -84,6 +84,7 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
     lower, aside = _directions({stage.task for stage in stages}, columns)
     last = stages[-1]
     matrix = Matrix(list(columns), {}, [stage.task for stage in stages], bool(lower) and not aside, frozenset(aside))
+    matrix.lower = lower_of(matrix.tasks, scorers)
     for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage.scores for stage in stages)]:
         for name, found in ((name, scores[name]) for name in scores if name in columns):  # others were taken back
             matrix.set(number, name, found["score"])

@@ -83,13 +83,14 @@ def picked(rows: Sequence[Example], numbers: Sequence[int]) -> Sequence[Example]
 @dataclass(frozen=True)
 class Kept:
     """What a run has kept of a finished task: its longest answer in tokens, the digests of its training and its test
-    rows, and how many it had."""
+    rows, how many it had, and of which kind."""
 
     answer: int
     train: str
     test: str
     train_rows: int
     test_rows: int
+    kind: str = "prompt"
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class Task:
     @property
     def kind(self) -> str:
         """What its rows are, see :class:`Example`."""
+        if self.kept is not None:
+            return self.kept.kind
         return next((row.kind for some in (self.train, self.test, self.whole) for row in some[:1]), "prompt")
 
     @classmethod

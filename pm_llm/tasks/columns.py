@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def examples_of(rows: Iterable[Row], spec: UserTask, problems: Problems, prompts
 
     With `prompts` rows may be prompts alone, and chats may end with a question; their answers are empty then.
     """
+    rows = _Without(rows, frozenset(spec.ignore))
     found: Counter[Columns | None] = Counter()
     first: Row | None = None
     for row in rows:
@@ -63,19 +65,32 @@ def examples_of(rows: Iterable[Row], spec: UserTask, problems: Problems, prompts
             yield example
 
 
+class _Without:
+    """Rows without the columns that the user leaves out."""
+
+    def __init__(self, rows: Iterable[Row], ignored: frozenset[str]) -> None:
+        self.rows, self.ignored = rows, ignored
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self.rows:
+            kept = {name: value for name, value in row.values.items() if name not in self.ignored}
+            yield row if len(kept) == len(row.values) else Row(kept, row.place)
+
+
 def _all_used(rows: Iterable[Row], one: Row, columns: Columns, spec: UserTask, problems: Problems) -> bool:
     """Whether nothing of the rows is left out unsaid: what is neither used nor in `ignore` is refused, or told where
     it is of numbers, or the user named the columns that count."""
-    used = {*columns.used(), spec.id, *spec.ignore}
-    joined = {*columns.joins} - {*spec.ignore}
+    used = {*columns.used(), spec.id}
+    joined = {*columns.joins}
     left: dict[str, Row] = {}
     for row in rows:
         for name, value in row.values.items():
-            read = name in used and (name not in joined or isinstance(value, str))
+            turns = name == "tools" and isinstance(row.values.get(columns.prompt[0] if columns.prompt else ""), list)
+            read = turns or (name in used and (name not in joined or isinstance(value, str)))
             if not read and name not in left and value not in (None, "", [], {}) and str(value).strip():
                 left[str(name)] = row
     named = spec.prompt is not None or spec.messages is not None or spec.text is not None
-    texts = [] if named else [n for n, row in left.items() if not isinstance(row.values[n], (bool, int, float))]
+    texts = [] if named else [n for n, row in left.items() if not _is_number(row.values[n])]
     if texts:
         first = columns.prompt[0]
         together = ", ".join([*columns.prompt, *texts])
@@ -96,6 +111,13 @@ def _all_used(rows: Iterable[Row], one: Row, columns: Columns, spec: UserTask, p
     if left:
         problems.note(f"{one.place.rpartition(':')[0]}: not used: {', '.join(left)}")
     return True
+
+
+def _is_number(value: Any) -> bool:
+    """Also one that a table's reader has made a text of."""
+    if isinstance(value, str):
+        return value.strip().removeprefix("-").replace(".", "", 1).isdecimal()
+    return isinstance(value, (bool, int, float))
 
 
 def columns_of(values: Mapping[str, Any], spec: UserTask, prompts: bool = False) -> Columns | None:
@@ -176,20 +198,21 @@ class Columns:
         if prompts and isinstance(row.values.get(self.prompt[0]), list) and len(self.prompt) == 1 and answer is None:
             return _chat(row, self.prompt[0], row.values[self.prompt[0]], name, problems, prompts)
         if isinstance(answer, list) and isinstance(row.values.get(self.prompt[0]), list) and len(self.prompt) == 1:
-            both = [*row.values[self.prompt[0]], *answer]  # turns, as TRL has them
+            before = _turns_before(row, self.before, problems)
+            if before is None:
+                return None
+            both = [*before, *row.values[self.prompt[0]], *answer]  # turns, as TRL has them
             return _chat(row, f"{self.prompt[0]} and {self.completion}", both, name, problems)
         return self._plain(row, name, problems)
 
     def _preference(self, row: Row, name: str | None, problems: Problems) -> Example | None:
         """A pair, of texts or of turns; without a prompt by itself, that is what both answers begin with."""
         if not self.prompt:
-            from trl import extract_prompt
-
-            pair: dict[str, Any] = {key: row.values[key] for key in (CHOSEN, REJECTED)}
-            if {type(x) for x in pair.values()} not in ({str}, {list}):
-                problems.row(row.place, "chosen and rejected must be two texts, or two lists of turns.")
+            found = _begin_alike(row.values[CHOSEN], row.values[REJECTED])
+            if isinstance(found, str):
+                problems.row(row.place, found)
                 return None
-            row = Row({**row.values, **extract_prompt(pair)}, row.place)
+            row = Row({**row.values, **dict(zip(("prompt", CHOSEN, REJECTED), found, strict=True))}, row.place)
         columns = replace(self, prompt=self.prompt or ("prompt",))
         better, worse = (columns._one_of_two(row, key, name, problems) for key in (CHOSEN, REJECTED))
         if better is None or worse is None:
@@ -197,16 +220,21 @@ class Columns:
         if (better.messages, better.body) != (worse.messages, worse.body):
             problems.row(row.place, "chosen and rejected answer different prompts.")
             return None
-        return replace(better, rejected=worse.completion, turn=None, kind="preference")
+        if better.turn or worse.turn:
+            problems.row(row.place, "an answer of a pair is a tool call or has thoughts; only texts can be compared.")
+            return None
+        return replace(better, rejected=worse.completion, kind="preference")
 
     def _one_of_two(self, row: Row, key: str, name: str | None, problems: Problems) -> Example | None:
         """The prompt with one of its two answers."""
         asked, said = row.values.get(self.prompt[0]), row.values.get(key)
         if not isinstance(said, list):
             return replace(self, completion=key, kind="prompt")._plain(row, name, problems)
-        if isinstance(asked, str):  # which turns of several begin with already
-            asked = [] if len(said) > 1 else [{"role": "user", "content": asked}]
-        return _chat(row, key, [*(asked or []), *said], name, problems)
+        if isinstance(asked, str):
+            asked = [{"role": "user", "content": asked}]
+        whole = said if len(said) > 1 and _begins(said, asked or []) else [*(asked or []), *said]
+        before = _turns_before(row, self.before, problems)
+        return None if before is None else _chat(row, key, [*before, *whole], name, problems)
 
     def _plain(self, row: Row, name: str | None, problems: Problems) -> Example | None:
         wanted = [*self.prompt, *(column for column in self.joins if _has_text(row, column))]
@@ -232,6 +260,26 @@ class Columns:
         if joined and isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
         return row.text(column, problems)
+
+
+def _begin_alike(better: Any, worse: Any) -> tuple[Any, Any, Any] | str:
+    """What two answers begin with, and each without it; or why they cannot be parted. Texts are cut between words."""
+    if {type(better), type(worse)} not in ({str}, {list}):
+        return "chosen and rejected must be two texts, or two lists of turns."
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(better, worse, strict=False)))
+    if isinstance(better, str):
+        same = len(better[:same].rstrip()) and next((i for i in range(same, 0, -1) if better[i - 1].isspace()), 0)
+    if not same:
+        return "chosen and rejected begin with no common prompt. Give one as `prompt`."
+    return better[:same], better[same:], worse[same:]
+
+
+def _begins(turns: Sequence[Any], first: Sequence[Any]) -> bool:
+    """Whether turns begin with others, by what is said."""
+    said = [
+        [turn.get("content", turn.get("value")) for turn in some if isinstance(turn, dict)] for some in (turns, first)
+    ]
+    return said[0][: len(said[1])] == said[1]
 
 
 def _has_text(row: Row, column: str) -> bool:

@@ -187,13 +187,26 @@ class Encoder:
         between = answer_of(self.tokenizer, example, self.bare(example.completion))[0]
         turns[-1] = {**turns[-1], "content": body}
         text = render(self.tokenizer, turns, example.tools, prompt=True)
-        learnt = self.loss_on == "assistant" and self.family.learns_turns
-        spans = trained_turns(self.tokenizer, replace(example, messages=tuple(turns)), text) if learnt else []
+        whole = self.loss_on == "assistant" and self.family.learns_turns
+        spans = trained_turns(self.tokenizer, replace(example, messages=tuple(turns)), text) if whole else []
+        if not spans:
+            ids = self.tokenizer(text + between, add_special_tokens=False)["input_ids"]
+            return ids, [-100] * len(ids)
+        if not self.tokenizer.is_fast:
+            return self._piecewise(text + between, spans)
+        encoded = self.tokenizer(text + between, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = encoded["input_ids"], encoded["offset_mapping"]
+        # a token that begins with what stands before a turn, a blank, is its first
+        learnt = [any(start < b <= stop and a < b for start, stop in spans) for a, b in places]
+        return ids, [i if one else -100 for i, one in zip(ids, learnt, strict=True)]
+
+    def _piecewise(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """The same by a tokenizer that does not say where in a text its tokens stand: piece after piece."""
         found: tuple[list[int], list[int]] = ([], [])
-        cuts = [0, *(at for span in spans for at in span), None]
+        cuts = [0, *(at for span in spans for at in span), len(text)]
         for i, (start, stop) in enumerate(pairwise(cuts)):  # every second piece is learnt
-            piece = text[start:stop] if stop is not None else text[start:] + between
-            ids = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+            encode = self.family.answer_ids if i else Encoder.ids
+            ids = encode(self, text[start:stop], split_special_tokens=False) if stop > start else []
             found[0].extend(ids)
             found[1].extend(ids if i % 2 else [-100] * len(ids))
         return found

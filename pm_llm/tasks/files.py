@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pm_llm.errors import did_you_mean, first_line, near_file
+from pm_llm.errors import PmLlmError, did_you_mean, first_line, near_file
 from pm_llm.tasks.problems import Problems
 
 PACKED = (".gz", ".zst")
@@ -260,6 +260,11 @@ def dataset_rows(rows: Any, name: str, before: int = 0) -> Iterator[Row]:
     of whole numbers text. What a table must have in every nested value, and a row does not, is left out of it."""
     from datasets import ClassLabel, Value
 
+    if not hasattr(rows, "features"):
+        raise PmLlmError(
+            f"{name}: a {type(rows).__name__} is no dataset of rows. Give a Dataset, or a list of mappings."
+        )
+    rows = rows.with_format(None)  # of numbers and texts, not tensors
     words: dict[str, Callable[[Any], Any]] = {}
     for column, feature in (rows.features or {}).items():
         if isinstance(feature, ClassLabel):

@@ -16,7 +16,7 @@ from pm_llm.system.progress import bar
 from pm_llm.tasks.base import SPLITS, Example, Task, picked
 from pm_llm.tasks.encoding import Encoder, with_room
 from pm_llm.tasks.problems import Problems
-from pm_llm.tasks.store import Stored, code, folder, remembered, written
+from pm_llm.tasks.store import Stored, code, folder, remembered, used, written
 
 Fitting = Callable[[Task], Task]
 Key = tuple[str, Any]  # of a row: its task, and its place, or itself where it has none
@@ -83,7 +83,7 @@ def encoded(encoder: Encoder, rows: Sequence[Example], label: str) -> Sequence[R
         stream = tokens()
         first = next(stream)
         file = written(name, chain([first], stream), features_of(first))
-    return TableRows(Dataset.from_file(str(file)))
+    return TableRows(Dataset.from_file(str(used(label, file))))
 
 
 def _key(name: str, row: Example) -> Key:
@@ -102,7 +102,7 @@ def _looked_at(task: Task, blind: Encoder, most: int | None) -> dict[str, Any]:
     if not any(isinstance(rows, Stored) for rows in splits.values()):
         return _look(task, blind, most)
     keys = [rows.key if isinstance(rows, Stored) else repr(rows) for rows in splits.values()]
-    return remembered(["look", keys, blind.fingerprint, most], lambda: _look(task, blind, most), bool)
+    return remembered(["look", keys, blind.fingerprint, most], lambda: _look(task, blind, most), bool, task.name)
 
 
 def _look(task: Task, blind: Encoder, most: int | None) -> dict[str, Any]:

@@ -91,6 +91,21 @@ def folder() -> Path:
     return found
 
 
+USED: dict[str, set[Path]] = {}  # by task, the files here that hold its rows
+
+
+def used(task: str, file: Path) -> Path:
+    """The file, noted as one of a task's."""
+    USED.setdefault(task, set()).add(file)
+    return file
+
+
+def forget(task: str) -> None:
+    """Delete what lies here of a task; what is open can still be read."""
+    for file in USED.pop(task, set()):
+        file.unlink(missing_ok=True)
+
+
 def written(name: str, rows: Iterable[dict[str, Any]], features: Any) -> Path:
     """An Arrow file of rows, under a name or, where that is empty, one of its content; whole, or not at all."""
     from datasets.arrow_writer import ArrowWriter
@@ -133,7 +148,7 @@ def gathered(rows: Iterable[Example], label: str = "rows") -> list[Example] | St
                 yield {"row": json.dumps(plain_of(row), ensure_ascii=False)}
                 progress.update(1)
 
-    return Stored(written("", lines(), Features({"row": Value("string")})))
+    return Stored(used(label, written("", lines(), Features({"row": Value("string")}))))
 
 
 class Again:
@@ -161,7 +176,7 @@ class Again:
         self.held = held
 
 
-def record_of(rows: Sequence[Example]) -> dict[str, Any]:
+def record_of(rows: Sequence[Example], task: str) -> dict[str, Any]:
     """Rows for JSON: where they lie, or what they say."""
     if not isinstance(rows, Stored):
         return {"rows": [plain_of(row) for row in rows]}
@@ -170,21 +185,23 @@ def record_of(rows: Sequence[Example]) -> dict[str, Any]:
         scratch = file.with_name(f".{os.getpid()}-{file.name}")
         np.save(scratch, rows.at)
         os.replace(scratch, file)
-    return {"file": rows.file.name, "at": file.name}
+    return {"file": used(task, rows.file).name, "at": used(task, file).name}
 
 
-def rows_of(record: dict[str, Any]) -> Sequence[Example]:
+def rows_of(record: dict[str, Any], task: str) -> Sequence[Example]:
     """The inverse of :func:`record_of`. Raises OSError if a file is gone."""
     if "rows" in record:
         return [example_of(plain) for plain in record["rows"]]
-    return Stored(folder() / record["file"], np.load(folder() / record["at"]))
+    file, at = (used(task, folder() / record[key]) for key in ("file", "at"))
+    return Stored(file, np.load(at))
 
 
 def identity_of(paths: Sequence[Path], splits: Mapping[str, Any]) -> Any:
     """What rows are read from, as it is now: files with their sizes and times of change, datasets with their
     fingerprints. None where it cannot be told (a stream)."""
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
-    found: list[Any] = [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    stats = [(str(f.absolute()), f.stat()) for f in files]
+    found: list[Any] = [[name, x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino] for name, x in stats]
     for split, read in splits.items():
         rows = next((x for x in getattr(read, "args", ()) if hasattr(x, "features")), None)
         if rows is not None:
@@ -208,7 +225,7 @@ def once(key: Any, problems: Problems, make: Callable[[Problems], Task], answers
             return {}
         dropped = {file: sorted(places - before[2].get(file, set())) for file, places in problems.dropped.items()}
         return {
-            "splits": {split: record_of(getattr(task, split)) for split in SPLITS},
+            "splits": {split: record_of(getattr(task, split), task.name) for split in SPLITS},
             "task": {k: getattr(task, k) for k in ("name", "scorer", "labels", "special_tokens", "loss_on", "source")},
             "files": task.files,
             "notes": [note for note in problems.notes if note not in before[1]],
@@ -217,11 +234,11 @@ def once(key: Any, problems: Problems, make: Callable[[Problems], Task], answers
 
     if key is None:
         return check_while(problems, make, answers)
-    found = remembered(key, record, bool)
+    found = remembered(key, record, bool, key[0])
     if made:
         return made[0]
     try:
-        splits: dict[str, Any] = {split: rows_of(one) for split, one in found["splits"].items()}
+        splits: dict[str, Any] = {split: rows_of(one, key[0]) for split, one in found["splits"].items()}
     except OSError:  # somebody emptied the folder in part
         return check_while(problems, make, answers)
     for note in found["notes"]:
@@ -233,15 +250,17 @@ def once(key: Any, problems: Problems, make: Callable[[Problems], Task], answers
     return Task(**{**found["task"], "labels": tuple(found["task"]["labels"])}, **splits, files=files)
 
 
-def remembered(key: Any, make: Callable[[], dict[str, Any]], when: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """What `make` gives, for JSON; kept under a key, and not made again, where `when` says so of it."""
+def remembered(
+    key: Any, make: Callable[[], dict[str, Any]], when: Callable[[dict[str, Any]], bool], task: str
+) -> dict[str, Any]:
+    """What `make` gives of a task, for JSON; kept under a key, and not made again, where `when` says so of it."""
     file = folder() / f"{sha256_of([code(), key])}.json"
     if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(used(task, file).read_text(encoding="utf-8"))
         return found
     found = make()
     if when(found):
         scratch = file.with_name(f".{os.getpid()}-{file.name}")
         scratch.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-        os.replace(scratch, file)
+        os.replace(scratch, used(task, file))
     return found

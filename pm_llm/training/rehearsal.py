@@ -15,6 +15,7 @@ from pm_llm.errors import PmLlmError, first_line
 from pm_llm.evaluation.answering import answer_task
 from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.families.base import Family, Row
+from pm_llm.families.packing import check_packing
 from pm_llm.families.rows import longest
 from pm_llm.fisher.rows import ChosenRows
 from pm_llm.system.processes import process_state
@@ -34,6 +35,11 @@ def rehearse(session: Session, rows: Sequence[Row], family: Family, constraints:
     Raises:
         PmLlmError: If something fails.
     """
+    for encoder in (session.encoders[task.name] for task in session.tasks):
+        if session.config.train.packing and not encoder.family.packs:
+            check_packing(session.model, encoder.family)
+        if session.config.train.train_sampling_strategy != "random" and encoder.family.kind == "preference":
+            raise PmLlmError("train.train_sampling_strategy: preference pairs cannot be grouped. Leave it out.")
     one_row = longest(rows, family.length)
     fishers = FisherSection(samples=1, batch_size=1)
     what = "trained on its longest row"
