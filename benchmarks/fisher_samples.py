@@ -42,7 +42,9 @@ def main() -> None:
             for n in given.samples:
                 for draw in range(given.draws):
                     section = dataclasses.replace(session.config.fisher, samples=n)
-                    drawn = ChosenRows(stage.task.name, stage.rows, section, 1000 * draw + n, session.base.tokenizer)
+                    drawn = ChosenRows(
+                        stage.task.name, stage.rows, section, 1000 * draw + n, session.base.tokenizer, stage.family
+                    )
                     own = mergers.setdefault((n, draw), Merger(session.method.merge, max_rank=64))
                     own.fold(session.running, stage.new, stage.measured_as(own, drawn), stage.trained())
                     if session.running is not None:

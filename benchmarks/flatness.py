@@ -106,7 +106,9 @@ def measured(path: Path, samples: int, epsilon: float, first: bool) -> list[dict
         new = Adapter.load(run.stage_adapter(i, TASK_ADAPTER))
         features = encoders[task.name].features(task.train)
         settings = replace(config.fisher, samples=samples)
-        probe = Probe(model, "probe", new, ChosenRows(task.name, features, settings, config.seed, base.tokenizer))
+        probe = Probe(
+            model, "probe", new, ChosenRows(task.name, features, settings, config.seed, base.tokenizer, base.family)
+        )
 
         def loss(s: float, new: Any = new, past: Any = running, probe: Any = probe) -> float:
             steps = {n: x.scale(s) for n, x in new.factors.items()}

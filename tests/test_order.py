@@ -199,7 +199,7 @@ def test_check_tells_what_neighbours_give(pico_folders, capsys) -> None:
     words = ["tasks", "check", "--model", pico_folders["llama"], "--benchmark", "embedded", "--order", "topic,intent"]
     assert main([*words, "--max_train_samples", "20", "--blur", "0.25", "--max_length", "96"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"topic: .*\n  train: 15 rows.*\n.*\n.*\n    and 5 rows of intent\n", said)
+    assert re.search(r"topic: .*\n  train: 15 rows.*\n.*\n.*\n.* carry loss .*\n    and 5 rows of intent\n", said)
 
 
 def test_numbers_of_a_recurring_sequence() -> None:

@@ -2,5 +2,5 @@
 
 COMMANDS = (
     *("run", "add", "remove", "restore", "status", "doctor", "merge", "evaluate", "tasks", "score"),
-    *("vector", "compress", "route", "methods", "report", "export", "push"),
+    *("vector", "compress", "route", "methods", "report", "gate", "export", "push"),
 )

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix, lower_of
-from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.presets import PRESETS
 from pm_llm.run.going_on import changes
 from pm_llm.run.record import Facts, Results, StageRecord
@@ -81,13 +80,7 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
     """
     config, scorers = run["config"], [task.scorer for task in columns.values()]
     stages: list[StageRecord] = run["stages"]
-    lower, aside = _directions({stage.task for stage in stages}, columns)
-    last = stages[-1]
-    matrix = Matrix(list(columns), {}, [stage.task for stage in stages], bool(lower) and not aside, frozenset(aside))
-    matrix.lower = lower_of(matrix.tasks, scorers)
-    for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage.scores for stage in stages)]:
-        for name, found in ((name, scores[name]) for name in scores if name in columns):  # others were taken back
-            matrix.set(number, name, found["score"])
+    matrix, last = _matrix(run, columns), stages[-1]
     measured = matrix.with_task_known if last.facts.knows_task else matrix.summary
     fuar = {"fuar": matrix.fuar(**config["fuar"])} if config["fuar"] else {}
     return Results(
@@ -100,7 +93,7 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
         stage_settings=[_own(stage, run) for stage in stages],
         scorers=scorers,
         lower_is_better=matrix.lower_is_better,
-        aside=[name for name in columns if name in aside],
+        aside=[name for name in columns if name in matrix.aside],
         test_rows=[task.kept.test_rows if task.kept else len(task.test) for task in columns.values()],
         matrix=matrix.rows(),
         untrained={n: x["score"] for n, x in run["untrained"].items() if n in columns} if run["untrained"] else None,
@@ -120,10 +113,18 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
     )
 
 
-def _directions(trained: set[str], columns: Mapping[str, Task]) -> tuple[set[str], set[str]]:
-    """The trained tasks of which lower is better; and those that no average is of, where not all are such."""
-    lower = {name for name in trained if SCORERS[columns[name].scorer].lower_is_better}
-    return lower, lower if lower < trained else set()
+def _matrix(run: dict[str, Any], columns: Mapping[str, Task]) -> Matrix:
+    """All that was scored. Where of some trained tasks a lower score is better, and of others not, the former are
+    aside."""
+    stages: list[StageRecord] = run["stages"]
+    trained = {stage.task for stage in stages}
+    below = lower_of(list(columns), [task.scorer for task in columns.values()])
+    aside = below & trained if not trained <= below else frozenset[str]()
+    matrix = Matrix(list(columns), {}, [stage.task for stage in stages], trained <= below, aside, below)
+    for number, scores in [(UNTRAINED, run["untrained"] or {}), *enumerate(stage.scores for stage in stages)]:
+        for name, found in ((name, scores[name]) for name in scores if name in columns):  # others were taken back
+            matrix.set(number, name, found["score"])
+    return matrix
 
 
 def _own(stage: StageRecord, run: dict[str, Any]) -> list[str]:

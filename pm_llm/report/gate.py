@@ -1,0 +1,128 @@
+"""A gate: whether the last task of a run cost more than it may, and brought what it should.
+
+What a task lost is its score after its own stage minus that after the last one, what a probe lost its score before
+training minus that; both on the same rows, with the interval of the paired bootstrap (:mod:`pm_llm.evaluation.
+intervals`), so that the noise of few rows is measured and not taken for a loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.intervals import Interval, paired_difference
+from pm_llm.evaluation.matrix import UNTRAINED
+from pm_llm.evaluation.predictions import Predictions
+from pm_llm.evaluation.scorers import scorer_named
+from pm_llm.report.data import Run
+
+PASSED, LOST, NOT_GAINED = 0, 3, 4  # exit statuses
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One task's part: `change` is what it lost (`what` "lost") or gained, in points of its score, or in percent of
+    what it was where lower is better (a perplexity); `limit` what was asked for; `broken` whether the gate fails."""
+
+    task: str
+    what: str
+    before: float
+    after: float
+    unit: str
+    change: float
+    low: float
+    high: float
+    limit: float
+    broken: bool
+
+    def line(self) -> str:
+        """As one line."""
+        word = {("lost", True): "LOST", ("lost", False): "kept", ("gained", True): "NOT GAINED"}
+        said = word.get((self.what, self.broken), "gained")
+        return (
+            f"{said} {self.task}: {self.before:.1f} -> {self.after:.1f}, {self.what} {self.change:.1f} {self.unit} "
+            f"({self.low:.1f} to {self.high:.1f}), limit {self.limit:g}"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def judge(run: Run, lose: float, gain: float | None = None, level: float = 0.95) -> list[Verdict]:
+    """What each earlier task and probe lost, and what the last task gained, as verdicts.
+
+    A loss breaks the gate if even the lower end of its interval is above `lose`; a gain if it is below `gain`, or its
+    interval holds 0.
+
+    Args:
+        run: A finished run of at least one task.
+        lose: How many points (percent of a perplexity) may be lost.
+        gain: How many the last task must have gained; None: it is not looked at.
+        level: Of the intervals.
+
+    Raises:
+        PmLlmError: If a score that this needs was not measured.
+    """
+    if run.results.facts.knows_task:
+        raise PmLlmError(f"{run.path}: its result is used with the task known, so no task can cost another anything.")
+    matrix, last = run.matrix, len(run.matrix.stages) - 1
+    new, own = matrix.stages[last], {name: i for i, name in enumerate(matrix.stages)}
+    guarded = {name: i for name, i in own.items() if i < last}
+    guarded |= {name: UNTRAINED for name in matrix.tasks if name not in own and UNTRAINED in run.predictions}
+    found = []
+    for name, stage in guarded.items():
+        before, after = _of(run, name, stage), _of(run, name, last)
+        lost, unit = _change(after, before, -1, level)
+        found.append(_verdict(name, "lost", before, after, unit, lost, lose, lost.low > lose))
+    if gain is not None:
+        stages = [i for i in range(last - 1, UNTRAINED - 1, -1) if new in run.predictions.get(i, {})]
+        if not stages:
+            raise PmLlmError(f"{run.path}: task {new!r} was not scored before it was trained. Set evaluate to all.")
+        before, after = _of(run, new, stages[0]), _of(run, new, last)
+        won, unit = _change(after, before, 1, level)
+        found.append(_verdict(new, "gained", before, after, unit, won, gain, won.value < gain or won.low <= 0))
+    return found
+
+
+def status_of(verdicts: list[Verdict]) -> int:
+    """0 if all is well, 3 if something was lost, 4 if the last task did not gain."""
+    if any(one.broken and one.what == "lost" for one in verdicts):
+        return LOST
+    return NOT_GAINED if any(one.broken for one in verdicts) else PASSED
+
+
+def _of(run: Run, name: str, stage: int) -> Predictions:
+    try:
+        return run.predictions[stage][name]
+    except KeyError:
+        when = "before training" if stage == UNTRAINED else f"after {run.matrix.stages[stage]!r}"
+        raise PmLlmError(
+            f"{run.path}: no predictions on {name!r} {when} are kept. The gate needs evaluate seen or all, and "
+            "keep_test_rows."
+        ) from None
+
+
+def _change(after: Predictions, before: Predictions, sign: int, level: float) -> tuple[Interval, str]:
+    """`sign` times how much better `after` is than `before`, with its unit."""
+    low = scorer_named(after.scorer).lower_is_better
+    scale, unit = (-100 / before.score(), "percent") if low else (1.0, "points")
+    found = paired_difference([after], [before], level=level)
+    least, most = sorted(sign * scale * x for x in (found.low, found.high))
+    return Interval(sign * scale * found.value, least, most, level), unit
+
+
+def _verdict(
+    name: str,
+    what: str,
+    before: Predictions,
+    after: Predictions,
+    unit: str,
+    change: Interval,
+    limit: float,
+    broken: bool,
+) -> Verdict:
+    return Verdict(
+        name, what, before.score(), after.score(), unit, change.value, change.low, change.high, limit, broken
+    )
