@@ -119,14 +119,24 @@ def test_perplexity() -> None:
     assert score("perplexity", [1.0, 4.0], [2, 3]) == pytest.approx(np.exp(1.0))
 
 
+OF_NUMBERS = {
+    "perplexity": ([1.0, 2.0, 3.0], [[2], [3], [4]]),
+    "byte_perplexity": ([1.0, 2.0, 3.0], [[2, 8], [3, 9], [4, 10]]),
+    "pair_accuracy": ([1.0, -2.0, 0.0], [[0.0], [0.0], [0.0]]),
+}
+
+
 @pytest.mark.parametrize("name", SCORERS)
 def test_the_evaluate_api(name: str) -> None:
     """`compute` of evaluate.Metric, with a reference or a list of them a row, gives the same number."""
     scorer = SCORERS[name]()
-    if name == "perplexity":
-        assert scorer.compute(predictions=[1.0], references=[2])[name] == pytest.approx(np.exp(0.5))
+    if name in OF_NUMBERS:
+        said, wanted = OF_NUMBERS[name]
+        found = scorer.compute(predictions=said, references=wanted)[name]
+        assert found == pytest.approx(score(name, said, wanted))
         return
-    rows = {"predictions": ["a b c d", "x"], "references": ["a b c e", "x"]}
+    wanted = ['[["lower"]]', '[["upper"]]'] if name == "verified" else ["a b c e", "x"]
+    rows = {"predictions": ["a b c d", "x"], "references": wanted}
     rows |= {"sources": ["a b", "y"]} if scorer.needs_source else {}
     several = {**rows, "references": [[r] for r in rows["references"]]}
     expected = score(name, rows["predictions"], rows["references"], rows.get("sources"))
@@ -138,8 +148,8 @@ def test_the_evaluate_api(name: str) -> None:
 def test_sums_of_rows_give_the_score(name: str) -> None:
     """What the bootstrap stands on: the score of a subset follows from the sums of its rows' numbers."""
     scorer = SCORERS[name]()
-    said = [1.0, 2.0, 3.0] if name == "perplexity" else ["a b c d e", "the cat", ""]
-    wanted = [[2], [3], [4]] if name == "perplexity" else [["a b c d f"], ["a cat", "dog"], ["x"]]
+    said, wanted = OF_NUMBERS.get(name, (["a b c d e", "the cat", ""], [["a b c d f"], ["a cat", "dog"], ["x"]]))
+    wanted = [['[["lower"]]']] * 3 if name == "verified" else wanted
     sources = ["a b", "cat", "x y"]
     rows = scorer.numbers(said, wanted, sources)
     for chosen in ([0], [0, 1], [0, 1, 1, 2]):

@@ -146,7 +146,7 @@ def test_subspace_begins_at_the_running_model_and_leaves_the_base(family: str, i
     seen = directions_of_inputs(model, family, 4) if init == "corda" else {}
     rows = [batch_of(family, [row]) for row in features(family, 4)]
     alone = SimpleNamespace(num_processes=1)
-    start.look(model, SimpleNamespace(one_by_one=lambda _: rows, count=len(rows), state=alone))
+    start.look(model, SimpleNamespace(one_by_one=lambda _: rows, count=len(rows), state=alone, family=KINDS[family]))
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-4)
     assert trainable_adapter(model) == TASK
@@ -185,7 +185,7 @@ def test_corda_refuses_what_it_cannot_do_and_leaves_the_model_as_it_was() -> Non
         model.train()
         if given is None:  # a state that is not a number
             model.get_base_model().model.embed_tokens.weight.data.fill_(float("nan"))
-        seen = SimpleNamespace(one_by_one=lambda _, g=given: rows if g is None else g, state=alone)
+        seen = SimpleNamespace(one_by_one=lambda _, g=given: rows if g is None else g, state=alone, family=DECODER)
         seen.count = 4 if given is None else len(given)
         with pytest.raises(PmLlmError, match=expected):
             start.look(model, seen)

@@ -18,7 +18,7 @@ from pm_llm.constraints.null_space import NullSpace
 from pm_llm.constraints.osft import Osft, block_importance
 from pm_llm.errors import PmLlmError
 from pm_llm.fisher.inputs import second_moments
-from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
+from tests.conftest import FAMILIES, KINDS, batch_of, features, make_model, make_peft
 from tests.helpers.contexts import chosen_rows, context_for
 from tests.helpers.step_script import make_trainer, weights
 
@@ -199,7 +199,7 @@ def test_osft_trains_on_what_it_hands_on_in_bfloat16(tmp_path) -> None:
 def test_osft_takes_modules_outside_of_blocks() -> None:
     model = make_peft("t5", target_modules=["q", "lm_head"])
     rows = [batch_of("t5", [row]) for row in features("t5", 2)]
-    chosen = SimpleNamespace(one_by_one=lambda _: iter(rows))
+    chosen = SimpleNamespace(one_by_one=lambda _: iter(rows), family=KINDS["t5"])
     osft = Osft()
     osft.prepare(Context(1, live=Live(lora_layers(model), "default"), model=model, chosen=chosen))
     head = next(layer for name, layer in osft._layers.items() if "lm_head" in name)

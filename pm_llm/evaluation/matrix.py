@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from pm_llm.errors import PmLlmError, unknown_name
-from pm_llm.evaluation.scorers import SCORERS
 from pm_llm.run.record import Results
 
 UNTRAINED = -1  # the stage before the first task
@@ -220,6 +219,8 @@ class Matrix:
 
 def lower_of(tasks: Sequence[str], scorers: Sequence[str]) -> frozenset[str]:
     """The tasks of which a lower score is better."""
+    from pm_llm.evaluation.scorers import SCORERS
+
     return frozenset(name for name, scorer in zip(tasks, scorers, strict=True) if SCORERS[scorer].lower_is_better)
 
 

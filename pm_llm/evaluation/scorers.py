@@ -213,6 +213,18 @@ class TokenF1(Scorer):
         return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
 
 
+class Verified(Scorer):
+    """Share, in percent, of predictions that do what was asked, as a program can tell: the reference is a list of
+    checks as JSON, see :func:`pm_llm.evaluation.verify.verified`."""
+
+    name = "verified"
+
+    def row(self, prediction: str, reference: str, source: str | None) -> tuple[float, ...]:
+        from pm_llm.evaluation.verify import verified
+
+        return (100.0 * verified(prediction, reference),)
+
+
 class ToolCall(Scorer):
     """Share, in percent, of predictions that make the reference's tool calls: the same functions in the same order
     with equal arguments, in whichever way the model writes calls down, and whatever is said around them. A reference
@@ -303,6 +315,7 @@ SCORERS: dict[str, type[Scorer]] = {
         FuzzyCode,
         TokenF1,
         ToolCall,
+        Verified,
         Perplexity,
         BytePerplexity,
         PairAccuracy,
