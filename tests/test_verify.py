@@ -75,3 +75,42 @@ def test_all_checks_of_a_row_must_pass() -> None:
 def test_what_is_no_check_is_told(wanted: str, said: str) -> None:
     with pytest.raises(PmLlmError, match=said):
         verified("x", wanted)
+
+
+def test_a_probe_of_an_ability_is_guarded_by_the_gate(tmp_path, capsys) -> None:
+    from pm_llm import ContinualSequence, Task
+    from pm_llm.cli import main
+    from pm_llm.config import load_config
+    from pm_llm.evaluation.generate import generate
+    from pm_llm.session import Watcher
+    from tests.helpers.presets import KEYS
+
+    checked = [{"prompt": f"say {i} things .", "completion": json.dumps([["at_most", 5]])} for i in range(12)]
+    (tmp_path / "abilities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checked))
+    rows = [{"prompt": f"is {i} even ?", "completion": "yes"} for i in range(12)]
+    keys = {**KEYS, "method": "seqlora", "evaluate": "all", "output_dir": str(tmp_path / "run")}
+    keys |= {"probes": [{"data": str(tmp_path / "abilities.jsonl"), "scorer": "verified"}]}
+
+    class Forgets(Watcher):
+        """Lets the model say too much once it is trained."""
+
+        def loaded(self, session):
+            self.session, self.trained = session, False
+
+            def said(model, encoder, examples, *more):
+                found = generate(model, encoder, examples, *more)
+                return ["a b c d e f" if self.trained else "a b" for _ in found]
+
+            session.generate = said
+
+        def measured(self, stage):
+            self.trained = True
+
+    results = ContinualSequence(
+        load_config(None, keys), [Task.from_rows("even", rows, rows[:2])], watchers=[Forgets()]
+    )
+    found = results.run()
+    assert (found["untrained"]["abilities"], found["matrix"][0][1]) == (100.0, 0.0)
+    capsys.readouterr()
+    assert main(["gate", str(tmp_path / "run")]) == 3
+    assert "LOST abilities: 100.0 -> 0.0" in capsys.readouterr().out
