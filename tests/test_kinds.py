@@ -504,3 +504,26 @@ def test_t5_takes_prompts_with_answers_only(tmp_path, capsys) -> None:
 
     assert main(["tasks", "check", file_of(tmp_path, {"text": "a cat ."}), "--model", "embedded:t5"]) == 2
     assert "raw text can be trained on decoders (LLaMA-like models) only" in capsys.readouterr().err
+
+
+def test_the_attention_is_the_one_that_is_named(pico_folders) -> None:
+    from pm_llm.families.models import load_base
+
+    for name in ("eager", "sdpa"):
+        assert load_base(pico_folders["llama"], attn_implementation=name).model.config._attn_implementation == name
+    with pytest.raises(PmLlmError, match="attn_implementation is 'none_such'"):
+        load_base(pico_folders["llama"], attn_implementation="none_such")
+
+
+def test_rows_are_grouped_by_length(tmp_path, monkeypatch) -> None:
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    made = []
+    original = LengthGroupedSampler.__init__
+    monkeypatch.setattr(
+        LengthGroupedSampler, "__init__", lambda self, *a, **k: (made.append(k), original(self, *a, **k))[1]
+    )
+    keys = {**KEYS, "method": "seqlora", "output_dir": str(tmp_path / "run"), "train.max_steps": 1}
+    keys |= {"train.train_sampling_strategy": "group_by_length"}
+    ContinualSequence(load_config(None, keys), kind_tasks("prompt")).run()
+    assert len(made) == 2
