@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from pm_llm.tasks.base import DEFAULT_SCORER, Example, Task, checked
 from pm_llm.tasks.benchmarks.embedded import make_task
+from pm_llm.tasks.encoding import Encoder, encoder_for
+from tests.conftest import DECODER, tokenizer
 
 
 def of_kind(kind: str, name: str, train: int = 12, test: int = 2) -> Task:
@@ -38,3 +40,8 @@ def kind_tasks(kind: str) -> list[Task]:
     """Two small tasks of a kind; `mixed`: raw text, then prompts with answers; `both`: raw text, then pairs."""
     kinds = {"mixed": ("text", "prompt"), "both": ("text", "preference")}.get(kind, (kind, kind))
     return [of_kind(one, name) for one, name in zip(kinds, ("sentiment", "topic"), strict=True)]
+
+
+def encoder(kind: str, task: Task, max_length: int = 64) -> Encoder:
+    """How the embedded LLaMA's tokenizer renders a task's rows of a kind."""
+    return encoder_for(tokenizer("llama"), DECODER.of(kind), task, max_length, None)
