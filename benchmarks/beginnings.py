@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from common import show
+from common import show, write_rows
 
 FIRST, LATER = ("agnews", "dbpedia"), ("amazon", "yahoo")
 LAYERS = [24, 25, 26, 27, 28, 29]
@@ -49,19 +49,13 @@ def write_tasks(data: Path, out: Path, seed: int) -> dict[str, dict[str, Any]]:
         task = task.subset(TRAIN, TEST, seed)
         for split, rows in (("train", task.train), ("test", task.test)):
             lines = [{"prompt": row.head + row.body[:BODY] + row.tail, "completion": row.completion} for row in rows]
-            write(out / task.name / f"{split}.jsonl", lines)
-        write(
+            write_rows(out / task.name / f"{split}.jsonl", lines)
+        write_rows(
             out / f"{task.name}.prompts.jsonl",
             [{"prompt": x["prompt"]} for x in read(out / task.name / "train.jsonl")],
         )
         found[task.name] = {"data": str(out / task.name), "labels": list(task.labels)}
     return found
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """As JSONL."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -149,13 +143,13 @@ def write_general(data: Path, out: Path) -> tuple[str, list[dict[str, Any]]]:
             asked = {"role": "user", "content": f"{task['Definition'][0]}\n\n{one['input'][:300]}"}
             said = {"role": "assistant", "content": one["output"][0][:200]}
             chats[number % 2].append({"messages": [asked] if number % 2 == 0 else [asked, said]})
-    write(out / "prompts.jsonl", chats[0])
-    write(out / "chat.jsonl", chats[1][::2][:100])
+    write_rows(out / "prompts.jsonl", chats[0])
+    write_rows(out / "chat.jsonl", chats[1][::2][:100])
     texts = []
     for name, column in (("MeetingBank", "prompt"), ("ScienceQA", "answer")):
         rows = json.loads((data / "trace_500" / name / "test.json").read_text())
         texts += [row[column][70:] for row in rows if len(row[column]) > 500][:50]
-    write(out / "text.jsonl", [{"prompt": text[:150], "completion": text[150:500]} for text in texts])
+    write_rows(out / "text.jsonl", [{"prompt": text[:150], "completion": text[150:500]} for text in texts])
     scored = [{"data": str(out / f"{name}.jsonl"), "name": name, "scorer": "perplexity"} for name in ("text", "chat")]
     return str(out / "prompts.jsonl"), scored
 

@@ -37,6 +37,13 @@ def plain(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    """As JSONL; returns where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def keys_of(words: list[str]) -> dict[str, Any]:
     """Keys of the configuration from a command line's `--key value` pairs."""
     return {key.removeprefix("--"): read_yaml(value) for key, value in zip(words[::2], words[1::2], strict=True)}

@@ -100,7 +100,8 @@ def main() -> None:
 
     from pm_llm.adapters.adapter import Adapter
     from pm_llm.adapters.live import TASK
-    from pm_llm.fisher.measure import answer_loss, sum_fisher
+    from pm_llm.families.base import family_of
+    from pm_llm.fisher.measure import sum_fisher
 
     rows: list[dict[str, Any]] = []
     for name in given.model:
@@ -119,7 +120,7 @@ def main() -> None:
         def at_answers(model: Any = model, batches: Any = batches) -> None:
             model.train()
             for batch in batches:
-                answer_loss(model, batch).backward()
+                family_of(model).loss(model, batch).backward()
             model.zero_grad()
 
         ways = {

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import show
+from common import show, write_rows
 
 PLACES = "Oslo,Lima,Cairo,Quito,Kyoto,Perth,Turin,Accra,Delhi,Malmo,Porto,Basel,Ghent,Davao,Sofia,Tunis".split(",")
 NAMES = "Ada,Ben,Cleo,Dev,Eli,Fay,Gus,Hana,Ivo,Jun,Kim,Lea".split(",")
@@ -106,12 +106,6 @@ def tool_chats(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """As JSONL."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def write_tasks(data: Path, out: Path, seed: int) -> list[dict[str, Any]]:
     """The three tasks, as entries of `tasks`; and prompts of other SuperNI tasks beside them."""
     chats = tool_chats(TRAIN + TEST, seed)
@@ -136,24 +130,26 @@ def write_tasks(data: Path, out: Path, seed: int) -> list[dict[str, Any]]:
     ]
     texts = [{"text": piece} for piece in pieces[: TRAIN + TEST]]
     others = [x for x in sorted(superni.iterdir()) if x != prose]
-    write(out / "general.jsonl", [{"messages": row["messages"][:1]} for x in others for row in asked(x, "train", 8)])
+    write_rows(
+        out / "general.jsonl", [{"messages": row["messages"][:1]} for x in others for row in asked(x, "train", 8)]
+    )
     return [
         {
             "name": "tools",
             "scorer": "tool_call",
-            "data": write(out / "tools.jsonl", chats[:TRAIN]),
-            "test_data": write(out / "tools-test.jsonl", chats[TRAIN:]),
+            "data": write_rows(out / "tools.jsonl", chats[:TRAIN]),
+            "test_data": write_rows(out / "tools-test.jsonl", chats[TRAIN:]),
         },
         {
             "name": "prose",
             "scorer": "rougeL",
-            "data": write(out / "prose.jsonl", asked(prose, "train", TRAIN)),
-            "test_data": write(out / "prose-test.jsonl", asked(prose, "test", TEST // 3)),
+            "data": write_rows(out / "prose.jsonl", asked(prose, "train", TRAIN)),
+            "test_data": write_rows(out / "prose-test.jsonl", asked(prose, "test", TEST // 3)),
         },
         {
             "name": "text",
-            "data": write(out / "text.jsonl", texts[:TRAIN]),
-            "test_data": write(out / "text-test.jsonl", texts[TRAIN : TRAIN + TEST // 3]),
+            "data": write_rows(out / "text.jsonl", texts[:TRAIN]),
+            "test_data": write_rows(out / "text-test.jsonl", texts[TRAIN : TRAIN + TEST // 3]),
         },
     ]
 

@@ -12,8 +12,9 @@ from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import load_config
 from pm_llm.constraints.base import Step
 from pm_llm.errors import PmLlmError
+from pm_llm.families.base import family_of
 from pm_llm.fisher.base import Fisher
-from pm_llm.fisher.measure import answer_loss, sum_fisher
+from pm_llm.fisher.measure import sum_fisher
 from pm_llm.fisher.of_factors import Factors
 from pm_llm.merges.base import Fold, Trained
 from pm_llm.sequence import ContinualSequence
@@ -70,7 +71,7 @@ def test_first_task_vector_is_from_where_it_began(current: str) -> None:
     model.eval()
     total = 0.0
     for row in features("llama", 4):
-        loss, slope = answer_loss(model, batch_of("llama", [row])), 0.0
+        loss, slope = family_of(model).loss(model, batch_of("llama", [row])), 0.0
         for name, layer in lora_layers(model).items():
             pair = [layer.lora_B["default"].weight, layer.lora_A["default"].weight]
             gb, ga = torch.autograd.grad(loss, pair, retain_graph=True)

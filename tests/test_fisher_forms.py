@@ -12,9 +12,10 @@ from pm_llm.adapters.live import lora_layers, scaled, set_active
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
+from pm_llm.families.base import family_of
 from pm_llm.fisher.base import Fisher, Layer, Room, form_of, past_of
 from pm_llm.fisher.kronecker import Kronecker
-from pm_llm.fisher.measure import answer_loss, sum_fisher, sum_loss
+from pm_llm.fisher.measure import sum_fisher, sum_loss
 from pm_llm.fisher.of_factors import Factors
 from pm_llm.fisher.row_column import Factored, FactoredPast
 from pm_llm.fisher.scale import scale_of
@@ -82,7 +83,7 @@ def test_a_layer_called_twice_has_one_gradient() -> None:
     weight = layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)
     expected = torch.zeros_like(weight)
     for row in rows:
-        expected += torch.autograd.grad(answer_loss(model, batch_of("llama", [row])), [weight])[0] ** 2
+        expected += torch.autograd.grad(family_of(model).loss(model, batch_of("llama", [row])), [weight])[0] ** 2
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -138,7 +139,7 @@ def test_fisher_of_the_factors_equals_autograd(family: str) -> None:
     layers = lora_layers(model)
     expected = {name: [torch.zeros(()), torch.zeros(())] for name in layers}
     for row in rows_of(family):
-        loss = answer_loss(model, batch_of(family, [row]))
+        loss = family_of(model).loss(model, batch_of(family, [row]))
         for name, layer in layers.items():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             ga, gb = torch.autograd.grad(loss, [a, b], retain_graph=True)
@@ -159,7 +160,9 @@ def test_exact_curvature_is_the_derivative_in_the_scale(family: str, form: str) 
     for row in rows_of(family):
         factor = torch.ones((), requires_grad=True)
         with scaled(lora_layers(model).values(), "default", factor):
-            slopes.append(torch.autograd.grad(answer_loss(model, batch_of(family, [row])), [factor])[0].item())
+            slopes.append(
+                torch.autograd.grad(family_of(model).loss(model, batch_of(family, [row])), [factor])[0].item()
+            )
     found = sum_fisher(model, batches_of(family, 4), form, direction=new.factors).mean()
     assert found.exact == pytest.approx(sum(s * s for s in slopes) / 6, rel=1e-4)
     assert set(found.exact_modules) == set(new.factors)

@@ -11,9 +11,10 @@ from pm_llm.adapters.live import lora_layers
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
+from pm_llm.families.base import family_of
 from pm_llm.fisher.base import Fisher, Room, past_of
 from pm_llm.fisher.kronecker import Kronecker, KroneckerPast
-from pm_llm.fisher.measure import answer_loss, sum_fisher
+from pm_llm.fisher.measure import sum_fisher
 from pm_llm.fisher.sides import Sides
 from tests.conftest import FAMILIES, batch_of, features, make_peft
 from tests.helpers.runs import config_for
@@ -46,7 +47,7 @@ def test_sums_are_those_of_each_examples_gradient(family: str) -> None:
         w.requires_grad_(True)
     expected = {name: [0.0, 0.0] for name in weights}
     for row in rows:
-        gradients = torch.autograd.grad(answer_loss(model, batch_of(family, [row])), list(weights.values()))
+        gradients = torch.autograd.grad(family_of(model).loss(model, batch_of(family, [row])), list(weights.values()))
         for name, G in zip(weights, gradients, strict=True):
             expected[name] = [expected[name][0] + G @ G.T / len(rows), expected[name][1] + G.T @ G / len(rows)]
     for name, (R, C) in expected.items():

@@ -37,7 +37,7 @@ def answer_task(
     references: list[list[Any]]
     answers: Sequence[Any]
     with bar(len(task.test), f"evaluate {task.name}", "row") as progress:
-        found = encoder.family.predict(model, encoder, task, how, generate, progress.update)
+        found = encoder.family.predict(model, encoder, task, how, progress.update)
         if found is not None:
             answers, references = found
         elif SCORERS[task.scorer].lower_is_better:  # a perplexity

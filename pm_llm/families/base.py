@@ -20,7 +20,6 @@ from pm_llm.errors import PmLlmError
 
 if TYPE_CHECKING:
     from pm_llm.config import EvaluationSection
-    from pm_llm.evaluation.answering import Generate
     from pm_llm.evaluation.generate import Prompts
     from pm_llm.evaluation.likelihood import Reader
     from pm_llm.tasks.base import Example, Task
@@ -104,18 +103,18 @@ class Family:
         """Tokens of a training row."""
         return len(row["input_ids"])
 
-    def carries(self, row: Row) -> tuple[int, int]:
-        """How many tokens of a training row carry loss, and how many there are."""
-        return sum(label != -100 for label in row["labels"]), len(row["input_ids"])
-
-    def parts(self, row: Row) -> list[tuple[list[int], bool]]:
-        """A training row in pieces, with whether each is learnt."""
+    def parts(self, encoder: Encoder, example: Example) -> list[tuple[list[int], bool]]:
+        """An example's tokens as they are trained, in pieces, with whether each is learnt."""
+        (row,) = self.features(encoder, [example])
         pairs = zip(row["input_ids"], (label != -100 for label in row["labels"]), strict=True)
         return [([i for i, _ in some], learnt) for learnt, some in groupby(pairs, key=lambda pair: pair[1])]
 
-    def referenced(
-        self, model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, progress: Any = None
-    ) -> Sequence[Row]:
+    def carries(self, encoder: Encoder, example: Example) -> tuple[int, int]:
+        """How many of an example's tokens carry loss, and how many there are."""
+        parts = self.parts(encoder, example)
+        return sum(len(ids) for ids, learnt in parts if learnt), sum(len(ids) for ids, _ in parts)
+
+    def referenced(self, model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> Sequence[Row]:
         """The rows with what the loss must know of the model before training."""
         return rows
 
@@ -229,7 +228,6 @@ class Family:
         encoder: Encoder,
         task: Task,
         how: EvaluationSection,
-        generate: Generate,
         progress: Callable[[int], Any] | None = None,
     ) -> tuple[list[Any], list[list[Any]]] | None:
         """A prediction and its references for each test row, where these are no answers to prompts; else None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from pm_llm.evaluation.generate import Prompts
 from pm_llm.evaluation.likelihood import Ids, Reader, summed
 from pm_llm.families.base import Batch, Family, Row
+
+if TYPE_CHECKING:
+    from pm_llm.tasks.base import Example
+    from pm_llm.tasks.encoding import Encoder
 
 
 class EncoderDecoder(Family):
@@ -46,11 +50,8 @@ class EncoderDecoder(Family):
         found: list[int] = row["input_ids"]
         return found
 
-    def carries(self, row: Row) -> tuple[int, int]:
-        return len(row["labels"]), len(row["input_ids"]) + len(row["labels"])
-
-    def parts(self, row: Row) -> list[tuple[list[int], bool]]:
-        return [(row["input_ids"], False), (row["labels"], True)]
+    def parts(self, encoder: Encoder, example: Example) -> list[tuple[list[int], bool]]:
+        return [(encoder.prompt(example), False), (encoder.answer(example), True)]
 
     def trainer_class(self) -> Any:
         from pm_llm.training.trainers import ContinualSeq2SeqTrainer

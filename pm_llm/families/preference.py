@@ -27,7 +27,6 @@ from pm_llm.families.rows import with_columns
 from pm_llm.system.processes import process_state
 
 if TYPE_CHECKING:
-    from pm_llm.evaluation.answering import Generate
     from pm_llm.tasks.base import Example, Task
     from pm_llm.tasks.encoding import Encoder
 
@@ -54,9 +53,6 @@ class Preference(Decoder):
     def __init__(self, beta: float = 0.1) -> None:
         self.beta = beta
 
-    def takes(self, config: Any) -> bool:
-        return False  # a decoder's rows, and no other kind of model
-
     # ---- rows ----
     def answer_length(self, encoder: Encoder, rows: Iterable[Example], most: int | None) -> int:
         return super().answer_length(encoder, (one for row in rows for one in (row, worse_of(row))), most)
@@ -71,27 +67,23 @@ class Preference(Decoder):
             for row in examples
         ]
 
-    def carries(self, row: Row) -> tuple[int, int]:
-        answers = len(row["chosen_ids"]) + len(row["rejected_ids"])
-        return answers, answers + 2 * len(row["prompt_ids"])
-
-    def parts(self, row: Row) -> list[tuple[list[int], bool]]:
+    def parts(self, encoder: Encoder, example: Example) -> list[tuple[list[int], bool]]:
+        (row,) = self.features(encoder, [example])
         return [(row["prompt_ids"], False), (row["chosen_ids"], True), ([], False), (row["rejected_ids"], True)]
+
+    def carries(self, encoder: Encoder, example: Example) -> tuple[int, int]:
+        """The prompt stands before each of the answers."""
+        carry, whole = super().carries(encoder, example)
+        return carry, 2 * whole - carry
 
     def length(self, row: Row) -> int:
         return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
     def referenced(
-        self,
-        model: Any,
-        tokenizer: Any,
-        rows: Sequence[Row],
-        batch_size: int,
-        progress: Any = None,
-        collate: Any = None,
+        self, model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, collate: Any = None
     ) -> Sequence[Row]:
         """The rows with what the model, as it is, gives both answers."""
-        found = self.likelihoods(model, tokenizer, rows, batch_size, progress, collate)
+        found = self.likelihoods(model, tokenizer, rows, batch_size, collate=collate)
         return with_columns(rows, {key: [pair[i] for pair in found] for i, key in enumerate(REFERENCE)})
 
     def draw(self, model: Any, encoder: Encoder, rows: Sequence[Row], seed: int, how: EvaluationSection) -> list[Row]:
@@ -174,7 +166,6 @@ class Preference(Decoder):
         encoder: Encoder,
         task: Task,
         how: EvaluationSection,
-        generate: Generate,
         progress: Callable[[int], Any] | None = None,
     ) -> tuple[list[Any], list[list[Any]]]:
         """By how much the model prefers the better answer more than the base model does, in nats; and 0."""

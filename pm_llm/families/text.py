@@ -20,7 +20,6 @@ from pm_llm.families.decoder import Decoder
 from pm_llm.system.processes import process_state
 
 if TYPE_CHECKING:
-    from pm_llm.evaluation.answering import Generate
     from pm_llm.tasks.base import Example, Task
     from pm_llm.tasks.encoding import Encoder
 
@@ -32,9 +31,6 @@ class Text(Decoder):
 
     kind = "text"
     packs = True
-
-    def takes(self, config: Any) -> bool:
-        return False  # a decoder's rows, and no other kind of model
 
     def answer_length(self, encoder: Encoder, rows: Iterable[Example], most: int | None) -> int:
         return 1
@@ -59,6 +55,11 @@ class Text(Decoder):
         first = eos if bos is None else bos
         return [*([] if ids[:1] == [first] else [first]), *ids, eos]
 
+    def parts(self, encoder: Encoder, example: Example) -> list[tuple[list[int], bool]]:
+        """Of the whole document: its pieces share a token each."""
+        ids = self.document(encoder, example)
+        return [(ids[:1], False), (ids[1:], True)]
+
     def draw(self, model: Any, encoder: Encoder, rows: Sequence[Row], seed: int, how: EvaluationSection) -> list[Row]:
         """The same documents; what is said at each position is drawn from the model."""
         device, found = model.device, []
@@ -80,7 +81,6 @@ class Text(Decoder):
         encoder: Encoder,
         task: Task,
         how: EvaluationSection,
-        generate: Generate,
         progress: Callable[[int], Any] | None = None,
     ) -> tuple[list[Any], list[list[Any]]]:
         """Each document's negative log-likelihood in nats; and its tokens and bytes."""

@@ -135,11 +135,6 @@ def sum_loss(model: Any, batches: Iterable[Batch], family: Family | None = None)
     return total, count
 
 
-def answer_loss(model: Any, batch: Batch) -> Tensor:
-    """The loss of prompts with answers, see :meth:`pm_llm.families.base.Family.loss`."""
-    return family_of(model).loss(model, batch)
-
-
 class _Tap(torch.autograd.Function):
     """The identity, whose backward hands over a layer's inputs and the gradient of its outputs.
 

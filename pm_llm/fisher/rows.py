@@ -123,8 +123,7 @@ def measure(
     Raises:
         PmLlmError: If there is no row, or a row has neither labels nor an answer.
     """
-    config = FisherSection(samples=samples, batch_size=batch_size)
-    chosen = ChosenRows("rows", *_encoded(model, rows, tokenizer, config, seed, max_length, beta))
+    chosen = _chosen(model, rows, tokenizer, samples, batch_size, seed, max_length, beta)
     return chosen.fisher(model, form, direction, loss_before)
 
 
@@ -139,14 +138,12 @@ def mean_loss(
     beta: float = 0.1,
 ) -> float:
     """The mean loss (nats a row) on the rows that :func:`measure` draws; arguments as there."""
-    config = FisherSection(samples=samples, batch_size=batch_size)
-    return ChosenRows("rows", *_encoded(model, rows, tokenizer, config, seed, max_length, beta)).loss(model)
+    return _chosen(model, rows, tokenizer, samples, batch_size, seed, max_length, beta).loss(model)
 
 
-def _encoded(
-    model: Any, rows: Any, tokenizer: Any, config: FisherSection, seed: int, max_length: int, beta: float
-) -> Any:
-    """The rest of what :class:`ChosenRows` is given."""
+def _chosen(
+    model: Any, rows: Any, tokenizer: Any, samples: int, batch_size: int, seed: int, max_length: int, beta: float
+) -> ChosenRows:
     from pm_llm.tasks.base import Task, picked
     from pm_llm.tasks.encoding import encoder_for
 
@@ -158,12 +155,14 @@ def _encoded(
                 "trainer.train_dataset of a ContinualDPOTrainer."
             )
         encoder = encoder_for(tokenizer, family.of(rows.kind), rows, max_length, None)
-        some = picked(rows.train, drawn(len(rows.train), config.samples, seed))
-        return encoder.features(some), config, seed, tokenizer, encoder.family
-    if not len(rows):
+        family = encoder.family
+        taken = encoder.features(picked(rows.train, drawn(len(rows.train), samples, seed)))
+    elif not len(rows):
         raise PmLlmError("there is no row to measure the Fisher on.")
-    taken = [_labelled(rows[i]) for i in drawn(len(rows), config.samples, seed)]
-    return taken, config, seed, tokenizer, family.of("preference", beta) if "chosen_ids" in taken[0] else family
+    else:
+        taken = [_labelled(rows[i]) for i in drawn(len(rows), samples, seed)]
+        family = family.of("preference", beta) if "chosen_ids" in taken[0] else family
+    return ChosenRows("rows", taken, FisherSection(samples=samples, batch_size=batch_size), seed, tokenizer, family)
 
 
 def _labelled(row: Mapping[str, Any]) -> Row:

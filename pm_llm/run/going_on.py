@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pm_llm.config import RunConfig
@@ -219,16 +219,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _fingerprint(rows: Iterable[Example], *more: Any, name: str = "") -> str:
     """What rows hold, wherever they lie."""
+    found: str = _once(rows, more, lambda: sha256_of_list(map(_plain, rows), *more), name)
+    return found
 
-    def plain_rows() -> Iterator[list[Any]]:
-        for row in rows:
-            yield _plain(row)
 
-    key = getattr(rows, "key", None)  # of many rows, which are gone through once
-    if key is None:
-        return sha256_of_list(plain_rows(), *more)
-    found = remembered([key, *more], lambda: {"digest": sha256_of_list(plain_rows(), *more)}, bool, name)
-    return str(found["digest"])
+def _once(rows: Iterable[Example], key: Iterable[Any], make: Callable[[], Any], name: str) -> Any:
+    """What `make` finds by going through a task's rows; of many rows it does that once."""
+    own = getattr(rows, "key", None)
+    return make() if own is None else remembered([own, *key], lambda: {"found": make()}, bool, name)["found"]
 
 
 def _plain(row: Example) -> list[Any]:
@@ -242,5 +240,9 @@ def _plain(row: Example) -> list[Any]:
 
 def _learnt(task: Task) -> list[str]:
     """Which turns of its chats a task learns, where that makes a difference to its training rows."""
-    several = any(turn["role"] == "assistant" for row in task.train for turn in row.messages or ())
-    return [task.loss_on] if several and task.loss_on != "last" else []
+
+    def several() -> bool:
+        return any(turn["role"] == "assistant" for row in task.train for turn in row.messages or ())
+
+    learnt = task.loss_on != "last" and _once(task.train, ["turns"], several, task.name)
+    return [task.loss_on] if learnt else []

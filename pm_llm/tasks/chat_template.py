@@ -155,15 +155,13 @@ def problem_of(tokenizer: Any, example: Example) -> str | None:
         answer_of(tokenizer, example, example.completion)
         if tools and render(tokenizer, turns, (), prompt=True) == prompt:
             return "the model's chat template has no place for its `tools`. Leave them out with `ignore: [tools]`."
-        whole = prompt if example.turn is None else render(tokenizer, [*turns, example.turn], tools)
-        for i, turn in enumerate([*turns, *([example.turn] if example.turn else [])]):
-            keys = (
-                ("tool_calls", *THOUGHTS) if i == len(turns) else ("tool_calls",)
-            )  # of earlier thoughts few keep any
-            for key in turn.keys() & set(keys):
-                bare = [*turns, *([example.turn] if example.turn else [])]
-                bare[i] = {k: x for k, x in turn.items() if k != key}
-                if render(tokenizer, bare, tools, prompt=example.turn is None) == whole:
+        said, open_ended = [*turns, *([example.turn] if example.turn else [])], example.turn is None
+        whole = prompt if open_ended else render(tokenizer, said, tools)
+        for i, turn in enumerate(said):
+            keys = {"tool_calls", *THOUGHTS} if i == len(turns) else {"tool_calls"}  # earlier thoughts few keep
+            for key in turn.keys() & keys:
+                bare = [*said[:i], {k: x for k, x in turn.items() if k != key}, *said[i + 1 :]]
+                if render(tokenizer, bare, tools, prompt=open_ended) == whole:
                     return f"the model's chat template has no place for `{key}`."
             if turn["role"] not in ("user", "assistant") and turn["content"].strip() not in prompt:
                 return f"the model's chat template leaves out a turn of the role {turn['role']!r}."

@@ -11,7 +11,6 @@ import numpy as np
 
 from pm_llm.config import RunConfig
 from pm_llm.families.preference import worse_of
-from pm_llm.families.text import Text
 from pm_llm.tasks.base import SPLITS, Example, Task, distinct
 from pm_llm.tasks.encoding import Encoder
 from pm_llm.tasks.fitting import encoders_for
@@ -83,18 +82,13 @@ def _turns(rows: Sequence[Example]) -> list[str]:
 
 
 def _texts(split: str, rows: Sequence[Example], encoder: Encoder) -> list[str]:
-    lengths = [len(_document(row, encoder)) for row in rows]
+    lengths = [encoder.family.carries(encoder, row)[1] for row in rows]
     size = sum(len(row.completion.encode()) for row in rows)
     return [
         f"  {split}: {len(rows)} documents, {sum(lengths):,} tokens, {size:,} bytes",
         f"    tokens of a document {_quantiles(lengths)}; "
         f"{sum(n > encoder.max_length for n in lengths) / len(rows):.1%} are cut into pieces of {encoder.max_length}",
     ]
-
-
-def _document(row: Example, encoder: Encoder) -> list[int]:
-    assert isinstance(encoder.family, Text)
-    return encoder.family.document(encoder, row)
 
 
 def _pairs(split: str, rows: Sequence[Example], encoder: Encoder) -> list[str]:
@@ -116,25 +110,17 @@ _TOLD = {"prompt": _prompts, "text": _texts, "preference": _pairs}
 def _loss(rows: Sequence[Example], encoder: Encoder) -> str:
     """How many tokens carry loss."""
     carry = whole = 0
-    if rows[0].kind == "text":  # pieces of a document share a token
-        whole = sum(len(_document(row, encoder)) for row in rows)
-        carry, rows = whole - len(rows), ()
     for row in rows:
-        for one in encoder.features([row]):
-            learnt, of = encoder.family.carries(one)
-            carry, whole = carry + learnt, whole + of
+        learnt, of = encoder.family.carries(encoder, row)
+        carry, whole = carry + learnt, whole + of
     return f"{carry:,} of {whole:,} tokens carry loss ({carry / whole:.1%})"
 
 
 def _rendered(row: Example, encoder: Encoder) -> str:
     """A row as it is trained; what is learnt stands in [[ ]]."""
-    if row.kind == "text":
-        ids = _document(row, encoder)
-        pieces = [(ids[:1], False), (ids[1:], True)]
-    else:
-        pieces = [part for one in encoder.features([row]) for part in encoder.family.parts(one)]
     decode = encoder.tokenizer.decode
-    texts = [(decode(ids, skip_special_tokens=False), learnt) for ids, learnt in pieces]
+    parts = encoder.family.parts(encoder, row)
+    texts = [(decode(ids, skip_special_tokens=False), learnt) for ids, learnt in parts]
     return "".join(f"[[{text}]]" if learnt else text for text, learnt in texts)
 
 

@@ -131,9 +131,9 @@ def columns_of(values: Mapping[str, Any], spec: UserTask, prompts: bool = False)
         return _pair(values, spec)
     if spec.prompt is not None or spec.completion is not None:
         given = spec.prompt if spec.prompt is not None else "prompt"
-        names = tuple(given) if isinstance(given, list) else tuple(_fields(given)) or (given,)
+        names, template = _named(given)
         answer = spec.completion or ("completion" if "completion" in values or not prompts else NO_ANSWER)
-        return Columns(names, answer, given if isinstance(given, str) and _fields(given) else None)
+        return Columns(names, answer, template)
     pair = next((pair for pair in PAIRS if values.keys() >= set(pair)), None)
     chat = next((Columns((chat,)) for chat in CHATS if chat in values), None)
     if pair is None and chat is not None:
@@ -150,9 +150,16 @@ def columns_of(values: Mapping[str, Any], spec: UserTask, prompts: bool = False)
 def _pair(values: Mapping[str, Any], spec: UserTask) -> Columns:
     """Those of a preference pair; its prompt may stand in both answers."""
     given = spec.prompt if spec.prompt is not None else next((name for name in PROMPTS if name in values), None)
-    names = tuple(given) if isinstance(given, list) else tuple(_fields(given or "")) or ((given,) if given else ())
-    template = given if isinstance(given, str) and _fields(given) else None
+    names, template = _named(given or [])
     return Columns(names, CHOSEN, template, before=BEFORE, kind="preference")
+
+
+def _named(given: str | list[str]) -> tuple[tuple[str, ...], str | None]:
+    """The columns that a `prompt` names, and the template that it is, if it is one."""
+    if not isinstance(given, str):
+        return tuple(given), None
+    fields = tuple(_fields(given))
+    return (fields, given) if fields else ((given,), None)
 
 
 def _fields(template: str) -> list[str]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import chain, islice
@@ -110,19 +111,26 @@ def written(name: str, rows: Iterable[dict[str, Any]], features: Any) -> Path:
     """An Arrow file of rows, under a name or, where that is empty, one of its content; whole, or not at all."""
     from datasets.arrow_writer import ArrowWriter
 
-    scratch, digest = folder() / f".{os.getpid()}-{name or 'rows'}.arrow", hashlib.sha256()
-    try:
+    digest = hashlib.sha256()
+    with _scratch(f"{name or 'rows'}.arrow") as scratch:
         with ArrowWriter(path=str(scratch), features=features, writer_batch_size=ROWS_AT_ONCE) as writer:
             for row in rows:
                 if not name:
                     digest.update(row["row"].encode() + b"\n")
                 writer.write(row)
             writer.finalize()
-        file = folder() / f"{name or digest.hexdigest()}.arrow"
-        os.replace(scratch, file)
+        return scratch.replace(folder() / f"{name or digest.hexdigest()}.arrow")
+
+
+@contextmanager
+def _scratch(name: str) -> Iterator[Path]:
+    """A file of this process's own to write into, which is to get its name when it is whole: other processes may be
+    writing the same."""
+    scratch = folder() / f".{os.getpid()}-{name}"
+    try:
+        yield scratch
     finally:
         scratch.unlink(missing_ok=True)
-    return file
 
 
 @lru_cache
@@ -182,9 +190,9 @@ def record_of(rows: Sequence[Example], task: str) -> dict[str, Any]:
         return {"rows": [plain_of(row) for row in rows]}
     file = folder() / f"{rows.key}.npy"
     if not file.is_file():
-        scratch = file.with_name(f".{os.getpid()}-{file.name}")
-        np.save(scratch, rows.at)
-        os.replace(scratch, file)
+        with _scratch(file.name) as scratch:
+            np.save(scratch, rows.at)
+            scratch.replace(file)
     return {"file": used(task, rows.file).name, "at": used(task, file).name}
 
 
@@ -260,7 +268,7 @@ def remembered(
         return found
     found = make()
     if when(found):
-        scratch = file.with_name(f".{os.getpid()}-{file.name}")
-        scratch.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-        os.replace(scratch, used(task, file))
+        with _scratch(file.name) as scratch:
+            scratch.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+            scratch.replace(used(task, file))
     return found

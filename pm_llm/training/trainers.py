@@ -27,6 +27,11 @@ from pm_llm.training.constrained import ConstraintMixin
 from pm_llm.training.patches import answers_only
 
 
+def _is_encoder_decoder(model: Any) -> bool:
+    """Also of what is no model at all."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 class _AnswersOnlyTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -50,7 +55,7 @@ class ContinualSFTTrainer(ConstraintMixin, _AnswersOnlyTrainer):
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if _is_encoder_decoder(model):
             raise PmLlmError(
                 f"{type(model).__name__} is an encoder-decoder and SFTTrainer is causal only. "
                 "Use ContinualSeq2SeqTrainer."
@@ -91,7 +96,7 @@ class ContinualSeq2SeqTrainer(ConstraintMixin, _TokenMeanTrainer):
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if not _is_encoder_decoder(model):
             raise PmLlmError(f"{type(model).__name__} is no encoder-decoder. Use ContinualSFTTrainer.")
         super().__init__(model, *args, **kwargs)
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
@@ -183,7 +188,7 @@ class ContinualDPOTrainer(ConstraintMixin, _PairTrainer):
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if _is_encoder_decoder(model):
             raise PmLlmError(f"{type(model).__name__} is an encoder-decoder; preference pairs are for decoders.")
         given = kwargs.get("constraint", ())
         spoken = [c for c in ([given] if isinstance(given, Constraint) else given) if c.fills("loss")]
