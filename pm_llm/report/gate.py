@@ -109,8 +109,8 @@ def _change(after: Predictions, before: Predictions, sign: int, level: float) ->
     low = scorer_named(after.scorer).lower_is_better
     scale, unit = (-100 / before.score(), "percent") if low else (1.0, "points")
     found = paired_difference([after], [before], level=level)
-    least, most = sorted(sign * scale * x for x in (found.low, found.high))
-    return Interval(sign * scale * found.value, least, most, level), unit
+    value, *ends = (0.0 + sign * scale * x for x in (found.value, found.low, found.high))  # and no -0
+    return Interval(value, min(ends), max(ends), level), unit
 
 
 def _verdict(
