@@ -25,7 +25,8 @@ from pm_llm.tasks.loading import BENCHMARKS
 
 MAX_RANK = 4096  # of an adapter: beyond the width of most layers
 SEEDS = 2**32  # how many numpy knows
-SHORT = {"adapter": "path", "general": "data"}  # sections that may be given as the value of one key
+SHORT = {"adapter": "path", "general": "data", "gate": "lose"}  # sections that may be given as one key's value
+FREELY = {"general.skills", "general.when"}  # keys of them that mean something without that one
 
 
 @dataclass
@@ -134,6 +135,30 @@ class GeneralSection:
         "sampled", "Answers to these: sampled from the base model, or given in the rows.", choices=("given", "sampled")
     )
     weight: float = option(1.0, "Of its curvature, beside a task's.", above=0)
+    skills: str | list[str] | None = option(
+        None, "Skills of the general suite that are scored: all, or a list (instructions, arithmetic, json ...)."
+    )
+    when: str = option(
+        "each",
+        "General abilities are scored before the first task and after each, or after the last.",
+        choices=("each", "last"),
+    )
+
+
+@dataclass
+class GateSection:
+    """Whether a task may stay that cost more than it may."""
+
+    lose: float | None = option(
+        None, "Points (percent of a perplexity) that earlier tasks and probes may lose; none: no gate.", least=0
+    )
+    gain: float | None = option(None, "Points that each task must gain; none: not looked at.", least=0)
+    level: float = option(0.95, "Of the intervals, over all that is guarded.", least=0.5, most=0.9999)
+    action: str = option(
+        "stop",
+        "Where the gate fails: stop (the task stays), restore (the stage before it is the current one) or warn.",
+        choices=("stop", "restore", "warn"),
+    )
 
 
 @dataclass
@@ -182,6 +207,7 @@ class RunConfig:
     fuar: dict[str, Any] | None = option(None, "For FUAR: {kept: [a task a state], updated: task, acquired: task}.")
     adapter: AdapterSection = field(default_factory=AdapterSection)
     general: GeneralSection = field(default_factory=GeneralSection)
+    gate: GateSection = field(default_factory=GateSection)
     method: str = option("pm", "Preset: " + ", ".join(PRESETS) + ".")
     start: Any = option(None, "Replaces the preset's start.")
     constrain: Any = option(None, "Replaces the preset's constraints: a name, a mapping, a list, or none.")
@@ -286,7 +312,8 @@ class RunConfig:
     def _check_beginning(self) -> None:
         for section, key in SHORT.items():
             given, default = getattr(self, section), type(getattr(self, section))()
-            lost = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(default, f.name)]
+            names = [f.name for f in dataclasses.fields(given) if f"{section}.{f.name}" not in FREELY]
+            lost = [name for name in names if getattr(given, name) != getattr(default, name)]
             if getattr(given, key) is None and lost:
                 raise PmLlmError(f"{section}.{lost[0]} is given, and {section}.{key} is not. Give both, or neither.")
 

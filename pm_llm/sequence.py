@@ -11,7 +11,8 @@ import torch
 
 from pm_llm.config import RunConfig, configured
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.matrix import UNTRAINED, Matrix, asked_for
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix
+from pm_llm.evaluation.plan import Plan
 from pm_llm.merges.merger import Merger
 from pm_llm.origin import Origin, read_sources
 from pm_llm.resume import begun, go_on
@@ -108,8 +109,8 @@ class ContinualSequence:
         """The results of a finished run, written anew; the model is loaded only where a score is missing."""
         state = self.run_dir.state()
         names, stages = [task.name for task in self.tasks], state["stages"]
-        keep, last = self.config.keep_test_rows, len(stages) - 1
-        asked = asked_for(self.config.evaluate, names, list(self.columns), last, keep)
+        last = len(stages) - 1
+        asked = Plan.of(self.config.plain()).asked(names, list(self.columns), last)
         if len(stages) < len(names) or any(name not in stages[last].scores for name in asked):
             return self.run()
         with self.run_dir.locked():
@@ -139,7 +140,7 @@ class ContinualSequence:
                 Origin(self.session, sources).run()
             if stages:
                 go_on(self.session, stages)
-            elif self.config.evaluate == "all":
+            else:
                 self.session.evaluate(UNTRAINED, run["untrained"] or {})
             with bar(len(self.tasks), self.config.method, "task") as progress:
                 progress.update(len(stages))

@@ -17,7 +17,7 @@ from pm_llm.config import LoraSection, RunConfig
 from pm_llm.constraints.base import Constraint
 from pm_llm.evaluation.answering import Generate, answer_task
 from pm_llm.evaluation.generate import generate
-from pm_llm.evaluation.matrix import asked_for
+from pm_llm.evaluation.plan import Plan, is_general
 from pm_llm.families.models import Base, load_base
 from pm_llm.merges.base import Factors
 from pm_llm.merges.merger import Merger
@@ -139,7 +139,7 @@ class Session:
     def evaluate(self, stage: int, scores: dict[str, Any]) -> None:
         """Score and commit what stage `stage` (from 0; -1: the untrained model) is to be scored on and is not yet."""
         names, keep = [task.name for task in self.tasks], self.config.keep_test_rows
-        wanted = asked_for(self.config.evaluate, names, list(self.columns), stage, keep)
+        wanted = Plan.of(self.config.plain()).asked(names, list(self.columns), stage)
         for name in [name for name in wanted if name not in scores]:
             clock = Clock(process_state().device)
             found = answer_task(
@@ -147,7 +147,7 @@ class Session:
             )
             clock.stop("evaluate")
             took, memory = clock.seconds["evaluate"], clock.peak_memory["evaluate"]
-            score, lines = found.score(), found.lines() if keep else None
+            score, lines = found.score(), found.lines() if keep or is_general(name) else None
             on_main(partial(self.run_dir.commit_score, stage, name, score, lines, took, memory))
             scores[name] = {"score": score}
         if not keep and stage >= 0:

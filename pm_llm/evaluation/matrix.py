@@ -229,18 +229,6 @@ def scored_as(evaluate: str, keep: bool) -> str:
     return "diagonal+final" if evaluate == "final" and not keep else evaluate
 
 
-def asked_for(
-    evaluate: str, stages: Sequence[str], columns: Sequence[str], stage: int, keep: bool = True
-) -> list[str]:
-    """The tasks that are scored after stage `stage` (from 0; -1: before the first), under `evaluate`; without `keep`
-    none whose last stage is over, as its test rows are gone."""
-    evaluate, seen = scored_as(evaluate, keep), list(dict.fromkeys(stages[: stage + 1]))
-    found = {"all": list(columns), "seen": seen, "final": [], "diagonal+final": seen and [stages[stage]]}[evaluate]
-    found = list(columns) if stage == len(stages) - 1 else found
-    gone = set() if keep else set(stages[: max(stage, 0)]) - set(stages[max(stage, 0) :])
-    return [name for name in found if name not in gone]
-
-
 def gap_closed(method: float, seqlora: float, joint: float) -> float:
     """`(method - seqlora) / (joint - seqlora)` of final averages: 0 is plain sequential fine-tuning, 1 joint training.
 

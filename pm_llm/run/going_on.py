@@ -19,6 +19,7 @@ from pm_llm.tasks.store import remembered
 FREE = (
     *("output_dir", "train.save_steps", "fisher.storage", "fold_running"),
     *("keep_curvature", "fisher.batch_size", "evaluation.batch_size", "evaluation.batch_tokens"),
+    *("gate.lose", "gate.gain", "gate.level", "gate.action"),
 )
 # keys that say which rows are trained and scored on: judged by the rows themselves
 ROWS = (
@@ -34,6 +35,8 @@ LATER = {
     "train.train_sampling_strategy": "random",
     "train.beta": 0.1,
     "attn_implementation": None,
+    "general.skills": None,
+    "general.when": "each",
 }
 NOTHING = object()
 # what accelerate launch says of sharding: each way writes checkpoints that another cannot read

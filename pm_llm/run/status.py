@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pm_llm.evaluation.matrix import asked_for
+from pm_llm.evaluation.matrix import UNTRAINED
+from pm_llm.evaluation.plan import Plan
 from pm_llm.run.folder import RunDir
 from pm_llm.run.reading import ADAPTER, CURVATURE, MEMORY, RESULTS, STAGES
 from pm_llm.system.files import size_of
@@ -20,7 +21,7 @@ def describe_run(path: str | Path) -> str:
     """
     run_dir = RunDir.open(path)
     state, holder = run_dir.state(), run_dir.holder()
-    evaluate = state["config"]["evaluate"]
+    plan = Plan.of(state["config"])
     back = dict.fromkeys(one.task for one in state["undone"])
     columns = [name for name in state["rows"]["test"] if name not in back or name in state["tasks"]]
     total, done = len(state["tasks"]), len(state["stages"])
@@ -29,13 +30,14 @@ def describe_run(path: str | Path) -> str:
     lines += ["", "| task | state | coefficient | training s | Fisher and merge s | evaluation s |"]
     lines.append("|---|---|---:|---:|---:|---:|")
     todo: list[str] = []
-    if evaluate == "all" and not done:
-        missing = [name for name in columns if name not in (state["untrained"] or {})]
+    if not done:
+        asked = plan.asked(state["tasks"], columns, UNTRAINED)
+        missing = [name for name in asked if name not in (state["untrained"] or {})]
         todo += [f"score the untrained model on {', '.join(missing)}"] if missing else []
     for i, name in enumerate(state["tasks"]):
         if i < done:
             stage = state["stages"][i]
-            asked = asked_for(evaluate, state["tasks"], columns, i, state["config"]["keep_test_rows"])
+            asked = plan.asked(state["tasks"], columns, i)
             missing = [task for task in asked if task not in stage.scores]
             what = f"trained, scored on {len(asked) - len(missing)} of {len(asked)}" if missing else "done"
             if missing and i == done - 1:

@@ -94,6 +94,14 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Room:
+    """How long a task's rows may be, whatever the configuration says: tokens of prompt and answer, and of an answer."""
+
+    max_length: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Task:
     """A named task. `labels` are the options of a classification task, in prompt order, if it is one.
 
@@ -105,7 +113,8 @@ class Task:
     `assistant`, but for such with `weight` 0, or the `last` of them alone.
 
     `source` is what the configuration gave, `files` what was read, each with its size in bytes and its time of change
-    in ns. `kept` is there for a task that a run has finished: it has no training rows any more.
+    in ns. `kept` is there for a task that a run has finished: it has no training rows any more. `room` is there for
+    rows of the project's own, whose lengths are known and of which nothing may be cut.
     """
 
     name: str
@@ -121,6 +130,7 @@ class Task:
     source: str = ""
     files: tuple[tuple[str, int, int], ...] = ()
     kept: Kept | None = None
+    room: Room | None = None
 
     @property
     def kind(self) -> str:

@@ -34,7 +34,7 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
     bad: dict[Key, Example] = {}  # held, so that none of them is another's
     for task in tasks:
         family = model_family.of(task.kind, config.train.beta)
-        blind = Encoder(tokenizer, family, config.max_length, 1, task.special_tokens, task.loss_on)
+        blind = Encoder(tokenizer, family, _max_length(config, task), 1, task.special_tokens, task.loss_on)
         if task.kept is not None:  # its rows were looked at when it was trained
             encoders[task.name] = replace(blind, max_new_tokens=task.kept.answer)
             continue
@@ -86,6 +86,10 @@ def encoded(encoder: Encoder, rows: Sequence[Example], label: str) -> Sequence[R
     return TableRows(Dataset.from_file(str(used(label, file))))
 
 
+def _max_length(config: RunConfig, task: Task) -> int:
+    return config.max_length if task.room is None else task.room.max_length
+
+
 def _key(name: str, row: Example) -> Key:
     return name, row.place or id(row)
 
@@ -122,9 +126,9 @@ def _look(task: Task, blind: Encoder, most: int | None) -> dict[str, Any]:
     good = (row for i, row in enumerate(trained) if ("train", i) not in wrong)
     if not len(trained) or all(("train", i) in wrong for i in range(len(trained))):
         return {"answer": 0, "unknown": "", "wrong": [[*at, what] for at, what in wrong.items()]}
-    answer = blind.family.answer_length(blind, good, most)
+    answer = blind.family.answer_length(blind, good, most) if task.room is None else task.room.max_new_tokens
     encoder = with_room(blind, answer, task.name)
-    wrong |= _too_long(encoder, splits, wrong, lengths)
+    wrong |= _too_long(encoder, splits, wrong, lengths) if task.room is None else _cut(encoder, task)
     found = [[*at, what] for at, what in wrong.items()]
     return {"answer": answer, "unknown": _unknown(task.name, encoder, splits, wrong), "wrong": found}
 
@@ -153,6 +157,19 @@ def _too_long(
                 what = frames[frame] = frames[frame] if frame in frames else encoder.too_long(row)
             if what is not None:
                 found[at] = what
+    return found
+
+
+def _cut(encoder: Encoder, task: Task) -> dict[tuple[str, int], str]:
+    """Rows of which something would be cut, where nothing may be."""
+    found = {}
+    for number, row in enumerate(task.test if task.kind != "text" else ()):
+        length = len(encoder.whole_prompt(row))
+        if length > encoder.prompt_budget:
+            found["test", number] = (
+                f"{task.name}: a prompt of {length} tokens, and {encoder.prompt_budget} are taken. Leave it out: name "
+                "the others with general.skills."
+            )
     return found
 
 

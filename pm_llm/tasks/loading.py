@@ -95,13 +95,15 @@ def _named(config: RunConfig, kept: Sequence[Task]) -> tuple[list[str], Callable
 
 
 def load_probes(config: RunConfig) -> list[Task]:
-    """The tasks that are scored and never trained. Raises PmLlmError as :func:`load_tasks` does."""
+    """The tasks that are scored and never trained, general abilities last. Raises PmLlmError as :func:`load_tasks` does."""
+    from pm_llm.tasks.general import general_tasks
     from pm_llm.tasks.user import load_user_tasks
 
     problems = Problems(drop=config.bad_rows == "drop")
     folder = Path(config.data_dir) if config.data_dir else None
     tasks = load_user_tasks(config.probes, folder, problems, probe=True)
     problems.tell()
+    tasks += general_tasks(config.general.skills or ())
     return [task.subset(None, config.max_test_samples, config.seed) for task in tasks]
 
 
