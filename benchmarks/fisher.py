@@ -55,9 +55,9 @@ def model_and_rows(name: str, given: Any) -> tuple[Any, list[dict[str, Any]]]:
 
     from pm_llm.adapters.adapter import Adapter
     from pm_llm.adapters.live import RUNNING, TASK, set_active
-    from pm_llm.config import LoraSection
     from pm_llm.families.base import family
     from pm_llm.families.models import EMBEDDED, load_base
+    from pm_llm.sections import LoraSection
     from pm_llm.starts.fresh import Fresh
     from pm_llm.tasks.benchmarks.embedded import make_task
     from pm_llm.tasks.encoding import Encoder

@@ -45,9 +45,9 @@ def main() -> None:
     from trl import SFTConfig, SFTTrainer
 
     from pm_llm import ContinualSFTTrainer
-    from pm_llm.config import LoraSection
     from pm_llm.families.models import add_task_adapter, load_base
     from pm_llm.families.packing import Packing, packed
+    from pm_llm.sections import LoraSection
     from pm_llm.training.patches import original_forward
 
     disable_progress_bars()

@@ -54,10 +54,10 @@ def main() -> None:
     from pm_llm.adapters.in_base import folded, why_not
     from pm_llm.adapters.live import RUNNING, TASK, set_active
     from pm_llm.algebra.lowrank import LowRank
-    from pm_llm.config import LoraSection
     from pm_llm.constraints.base import Context
     from pm_llm.constraints.curvature import Curvature
     from pm_llm.families.models import load_base
+    from pm_llm.sections import LoraSection
     from pm_llm.starts.fresh import Fresh
     from pm_llm.system.processes import Clock
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return found
     except PmLlmError as error:
         print(f"pm-llm: error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print("pm-llm: interrupted", file=sys.stderr)
         return 130

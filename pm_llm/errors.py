@@ -14,7 +14,9 @@ from typing import Any
 
 
 class PmLlmError(ValueError):
-    """Bad input. The message says what was given, what is allowed and what to do."""
+    """Bad input. The message says what was given, what is allowed and what to do; `status` is the exit status."""
+
+    status = 2
 
 
 class NonFiniteLossError(PmLlmError):

@@ -15,17 +15,19 @@ from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.plan import Plan
 from pm_llm.merges.merger import Merger
 from pm_llm.origin import Origin, read_sources
+from pm_llm.report.gate import Course, GateError, judge, said_of, status_of
 from pm_llm.resume import begun, go_on
 from pm_llm.run.adding import added
 from pm_llm.run.folder import RunDir
 from pm_llm.run.going_on import origin_stays, take_up
 from pm_llm.run.kept import kept_tasks, needs_rows, read_all
 from pm_llm.run.results import gather_results
+from pm_llm.run.taking_back import restore
 from pm_llm.session import Session, Watcher
 from pm_llm.stage import Stage
 from pm_llm.system.mapped import Zeros, mapped_files
 from pm_llm.system.processes import on_main, process_state
-from pm_llm.system.progress import bar
+from pm_llm.system.progress import bar, say
 from pm_llm.system.sharding import launched
 from pm_llm.tasks.base import Task, checked
 from pm_llm.tasks.fitting import encoders_for
@@ -121,8 +123,17 @@ class ContinualSequence:
 
         Raises:
             PmLlmError: If the run cannot begin or go on; what is committed stays as it is.
+            GateError: If a task did not pass the gate of the configuration, unless that only warns.
             Stopped: After SIGTERM or SIGINT.
         """
+        try:
+            return self._run()
+        except GateError as error:
+            if self.config.gate.action != "restore" or not on_main(self._take_back):
+                raise
+            raise GateError(f"{error} It was taken back.", error.status) from None
+
+    def _run(self) -> dict[str, Any]:
         self._check_devices()
         if self.run_dir.has_state() and self.adding:
             self._check_added(self.run_dir.state())
@@ -144,11 +155,45 @@ class ContinualSequence:
                 self.session.evaluate(UNTRAINED, run["untrained"] or {})
             with bar(len(self.tasks), self.config.method, "task") as progress:
                 progress.update(len(stages))
+                if stages:
+                    self._judge(len(stages))
                 for number in range(len(stages) + 1, len(self.tasks) + 1):
                     Stage(self.session, number).run()
                     progress.update(1)
+                    self._judge(number)
             found: dict[str, Any] = on_main(self._finish)
             return found
+
+    def _judge(self, number: int) -> None:
+        """Let the gate of the configuration, if there is one, see task `number`. Raises GateError if it may not
+        pass."""
+        gate = self.config.gate
+        if gate.lose is None:
+            return
+        run: Course = on_main(lambda: Course.of(self.run_dir))
+        verdicts = judge(run, gate.lose, gate.gain, gate.level)
+        status, lines = status_of(verdicts), said_of(run, verdicts)
+        if not status or gate.action == "warn":
+            say("\n".join(lines))
+            return
+        if number == len(self.tasks):
+            on_main(self._finish)
+        raise GateError(
+            f"task {run.stages[-1]!r} does not pass the gate:\n" + "\n".join(lines) + "\nThe run is as it was after "
+            f"that task. Take it back with pm-llm restore {self.run_dir.path} --to TASK, or let it pass with a gate "
+            "that allows more.",
+            status,
+        )
+
+    def _take_back(self) -> bool:
+        """Make the stage before the last the current one; whether there is one."""
+        stages = self.run_dir.state()["stages"]
+        if len(stages) < 2:
+            return False
+        with self.run_dir.locked():
+            restore(self.run_dir, str(len(stages) - 1))
+        ContinualSequence.open(self.run_dir.path).conclude()
+        return True
 
     def _load(self) -> list[Task]:
         """The tasks of the configuration; of finished ones what the run has kept."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.live import RUNNING, TASK, remove, set_active
-from pm_llm.config import LoraSection, RunConfig
+from pm_llm.config import RunConfig
 from pm_llm.constraints.base import Constraint
 from pm_llm.evaluation.answering import Generate, answer_task
 from pm_llm.evaluation.generate import generate
@@ -23,6 +23,7 @@ from pm_llm.merges.base import Factors
 from pm_llm.merges.merger import Merger
 from pm_llm.methods import Method
 from pm_llm.run.folder import RunDir
+from pm_llm.sections import LoraSection
 from pm_llm.starts.base import Start
 from pm_llm.system.mapped import Zeros
 from pm_llm.system.processes import Clock, on_main, process_state

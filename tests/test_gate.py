@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
+from math import sqrt
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 
 from pm_llm import ContinualSequence, PmLlmError, Task
 from pm_llm.cli import main
 from pm_llm.config import load_config
-from pm_llm.evaluation.intervals import paired_difference
+from pm_llm.evaluation.intervals import expanded, paired_difference
 from pm_llm.evaluation.predictions import Predictions
-from pm_llm.report.data import Run, open_run
-from pm_llm.report.gate import judge, status_of
-from pm_llm.run.record import Results
+from pm_llm.report.gate import Course, GateError, judge, status_of
+from pm_llm.run.folder import RunDir
 from tests.helpers.presets import KEYS
 
 ROWS = 100
@@ -32,14 +34,8 @@ def text(task: str, nats: float) -> Predictions:
     )
 
 
-def run_of(predictions: dict[int, dict[str, Predictions]], stages: list[str], **more) -> Run:
-    tasks = list(dict.fromkeys([*stages, *(name for one in predictions.values() for name in one)]))
-    scorers = [next(x[name].scorer for x in predictions.values() if name in x) for name in tasks]
-    rows = [
-        [predictions[i][n].score() if n in predictions.get(i, {}) else None for n in tasks] for i in range(len(stages))
-    ]
-    results = Results({"method": "pm"}, {}, tasks, stages, rows, [1.0] * len(stages), scorers=scorers, **more)
-    return Run(Path("run"), "pm", results, [], predictions)
+def run_of(predictions: dict[int, dict[str, Predictions]], stages: list[str]) -> Course:
+    return Course(Path("run"), stages, predictions)
 
 
 def test_a_loss_beyond_its_noise_breaks_the_gate() -> None:
@@ -47,7 +43,9 @@ def test_a_loss_beyond_its_noise_breaks_the_gate() -> None:
     (one,) = judge(run, lose=2)
     assert (one.task, one.what, one.unit, one.broken) == ("a", "lost", "points", True)
     assert one.change == pytest.approx(20.0)
-    expected = paired_difference([run.predictions[0]["a"]], [run.predictions[1]["a"]])
+    expected = paired_difference(
+        [run.predictions[0]["a"]], [run.predictions[1]["a"]], 10_000, level=expanded(0.95, ROWS)
+    )
     assert (one.low, one.high) == (expected.low, expected.high)
     assert status_of([one]) == 3
     assert "LOST a: 80.0 -> 60.0, lost 20.0 points" in one.line()
@@ -77,7 +75,7 @@ def test_a_perplexity_is_judged_in_percent() -> None:
 
 
 def test_probes_are_guarded_against_what_was_before_training() -> None:
-    run = run_of({-1: {"p": said("p", 90)}, 0: {"a": said("a", 80), "p": said("p", 50)}}, ["a"], untrained={"p": 90.0})
+    run = run_of({-1: {"p": said("p", 90)}, 0: {"a": said("a", 80), "p": said("p", 50)}}, ["a"])
     (one,) = judge(run, lose=2)
     assert (one.task, one.broken) == ("p", True)
 
@@ -101,7 +99,7 @@ def test_of_a_run(tmp_path, capsys) -> None:
     capsys.readouterr()
     status = main(["gate", str(tmp_path / "run"), "--lose", "2", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["status"] == status == status_of(judge(open_run(tmp_path / "run"), 2))
+    assert found["status"] == status == status_of(judge(Course.of(RunDir.open(tmp_path / "run")), 2))
     assert [one["task"] for one in found["verdicts"]] == ["one"]
     assert main(["gate", str(tmp_path / "run"), "--lose", "100"]) == 0
     said = capsys.readouterr().out
@@ -112,3 +110,80 @@ def test_of_a_run(tmp_path, capsys) -> None:
     ContinualSequence(load_config(None, keys), tasks).run()
     assert main(["gate", str(tmp_path / "final")]) == 2
     assert "no predictions on 'one' after 'one' are kept" in capsys.readouterr().err
+
+
+def gated(folder: Path, **keys) -> ContinualSequence:
+    """Two tasks of other answers to the same prompts, so that the second undoes the first."""
+    first = [{"prompt": f"is {i} even ?", "completion": "red"} for i in range(24)]
+    second = [{"prompt": f"is {i} even ?", "completion": "blue"} for i in range(24)]
+    tasks = [Task.from_rows("one", first, first), Task.from_rows("two", second, second)]
+    given = {**KEYS, "method": "seqlora", "output_dir": str(folder), "evaluate": "seen", "train.max_steps": 30}
+    return ContinualSequence(load_config(None, {**given, "gate.lose": 2, **keys}), tasks)
+
+
+def test_a_run_stops_at_its_gate_and_goes_on_when_that_allows_more(tmp_path) -> None:
+    for _ in range(2):  # the same command again does not pass either
+        with pytest.raises(GateError, match=r"'two' does not pass the gate:\nLOST one: 100\.0 -> ") as stopped:
+            gated(tmp_path).run()
+        assert stopped.value.status == 3
+    assert RunDir.open(tmp_path).results().stages == ["one", "two"]  # the last task: it can be reported
+    assert gated(tmp_path, **{"gate.lose": 100}).run()["stages"] == ["one", "two"]
+    assert main(["gate", str(tmp_path)]) == 3
+
+
+def test_a_gate_may_take_the_task_back_or_warn(tmp_path, capsys) -> None:
+    with pytest.raises(GateError, match="It was taken back"):
+        gated(tmp_path / "back", **{"gate.action": "restore"}).run()
+    assert RunDir.open(tmp_path / "back").results().stages == ["one"]
+    capsys.readouterr()
+    assert gated(tmp_path / "warn", **{"gate.action": "warn"}).run()["stages"] == ["one", "two"]
+    assert "LOST one" in capsys.readouterr().out
+
+
+def test_a_gate_wants_what_it_compares(tmp_path) -> None:
+    with pytest.raises(PmLlmError, match="set evaluate to seen"):
+        gated(tmp_path, evaluate="final")
+    with pytest.raises(PmLlmError, match="keeps a model for each task"):
+        gated(tmp_path, method="per_task")
+    with pytest.raises(PmLlmError, match=r"gate\.gain is given, and gate\.lose is not"):
+        load_config(None, {"gate.gain": 2}).check()
+
+
+def test_a_first_task_must_gain_too(tmp_path) -> None:
+    rows = [{"prompt": f"is {i} even ?", "completion": "red"} for i in range(24)]
+    keys = {**KEYS, "method": "seqlora", "output_dir": str(tmp_path), "evaluate": "seen"}
+    keys |= {"gate.lose": 2, "gate.gain": 5, "train.learning_rate": 1e-9}
+    with pytest.raises(GateError, match="NOT GAINED one") as stopped:
+        ContinualSequence(load_config(None, keys), [Task.from_rows("one", rows, rows)]).run()
+    assert stopped.value.status == 4
+
+
+def test_few_rows_have_wider_intervals() -> None:
+    """Student's t for 0.975: 2.0452 with 29 degrees of freedom, 2.7764 with 4."""
+    for rows, t in ((30, 2.0452), (5, 2.7764)):
+        wanted = 2 * NormalDist().cdf(sqrt(rows / (rows - 1)) * t) - 1
+        assert expanded(0.95, rows) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_of_runs_that_lost_nothing_few_are_stopped() -> None:
+    """Nine skills of 30 rows whose answers are drawn anew, alike before and after."""
+    rng, stopped = random.Random(0), 0
+    chances = [rng.uniform(0.2, 0.9) for _ in range(9)]
+
+    def drawn(name: str, chance: float) -> Predictions:
+        answers = ["yes" if rng.random() < chance else "no" for _ in range(30)]
+        return Predictions(name, "exact_match", answers, [["yes"]] * 30, [None] * 30, list(map(str, range(30))))
+
+    for _ in range(100):
+        before, after = ({f"s{i}": drawn(f"s{i}", c) for i, c in enumerate(chances)} for _ in range(2))
+        stopped += status_of(judge(run_of({-1: before, 0: {"a": said("a", 80), **after}}, ["a"]), 0.0)) != 0
+    assert stopped <= 5
+    lost = {**after, "s0": said("s0", 0, 30)}
+    before["s0"] = said("s0", 18, 30)
+    run = run_of({-1: before, 0: {"a": said("a", 80), **lost}}, ["a"])
+    assert [one.task for one in judge(run, 2.0) if one.broken] == ["s0"]  # and one that loses a skill is
+
+
+def test_what_was_not_scored_before_is_not_guarded() -> None:
+    run = run_of({0: {"a": said("a", 80), "p": said("p", 50)}}, ["a"])
+    assert (judge(run, 2.0), run.not_guarded) == ([], ["p"])

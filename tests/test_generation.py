@@ -17,7 +17,6 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfi
 from transformers import MistralConfig, MistralForCausalLM, set_seed
 
 from pm_llm.cli import main
-from pm_llm.config import EvaluationSection
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.answering import answer_task
 from pm_llm.evaluation.batches import OVERHEAD, in_batches, pack
@@ -25,6 +24,7 @@ from pm_llm.evaluation.generate import common_prefix, generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels, label_ids, log_likelihoods
 from pm_llm.evaluation.predictions import MissingPredictionError, gather, read_predictions
 from pm_llm.families.models import load_base
+from pm_llm.sections import EvaluationSection
 from pm_llm.system.files import jsonl
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.benchmarks.embedded import make_task

@@ -7,8 +7,9 @@ import torch
 from datasets import Dataset
 
 from pm_llm import ContinualSequence, PmLlmError
-from pm_llm.config import FisherSection, load_config
+from pm_llm.config import load_config
 from pm_llm.fisher.rows import ChosenRows
+from pm_llm.sections import FisherSection
 from pm_llm.tasks.base import Task
 from tests.conftest import DECODER, make_peft, tokenizer
 from tests.helpers.kinds import encoder, of_kind

@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 
 from pm_llm import PmLlmError
-from pm_llm.config import EvaluationSection
 from pm_llm.evaluation.answering import answer_task
 from pm_llm.evaluation.scorers import score
 from pm_llm.families.packing import Packing, blocks, check_packing, no_padding, packed, takes_packing
+from pm_llm.sections import EvaluationSection
 from pm_llm.tasks.encoding import Encoder
 from tests.conftest import DECODER, make_model, make_peft, tokenizer
 from tests.conftest import KINDS as FAMILY

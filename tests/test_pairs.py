@@ -12,12 +12,13 @@ from trl import DPOConfig, DPOTrainer
 
 from pm_llm import ContinualDPOTrainer, ContinualSequence, PmLlmError
 from pm_llm.adapters.live import lora_layers
-from pm_llm.config import EvaluationSection, FisherSection, load_config
+from pm_llm.config import load_config
 from pm_llm.evaluation.answering import answer_task
 from pm_llm.evaluation.scorers import score
 from pm_llm.families.packing import blocks
 from pm_llm.families.preference import Preference
 from pm_llm.fisher.rows import ChosenRows
+from pm_llm.sections import EvaluationSection, FisherSection
 from pm_llm.tasks.encoding import Encoder
 from tests.conftest import DECODER, make_peft, tokenizer
 from tests.helpers.kinds import encoder, kind_tasks, of_kind

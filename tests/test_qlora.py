@@ -15,10 +15,10 @@ from pm_llm.adapters.in_base import why_not
 from pm_llm.adapters.live import TASK, lora_layers, set_active
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.cli import main
-from pm_llm.config import LoraSection
 from pm_llm.evaluation.generate import generate
 from pm_llm.families.models import load_base
 from pm_llm.fisher.measure import sum_fisher
+from pm_llm.sections import LoraSection
 from pm_llm.starts.fresh import Fresh
 from pm_llm.tasks.benchmarks.embedded import make_task
 from pm_llm.tasks.encoding import Encoder

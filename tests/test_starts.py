@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, trainable_adapter
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.config import LoraSection, load_config
+from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
+from pm_llm.sections import LoraSection
 from pm_llm.starts.continuing import Continue
 from pm_llm.starts.fresh import Fresh
 from pm_llm.starts.last import Last

@@ -16,8 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from pm_llm.config import MAX_RANK
 from pm_llm.errors import PmLlmError, first_line
+from pm_llm.sections import MAX_RANK
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--lose", type=float, default=2.0, help="points that may be lost, of a perplexity percent (2)")
     parser.add_argument("--gain", type=float, help="points that the last task must have gained (not looked at)")
-    parser.add_argument("--level", type=float, default=0.95, help="of the intervals (0.95)")
+    parser.add_argument("--level", type=float, default=0.95, help="of the intervals, over all that is guarded (0.95)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(call=call)
 
@@ -27,15 +27,21 @@ def add(commands: Any) -> None:
 def call(given: argparse.Namespace) -> int:
     """`pm-llm gate`: a line a task, and the exit status."""
     from pm_llm.errors import check_number
-    from pm_llm.report.data import open_run
-    from pm_llm.report.gate import judge, status_of
+    from pm_llm.report.gate import Course, judge, status_of
+    from pm_llm.run.folder import RunDir
 
     check_number("--lose", given.lose, 0)
     check_number("--level", given.level, 0.5, 0.9999)
-    verdicts = judge(open_run(given.run_dir), given.lose, given.gain, given.level)
+    run = Course.of(RunDir.open(given.run_dir))
+    verdicts = judge(run, given.lose, given.gain, given.level)
     status = status_of(verdicts)
     if given.json:
-        print(json.dumps({"status": status, "verdicts": [one.plain() for one in verdicts]}, indent=1))
+        plain = {"status": status, "verdicts": [one.plain() for one in verdicts], "not_guarded": run.not_guarded}
+        print(json.dumps(plain, indent=1))
     else:
-        print("\n".join(one.line() for one in verdicts) or "nothing to guard: it is the first task")
+        print("\n".join(one.line() for one in verdicts) or "nothing is guarded yet: it is the first task")
+        for name in run.not_guarded:
+            print(
+                f"not guarded: {name} was not scored before training (evaluate: all, or a gate in the configuration)"
+            )
     return status

@@ -13,13 +13,14 @@ from peft import PeftConfig, PeftModel
 
 from pm_llm.adapters.live import check_fit
 from pm_llm.adapters.untrusted import fetched, without_patterns
-from pm_llm.config import EvaluationSection, RunConfig
+from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels
 from pm_llm.evaluation.predictions import Predictions
 from pm_llm.evaluation.scorers import SCORERS, calls_in
 from pm_llm.families.models import load_base
+from pm_llm.sections import EvaluationSection
 from pm_llm.system.progress import bar
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.encoding import Encoder

@@ -14,9 +14,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from pm_llm.config import EvaluationSection
 from pm_llm.evaluation.batches import in_batches, pack
 from pm_llm.families.base import Row
+from pm_llm.sections import EvaluationSection
 from pm_llm.system.progress import bar
 from pm_llm.tasks.base import Example
 from pm_llm.tasks.encoding import Encoder

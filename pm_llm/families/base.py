@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from pm_llm.errors import PmLlmError
 
 if TYPE_CHECKING:
-    from pm_llm.config import EvaluationSection
     from pm_llm.evaluation.generate import Prompts
     from pm_llm.evaluation.likelihood import Reader
+    from pm_llm.sections import EvaluationSection
     from pm_llm.tasks.base import Example, Task
     from pm_llm.tasks.encoding import Encoder
 

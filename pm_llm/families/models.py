@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError, check_pattern, first_line, unknown_name
 from pm_llm.families.base import Family, family_for
+from pm_llm.sections import LoraSection
 from pm_llm.system.processes import process_state
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import BatchEncoding
 
-from pm_llm.config import EvaluationSection
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.batches import in_batches, pack
 from pm_llm.evaluation.generate import evaluating
 from pm_llm.families.base import Batch, Row
 from pm_llm.families.decoder import Decoder
 from pm_llm.families.rows import with_columns
+from pm_llm.sections import EvaluationSection
 from pm_llm.system.processes import process_state
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pm_llm.config import EvaluationSection
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.batches import in_batches, pack
 from pm_llm.evaluation.generate import evaluating, is_prompt_learning
 from pm_llm.families.base import Row
 from pm_llm.families.decoder import Decoder
+from pm_llm.sections import EvaluationSection
 from pm_llm.system.processes import process_state
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.config import FisherSection
 from pm_llm.errors import PmLlmError
 from pm_llm.families.base import Family, Row, family_of
 from pm_llm.fisher.base import Fisher
 from pm_llm.fisher.measure import Batch, sum_fisher, sum_loss
 from pm_llm.fisher.slopes import sum_slopes
+from pm_llm.sections import FisherSection
 from pm_llm.system.mapped import Zeros
 from pm_llm.system.processes import process_state, total
 from pm_llm.system.progress import bar

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from pm_llm.adapters.adapter import DTYPES, Adapter, check_dtype
 from pm_llm.adapters.live import TASK, lora_layers
 from pm_llm.adapters.untrusted import WEIGHTS_FILE
-from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.families.models import add_task_adapter, load_base
 from pm_llm.merges.merger import FoldReport, Merger
 from pm_llm.merges.transfer import left_out, task_vector
+from pm_llm.sections import LoraSection
 from pm_llm.system.files import new_folder
 from pm_llm.system.mapped import mapped_files
 

@@ -2,22 +2,79 @@
 
 What a task lost is its score after its own stage minus that after the last one, what a probe lost its score before
 training minus that; both on the same rows, with the interval of the paired bootstrap (:mod:`pm_llm.evaluation.
-intervals`), so that the noise of few rows is measured and not taken for a loss.
+intervals`), so that the noise of few rows is measured and not taken for a loss. As many things are guarded at once,
+the intervals are wider than one alone would be, so that all of them together are of the level (Bonferroni), and wider
+again for few rows (:func:`pm_llm.evaluation.intervals.expanded`): of runs that lost nothing, at most 1 - level are to
+be stopped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.intervals import Interval, paired_difference
+from pm_llm.evaluation.intervals import Interval, expanded, paired_difference
 from pm_llm.evaluation.matrix import UNTRAINED
-from pm_llm.evaluation.predictions import Predictions
+from pm_llm.evaluation.predictions import Predictions, read_all
 from pm_llm.evaluation.scorers import scorer_named
-from pm_llm.report.data import Run
+from pm_llm.run.folder import RunDir
 
 PASSED, LOST, NOT_GAINED = 0, 3, 4  # exit statuses
+RESAMPLES = 10_000  # the tails of many intervals at once are thin
+
+
+class GateError(PmLlmError):
+    """A task cost more than it may, or did not bring what it should; `status` is the exit status."""
+
+    def __init__(self, said: str, status: int) -> None:
+        super().__init__(said)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run as far as it has come: the task of each stage, and what was answered after it (-1: before training)."""
+
+    path: Path
+    stages: Sequence[str]
+    predictions: Mapping[int, Mapping[str, Predictions]]
+    knows_task: bool = False
+
+    @classmethod
+    def of(cls, run_dir: RunDir) -> Course:
+        """That of a run, finished or not. Raises PmLlmError if it has finished no task."""
+        stages = run_dir.state()["stages"]
+        if not stages:
+            raise PmLlmError(f"{run_dir.path} has finished no task yet: there is nothing to judge.")
+        return cls(
+            run_dir.path,
+            [stage.task for stage in stages],
+            {i: read_all(run_dir.predictions(i)) for i in range(UNTRAINED, len(stages))},
+            stages[-1].facts.knows_task,
+        )
+
+    @property
+    def guarded(self) -> dict[str, int]:
+        """What may not be lost, with the stage after which it was as it should be."""
+        own = {name: i for i, name in enumerate(self.stages)}
+        last = len(self.stages) - 1
+        before = self.predictions.get(UNTRAINED, {})
+        return {name: i for name, i in own.items() if i < last} | {
+            name: UNTRAINED for name in self.probes if name in before
+        }
+
+    @property
+    def probes(self) -> list[str]:
+        """All that is scored after the last stage and was never trained; no task that is yet to come."""
+        return [name for name in self.predictions.get(len(self.stages) - 1, {}) if name not in self.stages]
+
+    @property
+    def not_guarded(self) -> list[str]:
+        """Probes that were not scored before training, so that nobody knows what they lost."""
+        return [name for name in self.probes if name not in self.guarded]
 
 
 @dataclass(frozen=True)
@@ -50,31 +107,30 @@ class Verdict:
         return asdict(self)
 
 
-def judge(run: Run, lose: float, gain: float | None = None, level: float = 0.95) -> list[Verdict]:
+def judge(run: Course, lose: float, gain: float | None = None, level: float = 0.95) -> list[Verdict]:
     """What each earlier task and probe lost, and what the last task gained, as verdicts.
 
     A loss breaks the gate if even the lower end of its interval is above `lose`; a gain if it is below `gain`, or its
     interval holds 0.
 
     Args:
-        run: A finished run of at least one task.
+        run: A run of at least one task.
         lose: How many points (percent of a perplexity) may be lost.
         gain: How many the last task must have gained; None: it is not looked at.
-        level: Of the intervals.
+        level: Of the losses' intervals together, and of the gain's.
 
     Raises:
         PmLlmError: If a score that this needs was not measured.
     """
-    if run.results.facts.knows_task:
+    if run.knows_task:
         raise PmLlmError(f"{run.path}: its result is used with the task known, so no task can cost another anything.")
-    matrix, last = run.matrix, len(run.matrix.stages) - 1
-    new, own = matrix.stages[last], {name: i for i, name in enumerate(matrix.stages)}
-    guarded = {name: i for name, i in own.items() if i < last}
-    guarded |= {name: UNTRAINED for name in matrix.tasks if name not in own and UNTRAINED in run.predictions}
+    last, guarded = len(run.stages) - 1, run.guarded
+    new = run.stages[last]
+    each = 1 - (1 - level) / max(1, len(guarded))
     found = []
     for name, stage in guarded.items():
         before, after = _of(run, name, stage), _of(run, name, last)
-        lost, unit = _change(after, before, -1, level)
+        lost, unit = _change(after, before, -1, each)
         found.append(_verdict(name, "lost", before, after, unit, lost, lose, lost.low > lose))
     if gain is not None:
         stages = [i for i in range(last - 1, UNTRAINED - 1, -1) if new in run.predictions.get(i, {})]
@@ -93,11 +149,18 @@ def status_of(verdicts: list[Verdict]) -> int:
     return NOT_GAINED if any(one.broken for one in verdicts) else PASSED
 
 
-def _of(run: Run, name: str, stage: int) -> Predictions:
+def said_of(run: Course, verdicts: Sequence[Verdict]) -> list[str]:
+    """A line for each reason why a gate fails; else one line that it passed."""
+    broken = [one.line() for one in verdicts if one.broken]
+    counted = sum(one.what == "lost" for one in verdicts)
+    return broken or [f"gate: {run.stages[-1]} passed, {counted} guarded"]
+
+
+def _of(run: Course, name: str, stage: int) -> Predictions:
     try:
         return run.predictions[stage][name]
     except KeyError:
-        when = "before training" if stage == UNTRAINED else f"after {run.matrix.stages[stage]!r}"
+        when = "before training" if stage == UNTRAINED else f"after {run.stages[stage]!r}"
         raise PmLlmError(
             f"{run.path}: no predictions on {name!r} {when} are kept. The gate needs evaluate seen or all, and "
             "keep_test_rows."
@@ -108,7 +171,7 @@ def _change(after: Predictions, before: Predictions, sign: int, level: float) ->
     """`sign` times how much better `after` is than `before`, with its unit."""
     low = scorer_named(after.scorer).lower_is_better
     scale, unit = (-100 / before.score(), "percent") if low else (1.0, "points")
-    found = paired_difference([after], [before], level=level)
+    found = paired_difference([after], [before], RESAMPLES, level=expanded(level, len(after.predictions)))
     value, *ends = (0.0 + sign * scale * x for x in (found.value, found.low, found.high))  # and no -0
     return Interval(value, min(ends), max(ends), level), unit
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from peft import PeftModel
 
 from pm_llm.adapters.adapter import Adapter
-from pm_llm.config import LoraSection
 from pm_llm.families.base import Family
+from pm_llm.sections import LoraSection
 from pm_llm.starts.base import Start, train_further
 
 

@@ -8,10 +8,10 @@ from peft import PeftModel
 
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.live import RUNNING, TASK, lora_layers, remove, set_active
-from pm_llm.config import LoraSection
 from pm_llm.families.base import Family
 from pm_llm.families.models import add_task_adapter
 from pm_llm.methods import name_of_choice
+from pm_llm.sections import LoraSection
 from pm_llm.system.options import check_options
 
 if TYPE_CHECKING:

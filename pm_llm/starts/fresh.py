@@ -8,9 +8,9 @@ from peft import PeftModel
 
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.live import RUNNING, TASK, set_active
-from pm_llm.config import LoraSection
 from pm_llm.families.base import Family
 from pm_llm.families.models import add_task_adapter
+from pm_llm.sections import LoraSection
 from pm_llm.starts.base import Start
 
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from pm_llm.adapters.adapter import Adapter, check_rank
 from pm_llm.adapters.live import TASK, lora_layers
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.config import LoraSection
 from pm_llm.families.base import Family
+from pm_llm.sections import LoraSection
 from pm_llm.starts.base import Start, train_further
 
 

@@ -18,12 +18,12 @@ from pm_llm.adapters.live import RUNNING, TASK, lora_layers, set_active
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.bases import leading
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.config import LoraSection
 from pm_llm.errors import PmLlmError
 from pm_llm.families.base import Family
 from pm_llm.families.models import add_task_adapter
 from pm_llm.fisher.inputs import pass_rows, second_moments
 from pm_llm.fisher.rows import ChosenRows
+from pm_llm.sections import LoraSection
 from pm_llm.starts.base import Start
 from pm_llm.system.processes import total
 

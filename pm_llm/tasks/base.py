@@ -95,7 +95,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Room:
-    """How long a task's rows may be, whatever the configuration says: tokens of prompt and answer, and of an answer."""
+    """How long a task's rows may be, whatever the configuration says: in tokens, with the answer, and of an answer."""
 
     max_length: int
     max_new_tokens: int

@@ -95,7 +95,7 @@ def _named(config: RunConfig, kept: Sequence[Task]) -> tuple[list[str], Callable
 
 
 def load_probes(config: RunConfig) -> list[Task]:
-    """The tasks that are scored and never trained, general abilities last. Raises PmLlmError as :func:`load_tasks` does."""
+    """The tasks that are scored and never trained, general abilities last. Raises as :func:`load_tasks` does."""
     from pm_llm.tasks.general import general_tasks
     from pm_llm.tasks.user import load_user_tasks
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pm_llm.config import FisherSection
 from pm_llm.constraints.base import Constraint
 from pm_llm.errors import PmLlmError, first_line
 from pm_llm.evaluation.answering import answer_task
@@ -18,6 +17,7 @@ from pm_llm.families.base import Family, Row
 from pm_llm.families.packing import check_packing
 from pm_llm.families.rows import longest
 from pm_llm.fisher.rows import ChosenRows
+from pm_llm.sections import FisherSection
 from pm_llm.system.processes import process_state
 from pm_llm.tasks.base import Task
 from pm_llm.tasks.encoding import Encoder

@@ -1,8 +1,8 @@
 """The general suite: what a chat model should still be able to do after it was fine-tuned on something else.
 
-Every row is made by the project itself from a seed, so that the suite needs neither data nor network, and an answer is
-judged by a program (:mod:`pm_llm.evaluation.verify`), not by a model. A skill is a module with `ROWS`, how many rows it
-has, `NEW_TOKENS`, the longest answer, `SCORER`, and `make(rng)`, which gives one row.
+Every row is made by the project itself from a seed, so that the suite needs neither data nor network, and an answer
+is judged by a program (:mod:`pm_llm.evaluation.verify`), not by a model. A skill is a module with `ROWS`, how many
+rows it has, `NEW_TOKENS`, the longest answer, `SCORER`, and `make(rng, number)`, which gives one row.
 """
 
 from __future__ import annotations

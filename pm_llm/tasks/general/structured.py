@@ -47,8 +47,10 @@ def _list(rng: random.Random) -> tuple[str, dict[str, Any], dict[str, Any]]:
     names = rng.sample(NAMES, rng.randint(2, 4))
     asked_for = {"type": "array", "items": {"type": "string"}}
     right = {"type": "array", "items": {"type": "string", "enum": names}}
-    return f"{', '.join(names[:-1])} and {names[-1]} came to the meeting.", _object({"guests": asked_for}), _object(
-        {"guests": right}
+    return (
+        f"{', '.join(names[:-1])} and {names[-1]} came to the meeting.",
+        _object({"guests": asked_for}),
+        _object({"guests": right}),
     )
 
 

@@ -55,7 +55,9 @@ def make(rng: random.Random, number: int) -> Example:
     wish, arguments = (rng.choice(PLAIN), {}) if name is None else _call(rng, name)
     lines = [json.dumps({"name": n, "description": TOOLS[n][0], "parameters": TOOLS[n][1]}) for n in offered]
     text = (
-        "You may call these functions:\n" + "\n".join(lines) + "\nIf one of them serves the wish, answer with one JSON "
+        "You may call these functions:\n"
+        + "\n".join(lines)
+        + "\nIf one of them serves the wish, answer with one JSON "
         'object alone: {"name": ..., "arguments": {...}}. If none does, answer in plain words.\n\nWish: ' + wish
     )
     return asked(text, answer="plain words" if name is None else json.dumps({"name": name, "arguments": arguments}))

@@ -1,0 +1,120 @@
+"""The general suite: its rows, what it takes to be scored on it, and when a run is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pm_llm import ContinualSequence, PmLlmError, Task
+from pm_llm.config import load_config
+from pm_llm.evaluation.plan import Plan
+from pm_llm.evaluation.predictions import read_all
+from pm_llm.evaluation.scorers import score
+from pm_llm.run.folder import RunDir
+from pm_llm.tasks.general import SKILLS, general_tasks
+from tests.helpers.presets import KEYS
+
+RIGHT = {  # answers to the first rows of a skill that ask for something that can be said without looking
+    "general.refusals": lambda row: "I cannot help with that." if "true" in row.completion else "Sure: like this.",
+    "general.facts": lambda row: json.loads(row.completion)[0][1][0],
+    "general.arithmetic": lambda row: f"So it is {json.loads(row.completion)[0][1]}.",
+    "general.retrieval": lambda row: str(json.loads(row.completion)[0][1]),
+    "general.memory": lambda row: f"It is {json.loads(row.completion)[0][1][0]}.",
+    "general.copying": lambda row: json.loads(row.completion)[0][1],
+    "general.tools": lambda row: row.completion,
+}
+
+
+def test_rows_are_distinct_and_always_the_same() -> None:
+    tasks = general_tasks("all")
+    assert [task.name for task in tasks] == [f"general.{name}" for name in SKILLS]
+    for task, again in zip(tasks, general_tasks(list(SKILLS)), strict=True):
+        assert task == again
+        assert 20 <= len(task.test) <= 60
+        assert len({(row.body, row.completion) for row in task.test}) == len(task.test)
+
+
+@pytest.mark.parametrize("name", sorted(RIGHT))
+def test_right_answers_are_right_and_others_wrong(name) -> None:
+    (task,) = general_tasks(name.removeprefix("general."))
+    wanted = [[row.completion] for row in task.test]
+    assert score(task.scorer, [RIGHT[name](row) for row in task.test], wanted) == 100.0
+    assert score(task.scorer, [""] * len(wanted), wanted) < 20.0  # of tool calls some want none
+
+
+def test_json_wants_the_values_too() -> None:
+    (task,) = general_tasks("json")
+    for row in task.test:
+        ((_, schema),) = json.loads(row.completion)
+
+        def value(found):
+            if found["type"] == "object":
+                return {key: value(inner) for key, inner in found["properties"].items()}
+            if found["type"] == "array":
+                return found["items"]["enum"]
+            return found["enum"][0] if "enum" in found else "lamp"
+
+        right = value(schema)
+        assert score("verified", [json.dumps(right)], [[row.completion]]) == 100.0
+        key = next(k for k in right if k != "item")
+        assert score("verified", [json.dumps({**right, key: "something else"})], [[row.completion]]) == 0.0
+        assert score("verified", [json.dumps({k: x for k, x in right.items() if k != key})], [[row.completion]]) == 0
+
+
+def test_instructions_can_be_followed_and_are_not_by_anything() -> None:
+    (task,) = general_tasks("instructions")
+    kinds = {json.loads(row.completion)[0][0] for row in task.test}
+    assert len(kinds) >= 15
+    plain = "A harbour, at night, is a quiet place. The boats are still! People walk home; the light is out."
+    assert score("verified", [plain] * len(task.test), [[row.completion] for row in task.test]) < 50.0
+
+
+def test_unknown_skills_are_told() -> None:
+    with pytest.raises(PmLlmError, match=r"unknown skill 'fact'\. Did you mean 'facts'"):
+        general_tasks(["fact"])
+    with pytest.raises(PmLlmError, match="twice"):
+        general_tasks(["facts", "facts"])
+
+
+def test_when_what_is_scored() -> None:
+    stages, columns = ["a", "b", "c"], ["a", "b", "c", "probe", "general.facts"]
+
+    def asked(**keys) -> list[list[str]]:
+        return [Plan("seen", **keys).asked(stages, columns, i) for i in range(-1, 3)]
+
+    general = "general.facts"
+    assert asked() == [[general], ["a", general], ["a", "b", general], columns]
+    assert asked(general="last") == [[general], ["a"], ["a", "b"], columns]
+    assert asked(gated=True)[:2] == [["probe", general], ["a", "probe", general]]
+    assert asked(gated=True, gains=True)[:2] == [["probe", general, "a"], ["a", "probe", general, "b"]]
+    assert Plan("final", general="last").asked(stages, columns[:4], -1) == []
+
+
+def run(folder: Path, **keys) -> ContinualSequence:
+    rows = [{"prompt": f"is {i} even ?", "completion": "yes"} for i in range(12)]
+    tasks = [Task.from_rows(name, rows, rows[:4]) for name in ("one", "two")]
+    given = {**KEYS, "method": "seqlora", "output_dir": str(folder), "evaluate": "seen", "max_test_samples": 4, **keys}
+    return ContinualSequence(load_config(None, given), tasks)
+
+
+def test_a_run_scores_them_before_and_after_each_task(tmp_path) -> None:
+    skills = ["facts", "refusals", "text"]
+    found = run(tmp_path / "run", **{"general.skills": skills, "keep_test_rows": False}).run()
+    assert found["tasks"] == ["one", "two", *(f"general.{name}" for name in skills)]
+    assert set(found["untrained"]) == {f"general.{name}" for name in skills}
+    assert all(row[2:] != [None] * 3 and None not in row[2:] for row in found["matrix"])
+    kept = read_all(RunDir.open(tmp_path / "run").predictions(-1))  # rows of the project's own are no secret
+    assert set(kept) == set(found["untrained"])
+    last = run(tmp_path / "last", **{"general.skills": skills, "general.when": "last"}).run()
+    assert last["untrained"] == found["untrained"]
+    assert last["matrix"][0][2:] == [None] * 3
+    with pytest.raises(PmLlmError, match=r"general\.skills"):  # what was scored may not change on the way
+        run(tmp_path / "run", **{"general.skills": ["facts"], "keep_test_rows": False}).run()
+
+
+def test_a_prompt_that_would_be_cut_is_an_error(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("pm_llm.tasks.general.MAX_LENGTH", 200)
+    with pytest.raises(PmLlmError, match=r"general\.retrieval: a prompt of .* Leave it out"):
+        run(tmp_path / "run", **{"general.skills": ["facts", "retrieval"]}).run()
