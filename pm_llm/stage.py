@@ -21,6 +21,7 @@ from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.in_base import folded
 from pm_llm.adapters.live import TASK, lora_layers, set_active
 from pm_llm.constraints.base import Constraint, Context, Live
+from pm_llm.evaluation.shift import divergence, norm
 from pm_llm.families.base import Row
 from pm_llm.families.packing import blocks, check_packing, packed
 from pm_llm.families.rows import joined, table_of
@@ -69,6 +70,7 @@ class Stage:
         self.new: Adapter  # as it was trained
         self.fisher: Fisher | None = None
         self.merged: Adapter
+        self.shift: dict[str, float | None] = {}  # how far the merged model is from its base
         self.drawn: ChosenRows | None = None  # the chosen rows with answers of the trained model
 
     def run(self) -> StageRecord:
@@ -83,6 +85,7 @@ class Stage:
             self.measure()
         self.clock.stop("prepare")
         self.merge()
+        self._measure_shift()
         record = self.commit()
         self.session.evaluate(self.number - 1, record.scores)
         say(stage_line(record, self.number, len(self.session.tasks), time.monotonic() - self.began_at))
@@ -240,6 +243,14 @@ class Stage:
     def _measure_before(self) -> None:
         if self.session.merger.rule.needs.losses:
             self.loss_before = self.chosen.loss(self.session.model)
+
+    def _measure_shift(self) -> None:
+        self.shift = {
+            "kl_from_base": divergence(self.session.model, self.chosen),
+            "update_norm": norm(self.new.factors),
+            "adapter_norm": norm(self.merged.factors),
+        }
+        self.clock.stop("evaluate")
 
     def _put_back(self) -> None:
         """The model, prepared for the task, as it was right after that was trained."""

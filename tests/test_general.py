@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pm_llm import ContinualSequence, PmLlmError, Task
+from pm_llm.cli import main
 from pm_llm.config import load_config
 from pm_llm.evaluation.plan import Plan
-from pm_llm.evaluation.predictions import read_all
+from pm_llm.evaluation.predictions import Predictions, read_all
 from pm_llm.evaluation.scorers import score
+from pm_llm.report.changes import MEAN, _change, changes
+from pm_llm.report.data import open_run
 from pm_llm.run.folder import RunDir
+from pm_llm.stage import Stage
 from pm_llm.tasks.general import SKILLS, general_tasks
 from tests.helpers.presets import KEYS
 
@@ -118,3 +123,63 @@ def test_a_prompt_that_would_be_cut_is_an_error(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("pm_llm.tasks.general.MAX_LENGTH", 200)
     with pytest.raises(PmLlmError, match=r"general\.retrieval: a prompt of .* Leave it out"):
         run(tmp_path / "run", **{"general.skills": ["facts", "retrieval"]}).run()
+
+
+def test_a_report_says_what_became_of_them(tmp_path, capsys) -> None:
+    run(tmp_path / "run", **{"general.skills": ["facts", "tools", "text"]}).run()
+    one = open_run(tmp_path / "run")
+    found = {change.name: change for change in changes(one)}
+    assert list(found) == ["one", "general.facts", "general.tools", "general.text", MEAN]
+    assert found["one"].since == "after one"
+    for name, change in found.items():
+        if name == MEAN:
+            continue
+        stage = 0 if name == "one" else -1
+        assert (change.then, change.now) == tuple(one.predictions[i][name].score() for i in (stage, 1))
+        assert change.gap is not None
+        assert change.gap.value == pytest.approx(change.now - change.then)
+    assert found["general.text"].lost is None  # a perplexity is neither right nor wrong
+    gaps = [found[f"general.{name}"].gap.value for name in ("facts", "tools")]
+    assert found[MEAN].gap.value == pytest.approx(sum(gaps) / 2)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "| general.facts | before training |" in said
+    assert "| after | KL from the base, nats a token |" in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "mean of the general abilities" in page
+    assert "KL from the base" in page
+
+
+def test_rows_that_changed_are_counted() -> None:
+    before, after = (
+        Predictions("x", "exact_match", answers, [["yes"]] * 4, [None] * 4, list("abcd"))
+        for answers in (["yes", "no", "yes", "no"], ["no", "yes", "yes", "no"])
+    )
+    found = _change("x", "before training", before, after)
+    assert (found.lost, found.won) == ([0], [1])
+
+
+def test_how_far_a_model_went_from_its_base(tmp_path) -> None:
+    """Against the divergence of whole distributions, row by row, and the norm of the whole update."""
+    sequence = run(tmp_path / "run", **{"train.max_steps": 5})
+    results = sequence.run()
+    shift = results["shifts"][1]
+    model, stage = sequence.session.model.eval(), Stage(sequence.session, 2)
+    stage._encode()
+    nats, tokens = 0.0, 0
+    for row in stage.chosen.rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            after = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            with model.disable_adapter():
+                before = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        said = labels[1:] != -100
+        nats += float((before.exp() * (before - after)).sum(-1)[said].sum())
+        tokens += int(said.sum())
+    assert shift["kl_from_base"] == pytest.approx(nats / tokens, rel=1e-4)
+    assert shift["kl_from_base"] > 0
+    merged = sum(
+        float((x.B.double() @ x.A.double()).square().sum()) for x in sequence.session.running.factors.values()
+    )
+    assert shift["adapter_norm"] == pytest.approx(merged**0.5, rel=1e-5)

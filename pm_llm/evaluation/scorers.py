@@ -57,6 +57,11 @@ class Scorer(evaluate.Metric):  # type: ignore[misc]
         """Scores from sums over `rows` rows: shape (..., k) to (...)."""
         return sums[..., 0] / rows
 
+    @property
+    def by_row(self) -> bool:
+        """Whether the score is the mean of the rows' own, so that each of them is more or less right."""
+        return type(self).total is Scorer.total
+
     def of(self, numbers: np.ndarray) -> float:
         """The score of a set of rows from their numbers, shape (rows, k)."""
         return float(self.total(numbers.sum(axis=0), len(numbers)))

@@ -34,6 +34,7 @@ def write_card(
     task_type: str | None,
     path: Path,
     theirs: str | None = None,
+    abilities: str = "",
 ) -> str:
     """Write README.md for the adapter and return its text. Of a card that is there already all stays that a run does
     not say: licence, other metadata, and every text outside of the part that is marked as made here.
@@ -46,8 +47,10 @@ def write_card(
         task_type: PEFT's task type.
         path: The file to write.
         theirs: The card that is there already.
+        abilities: What became of earlier tasks and of the base's abilities, as a table.
     """
-    data, body = _data(results, repo_id, base_model), _body(results, repo_id, base_model, rank, task_type)
+    data = _data(results, repo_id, base_model)
+    body = _body(results, repo_id, base_model, rank, task_type, abilities)
     if theirs is None:
         text = f"{BEGIN}\n{body}\n{END}\n\n{_LICENCE}"
     else:
@@ -118,7 +121,9 @@ def _data(results: Results, repo_id: str, base_model: str) -> ModelCardData:
     )
 
 
-def _body(results: Results, repo_id: str, base_model: str, rank: int, task_type: str | None) -> str:
+def _body(
+    results: Results, repo_id: str, base_model: str, rank: int, task_type: str | None, abilities: str = ""
+) -> str:
     matrix = Matrix.from_results(results)
     method = results.method
     said = ", ".join(f"{key}: {words(method[key])}" for key in ("start", "constrain", "merge"))
@@ -128,6 +133,7 @@ def _body(results: Results, repo_id: str, base_model: str, rank: int, task_type:
     shown_numbers = "\n".join(f"- {line}" for line in numbers(results))
     scorers = ", ".join(sorted(set(results.scorers)))
     counts = ", ".join(f"{shown_name(t)} {n}" for t, n in zip(results.tasks, results.test_rows, strict=True))
+    kept = f"\n## What was kept\n\n{abilities}\n" if abilities else ""
     auto = "AutoModelForSeq2SeqLM" if task_type == _SEQ2SEQ else "AutoModelForCausalLM"
     rows = ", with rows of earlier tasks" if results.facts.keeps_rows else ", without keeping old data"
     return f"""# {repo_id.rpartition("/")[2]}
@@ -148,7 +154,7 @@ Scores after each task ({scorers}, rows: the task just trained){how_scored(resul
 {shown_numbers}
 
 {results.split.capitalize()} rows per task: {counts}.
-
+{kept}
 ## Use
 
 ```python

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,16 @@ def push_folder(folder: Path, target: Target, base_model: str | None = None) -> 
         return _send(api, target, out, card, "Uploaded by pm_llm")
 
 
+def _kept(run: RunDir) -> str:
+    """What became of earlier tasks and of the base's abilities, as a table; empty where there is nothing of it."""
+    from pm_llm.report.card import shown_name
+    from pm_llm.report.changes import changes, table
+    from pm_llm.report.data import open_run
+
+    found = changes(open_run(run.path))
+    return table([replace(x, name=shown_name(x.name), since=shown_name(x.since)) for x in found]) if found else ""
+
+
 def push_run(run_dir: str | Path, target: Target, base_model: str | None = None) -> str:
     """Upload the merged adapter of a finished run with a model card; return what was done, in words.
 
@@ -125,7 +135,8 @@ def push_run(run_dir: str | Path, target: Target, base_model: str | None = None)
         (folder / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True))
         with _told(repo_id):
             theirs = _card_of(run) if target.dry_run else _card_of(run) or _card_on_hub(api, target)
-        card = write_card(results, repo_id, base, _rank(config), config.get("task_type"), folder / FILES[2], theirs)
+        task_type, rank, kept = config.get("task_type"), _rank(config), _kept(run)
+        card = write_card(results, repo_id, base, rank, task_type, folder / FILES[2], theirs, kept)
         with _told(repo_id):
             said = _send(api, target, folder, card, f"Adapter after {len(results.stages)} tasks")
     if not target.dry_run:

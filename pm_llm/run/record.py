@@ -38,7 +38,9 @@ class StageRecord:
     """What a stage did.
 
     `words` are the method's three, `config` the run's keys as they were; coefficients are of the model (a mean) and of
-    each module, raw before clipping; `seconds` and `peak_memory_bytes` are by part of the stage; `scores` holds for
+    each module, raw before clipping; `shift` is how far the model went from its base (:mod:`pm_llm.evaluation.shift`):
+    `kl_from_base` in nats an answer token, `update_norm` of the task's adapter, `adapter_norm` of the merged one;
+    `seconds` and `peak_memory_bytes` are by part of the stage; `scores` holds for
     each task that was scored `score` and the file of `predictions`. `folder` is the stage's in the run, `remembers`
     says whether the merge keeps something from task to task.
     """
@@ -67,6 +69,7 @@ class StageRecord:
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     folder: str = ""
     remembers: bool = False
+    shift: dict[str, float | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> StageRecord:
@@ -110,6 +113,7 @@ class Results:
     exact_curvatures: list[float | None] = field(default_factory=list)
     constraint_reports: list[dict[str, float]] = field(default_factory=list)
     losses: list[Losses | None] = field(default_factory=list)
+    shifts: list[dict[str, float | None]] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
     peak_memory_bytes: list[int] = field(default_factory=list)
     numbers: dict[str, float | None] = field(default_factory=dict)

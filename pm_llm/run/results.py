@@ -49,7 +49,8 @@ def stage_record(stage: Stage) -> StageRecord:
         constraint_reports=stage.reports,
         losses=fisher.losses if fisher is not None else None,
         exact_curvature=fisher.exact if fisher is not None else None,
-        seconds={**stage.clock.seconds, "evaluate": 0.0},
+        shift=stage.shift,
+        seconds={"evaluate": 0.0, **stage.clock.seconds},
         peak_memory_bytes=stage.clock.peak_memory,
     )
 
@@ -107,6 +108,7 @@ def gather_results(run: dict[str, Any], columns: Mapping[str, Task]) -> Results:
         exact_curvatures=[stage.exact_curvature for stage in stages],
         constraint_reports=[stage.constraint_reports for stage in stages],
         losses=[stage.losses for stage in stages],
+        shifts=[stage.shift for stage in stages],
         seconds=[stage.seconds for stage in stages],
         peak_memory_bytes=[max(stage.peak_memory_bytes.values()) for stage in stages],
         numbers={**measured(config["evaluate"], config["keep_test_rows"]), **fuar},
