@@ -27,6 +27,7 @@ from pm_llm.sections import (
     GateSection,
     GeneralSection,
     LoraSection,
+    RetainSection,
     TrainSection,
 )
 from pm_llm.system.coerce import check_no_secrets, cleaned, convert, read_yaml
@@ -34,7 +35,12 @@ from pm_llm.system.options import check_options, option
 from pm_llm.tasks.loading import BENCHMARKS
 
 SEEDS = 2**32  # how many numpy knows
-SHORT = {"adapter": "path", "general": "data", "gate": "lose"}  # sections that may be given as one key's value
+SHORT = {
+    "adapter": "path",
+    "general": "data",
+    "gate": "lose",
+    "retain": "data",
+}  # sections that may be given as one key's value
 FREELY = {"general.skills", "general.when"}  # keys of them that mean something without that one
 
 
@@ -69,6 +75,7 @@ class RunConfig:
     adapter: AdapterSection = field(default_factory=AdapterSection)
     general: GeneralSection = field(default_factory=GeneralSection)
     gate: GateSection = field(default_factory=GateSection)
+    retain: RetainSection = field(default_factory=RetainSection)
     method: str = option("pm", "Preset: " + ", ".join(PRESETS) + ".")
     start: Any = option(None, "Replaces the preset's start.")
     constrain: Any = option(None, "Replaces the preset's constraints: a name, a mapping, a list, or none.")
@@ -154,6 +161,10 @@ class RunConfig:
             )
         if self.gate.lose is not None and self.parsed_method().task_id:
             raise PmLlmError(f"method {self.method} keeps a model for each task, so no task costs another: no gate.")
+        if self.fold_running == "always" and self.parsed_method().needs_base():
+            raise PmLlmError(
+                "constrain anchor to the base needs the base as it is: set fold_running to auto or never."
+            )
         check_no_secrets(self.plain())
         self._check_beginning()
         self.check_method()
@@ -172,6 +183,7 @@ class RunConfig:
                 start_given=self.start is not None,
                 adapter=self.adapter.path is not None,
                 general=self.general.data is not None,
+                retain=self.retain.data is not None,
                 kinds=frozenset(kinds),
             )
         )

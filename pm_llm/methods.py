@@ -199,6 +199,10 @@ class Method:
         """Whether rows of past tasks are trained on again."""
         return any(choice.build("constrain").old_data for choice in self.constrain)
 
+    def needs_base(self) -> bool:
+        """Whether a constraint asks for the base model while it trains."""
+        return any(choice.build("constrain").needs_base for choice in self.constrain)
+
     def plain(self) -> dict[str, Any]:
         """As YAML would hold it."""
         return {
@@ -237,6 +241,7 @@ class Setting:
     start_given: bool = False
     adapter: bool = False
     general: bool = False
+    retain: bool = False
     kinds: frozenset[str] = frozenset()
 
 
@@ -319,11 +324,17 @@ def _rules_of_beginning(parts: Parts, setting: Setting) -> Iterator[tuple[bool, 
 def _rules_of_rows(parts: Parts, setting: Setting) -> Iterator[tuple[bool, str]]:
     """Those of the kinds of rows."""
     pairs = "preference" in setting.kinds
+    yield pairs and setting.retain, "retain does not go with preference pairs, which have a Trainer of their own."
     for name, one in parts.constraints.items():
         yield (
             pairs and one.fills("loss"),
             f"constrain {name} adds to the loss of each answer token, which preference pairs do not have. Leave it "
             "out, or train the pairs in a run of their own.",
+        )
+        yield (
+            bool(setting.kinds - {"prompt"}) and getattr(one, "answers", "given") == "own",
+            f"constrain {name} with answers of its own asks prompts, which raw text and preference pairs do not have. "
+            "Use answers given.",
         )
         yield (
             pairs and one.old_data and len(setting.kinds) > 1,

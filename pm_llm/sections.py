@@ -146,6 +146,16 @@ class GateSection:
 
 
 @dataclass
+class RetainSection:
+    """Rows of another kind that are mixed into every task's training."""
+
+    data: str | dict[str, Any] | list[Any] | None = option(
+        None, "Rows with answers that are mixed into every task's training (given as an entry of `tasks`)."
+    )
+    share: float = option(0.05, "Of what is trained on in each task.", above=0, below=1)
+
+
+@dataclass
 class EvaluationSection:
     """How the test rows are answered."""
 

@@ -31,7 +31,8 @@ from pm_llm.system.progress import bar, say
 from pm_llm.system.sharding import launched
 from pm_llm.tasks.base import Task, checked
 from pm_llm.tasks.fitting import encoders_for
-from pm_llm.tasks.loading import load_tasks, scored
+from pm_llm.tasks.loading import load_retained, load_tasks, scored
+from pm_llm.tasks.order import retaining
 from pm_llm.training.constrained import refuse_sharding
 from pm_llm.training.stopping import Stopping
 
@@ -59,13 +60,15 @@ class ContinualSequence:
         self.config = config.check()
         self.restart_from, self.watchers, self.adding = restart_from, watchers, adding
         self.run_dir = RunDir(config.output_dir)
-        self.tasks = self._load() if tasks is None else checked(tasks)  # a stage each; a task may recur
+        self.retained = load_retained(config)
+        own = self._load() if tasks is None else checked(tasks)
+        self.tasks = retaining(own, self.retained, config.retain.share, config.seed)  # a stage each; a task may recur
         self.sources = None if self._origin_stays() else read_sources(config)
         self.columns = scored(config, self.tasks)
         if config.fuar:
             Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
         self.method = config.parsed_method()
-        config.check_method(task.kind for task in self.tasks)
+        config.check_method(task.kind for task in (*self.tasks, *self.retained))
         self.state = process_state()
         self.stopping = Stopping()
         on_disk = config.fisher.storage == "disk"
@@ -137,7 +140,7 @@ class ContinualSequence:
         self._check_devices()
         if self.run_dir.has_state() and self.adding:
             self._check_added(self.run_dir.state())
-        self.encoders, fitting = encoders_for(self.config, self.columns.values())
+        self.encoders, fitting = encoders_for(self.config, [*self.columns.values(), *self.retained])
         self.tasks = [fitting(task) for task in self.tasks]
         self.columns = {name: fitting(task) for name, task in self.columns.items()}
         with self.stopping, ExitStack() as stack:

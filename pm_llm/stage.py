@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from pm_llm.system.sharding import is_sharded
 from pm_llm.tasks.fitting import encoded
 from pm_llm.training.checkpoints import Checkpoints
 from pm_llm.training.one_task import train
+from pm_llm.training.own_answers import own_answers
 from pm_llm.training.rehearsal import rehearse
 
 
@@ -262,8 +264,8 @@ class Stage:
     def _folded(self) -> Any:
         """The running adapter in the base weights, where that can be."""
         config = self.session.config
-        sharded = {"deepspeed", "fsdp"} & config.train.extra.keys()
-        return folded(self.session.model, "never" if sharded else config.fold_running)
+        never = {"deepspeed", "fsdp"} & config.train.extra.keys() or any(one.needs_base for one in self.constraints)
+        return folded(self.session.model, "never" if never else config.fold_running)
 
     def _new_context(self) -> Context:
         session = self.session
@@ -276,6 +278,7 @@ class Stage:
             self.chosen,
             self.rows,
             seed=self.seed,
+            answer=partial(own_answers, session, self.seed),
         )
 
     def _blocks(self, rows: Sequence[Row]) -> Dataset:

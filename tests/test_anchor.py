@@ -104,6 +104,54 @@ def test_a_run_moves_less_from_what_the_model_said(family: str, pico_folders, tm
     assert moved[50.0] < 0.5 * moved[0.0]
 
 
+def weights_of(reweight: str, q: Tensor, said: Tensor) -> Tensor:
+    """Of each token, from all probabilities and the answer's."""
+    if reweight == "dft":
+        return said
+    top = q.sort(descending=True).values[:, :20]
+    top = top / top.sum(1, keepdim=True)
+    return -(top * top.log()).sum(1) / 3
+
+
+@pytest.mark.parametrize("reweight", ["dft", "eaft"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reweighted_answers(family: str, reweight: str, tmp_path) -> None:
+    """The loss and its gradient are those of the weighted mean over answer tokens."""
+    trainer = make_trainer(family, str(tmp_path), 16, 1, Anchor(0.0, reweight=reweight))
+    model = trainer.model
+    batch = dict(trainer.data_collator(list(trainer.train_dataset)))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    q = at_answers(model.eval()(**batch).logits, batch["labels"], family).softmax(-1)
+    labels = batch["labels"][:, 1:] if family == "llama" else batch["labels"]
+    said = q.gather(1, labels[labels != -100][:, None]).squeeze(1)
+    mean = -(weights_of(reweight, q, said).detach() * said.log()).mean()
+    expected = dict(zip(parameters, torch.autograd.grad(mean, [*parameters.values()]), strict=True))
+    loss, gradient = one_step(trainer)
+    assert loss == pytest.approx(mean.item(), rel=1e-4)
+    assert_same(gradient, expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_anchor_at_the_base(family: str, pico_folders, tmp_path) -> None:
+    """With a running adapter the reference is that of the base alone; where nothing was learnt yet, both are one."""
+    keys = {"method": "inclora", "train.max_steps": 4, "train.learning_rate": 1e-2}
+    moved = {}
+    for name, to in (("before", "before"), ("base", "base")):
+        constrain = {"name": "anchor", "weight": 20.0, "to": to}
+        sequence = ContinualSequence(config_for(pico_folders[family], tmp_path / name, constrain=constrain, **keys))
+        stages = sequence.run()
+        moved[name] = stages["shifts"]
+    assert moved["before"][0] == moved["base"][0]  # the first task
+    assert moved["base"][-1]["kl_from_base"] < moved["before"][-1]["kl_from_base"]
+    keys |= {"constrain": constrain, "fold_running": "always"}
+    with pytest.raises(PmLlmError, match="needs the base as it is"):
+        config_for(pico_folders[family], tmp_path / "always", **keys).check()
+
+
+def test_the_base_may_be_an_anchor_wherever_the_adapter_begins() -> None:
+    Method().replaced(constrain={"name": "anchor", "to": "base"}, start="continue", merge="replace").check()
+
+
 def test_it_needs_the_model_before_the_task() -> None:
     for keys in ({"start": "continue", "merge": "replace"}, {"start": {"name": "subspace", "init": "pissa"}}):
         with pytest.raises(PmLlmError, match="constrain anchor"):

@@ -92,6 +92,9 @@ class Quadratics(Protocol):
 class Context:
     """The task that a constraint is prepared for, or is to remember.
 
+    `answer(rows, tasks, at_least)` lets the model, as it is, answer the prompts of encoded rows of the tasks of those
+    numbers, and gives each row with its answer where that scores so much, else None.
+
     `task` is 1, 2, ...; `running` the merged adapter before it (empty before the first); `merge` the rule with what it
     remembers; `live` the adapter in the model `model`; `chosen` the rows that a curvature is measured on; `seed` the
     task's. After training: `new` is the adapter as it was trained, `fisher` what `needs` asks for.
@@ -107,6 +110,7 @@ class Context:
     seed: int = 0
     new: Mapping[str, LowRank] = field(default_factory=dict)
     fisher: Fisher | None = None
+    answer: Callable[[Sequence[Row], Sequence[int], float], list[Row | None]] | None = None
 
 
 class Constraint:
@@ -119,9 +123,9 @@ class Constraint:
     `trains_weights` whether the base weights are trained in place of A and B, `fixes_a` whether A stays as it is while
     B is trained, `moves` whether it moves A by itself, or says where A may go. `anew` says why the task's adapter must
     be a new one (empty: it need not be), `in_factors_too` whether it need not where A and B themselves are merged.
-    `needs` says what :meth:`remember` is given, `inherits` the form of the Fisher for :meth:`inherit` (empty: as
-    `needs`). `old_data` says whether rows of past tasks are kept, `stores` what is
-    kept between tasks.
+    `needs_base` says whether it asks for the base model while it trains, so that the running adapter must not be added
+    to that. `needs` says what :meth:`remember` is given, `inherits` the form of the Fisher for :meth:`inherit`
+    (empty: as `needs`). `old_data` says whether rows of past tasks are kept, `stores` what is kept between tasks.
     """
 
     space = "weights"
@@ -133,6 +137,7 @@ class Constraint:
     moves: ClassVar[bool] = False
     anew: ClassVar[str] = ""
     in_factors_too: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs()
     inherits: ClassVar[str] = ""
     old_data: ClassVar[bool] = False
@@ -204,14 +209,14 @@ class Constraint:
         return None
 
     def loss(
-        self, step: Step, live: Live, inputs: Mapping[str, Any], outputs: Tensor, reference: Callable[[], Tensor]
+        self, step: Step, live: Live, inputs: Mapping[str, Any], outputs: Tensor, reference: Callable[[str], Tensor]
     ) -> Tensor | None:
         """What to add to the loss at each answer token of a pass, shape (tokens,), in nats; None: nothing.
 
         It becomes part of the step's mean over answer tokens, as the loss is. `inputs` are the model's inputs with
         `labels`; `outputs` the logits (tokens, vocabulary) at the positions that say the answers' tokens, in the order
-        of the rows; `reference()` gives the same of the network with the task adapter off, in evaluation mode and
-        without gradient, by a forward pass of its own.
+        of the rows; `reference("before")` gives the same of the network with the task adapter off, `reference("base")`
+        with all adapters off, in evaluation mode and without gradient, by a forward pass of its own.
         """
         return None
 

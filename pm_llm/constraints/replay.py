@@ -1,4 +1,8 @@
-"""Replay: rows of past tasks are kept and trained on again. For comparison with methods that keep none."""
+"""Replay: rows of past tasks are kept and trained on again. For comparison with methods that keep none.
+
+With answers of its own, the model of before the task answers the kept prompts, and what scores is trained on
+(On-Policy Replay, arXiv 2605.29495, of which only the abstract is known here: 1 to 10 % of the prompts).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pm_llm.constraints.base import Constraint, Context
+from pm_llm.errors import PmLlmError
 from pm_llm.families.base import Row
 from pm_llm.families.rows import joined
 from pm_llm.system.options import option
@@ -25,40 +30,56 @@ class Replay(Constraint):
         buffer: `task`: that share of each, which grows with the tasks. `reservoir`: as many rows as the share of the
             first task's, drawn evenly from all rows seen so far (Vitter's algorithm R), which does not grow.
         longer: Train on for as many steps more as there are rows more, where steps are given and not epochs.
+        answers: To the kept prompts: those that were `given`, or the model's `own`, drawn anew for each task.
+        at_least: What an answer of its own must score against the one that was given, from 0 to 100.
     """
 
     share: float = option(0.02, above=0, most=1)
     buffer: str = option("task", choices=("task", "reservoir"))
     longer: bool = False
+    answers: str = option("given", choices=("given", "own"))
+    at_least: float = option(50.0, least=0, most=100)
     kept: list[Row] = field(default_factory=list, init=False, repr=False)
+    _of: list[int] = field(default_factory=list, init=False, repr=False)  # the task of each kept row
+    _used: int = field(default=0, init=False, repr=False)  # of them, in the task that is trained
     _seen: int = field(default=0, init=False, repr=False)
     _room: int = field(default=0, init=False, repr=False)
     old_data = True
     stores = "rows of past tasks"
 
     def rows(self, rows: Sequence[Row], context: Context) -> Sequence[Row]:
-        return joined(rows, self.kept)
+        kept = self.kept
+        if self.answers == "own" and kept:
+            if context.answer is None:
+                raise PmLlmError("replay with answers of its own needs a run (ContinualSequence), which can answer.")
+            kept = [row for row in context.answer(kept, self._of, self.at_least) if row is not None]
+        self._used = len(kept)
+        return joined(rows, kept)
+
+    def finish(self, context: Context) -> dict[str, float]:
+        return {"replayed": float(self._used)} if self.answers == "own" else {}
 
     def steps(self, steps: int, context: Context) -> int:
         own = len(context.rows)
-        return round(steps * (own + len(self.kept)) / own) if self.longer and steps > 0 else steps
+        return round(steps * (own + self._used) / own) if self.longer and steps > 0 else steps
 
     def remember(self, context: Context) -> None:
         rows, rng = context.rows, random.Random(f"replay {context.seed}")
         count = max(1, round(self.share * len(rows)))
         if self.buffer == "task":
             self.kept = self.kept + [rows[i] for i in rng.sample(range(len(rows)), count)]
+            self._of = self._of + [context.task] * count
             return
         self._room = self._room or count
         for row in rows:
             self._seen += 1
             if len(self.kept) < self._room:
-                self.kept = [*self.kept, row]
+                self.kept, self._of = [*self.kept, row], [*self._of, context.task]
             elif (place := rng.randrange(self._seen)) < self._room:
-                self.kept[place] = row
+                self.kept[place], self._of[place] = row, context.task
 
     def memory(self) -> dict[str, Tensor]:
-        found = {"counts": torch.tensor([self._seen, self._room])}
+        found = {"counts": torch.tensor([self._seen, self._room]), "tasks": torch.tensor(self._of)}
         for key in dict.fromkeys(key for row in self.kept for key in row):
             column = [row.get(key, []) for row in self.kept]  # rows of several kinds have other columns
             if isinstance(column[0], float):
@@ -70,6 +91,7 @@ class Replay(Constraint):
 
     def load_memory(self, memory: dict[str, Tensor]) -> None:
         self._seen, self._room = memory["counts"].tolist()
+        self._of = memory["tasks"].tolist() if "tasks" in memory else []  # not of runs of before, which need it not
         keys = [key.removesuffix(".lengths") for key in memory if key.endswith(".lengths")]
         columns: dict[str, list[Any]] = {
             k: [x.tolist() for x in memory[f"{k}.values"].split(memory[f"{k}.lengths"].tolist())] for k in keys

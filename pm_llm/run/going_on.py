@@ -37,6 +37,8 @@ LATER = {
     "attn_implementation": None,
     "general.skills": None,
     "general.when": "each",
+    "retain.data": None,
+    "retain.share": 0.05,
 }
 NOTHING = object()
 # what accelerate launch says of sharding: each way writes checkpoints that another cannot read

@@ -107,6 +107,19 @@ def load_probes(config: RunConfig) -> list[Task]:
     return [task.subset(None, config.max_test_samples, config.seed) for task in tasks]
 
 
+def load_retained(config: RunConfig) -> list[Task]:
+    """The tasks whose rows are mixed into every task's training. Raises as :func:`load_tasks`."""
+    from pm_llm.tasks.user import load_user_tasks
+
+    if config.retain.data is None:
+        return []
+    problems = Problems(drop=config.bad_rows == "drop")
+    given = config.retain.data if isinstance(config.retain.data, list) else [config.retain.data]
+    tasks = load_user_tasks(given, Path(config.data_dir) if config.data_dir else None, problems, probe=True)
+    problems.tell()
+    return [replace(task, name=f"retain.{task.name}", test=[]) for task in tasks]
+
+
 def scored(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Task]:
     """Name -> task of all that a run of `tasks` scores: these, and the probes after them.
 

@@ -47,6 +47,34 @@ def _shuffled(order: str, orders: dict[str, list[str]]) -> list[str]:
     return names
 
 
+def retaining(tasks: Sequence[Task], kept: Sequence[Task], share: float, seed: int) -> list[Task]:
+    """The tasks with rows of `kept` mixed into each one's training, so that they are `share` of it; in `foreign`.
+
+    They are drawn anew for each task, none twice before all were drawn.
+
+    Args:
+        tasks: The tasks; of finished ones nothing is trained any more.
+        kept: The tasks whose training rows are drawn.
+        share: Of all rows that are trained on.
+        seed: Of the draw.
+    """
+    places = [(task.name, i) for task in kept for i in range(len(task.train))]
+    by_name = {task.name: task for task in kept}
+    found = []
+    for task in tasks:
+        if task.kept is not None or not places:
+            found.append(task)
+            continue
+        rng = random.Random(f"{seed} retain {task.name}")
+        count = max(1, round(share / (1 - share) * len(task.train)))
+        whole, rest = divmod(count, len(places))
+        drawn: dict[str, list[Example]] = {}
+        for name, i in [*places * whole, *rng.sample(places, rest)]:
+            drawn.setdefault(name, []).append(by_name[name].train[i])
+        found.append(replace(task, foreign=(*task.foreign, *drawn.items())))
+    return found
+
+
 def blurred(tasks: Sequence[Task], share: float, seed: int) -> list[Task]:
     """The tasks with `share` of each one's training rows replaced by rows of its neighbours in the sequence.
 

@@ -226,13 +226,16 @@ class ConstraintMixin(_Trainer):
     ) -> Tensor:
         """What constraints add at the answers' tokens, as part of the step's mean over them."""
         model = self.peft_model
-        family, layers, name = self.live.family, self.live.layers.values(), self.live.adapter
+        family, layers = self.live.family, self.live.layers.values()
         outputs, labels = family.said(model, heard, inputs), family.labels(inputs)
 
-        @lru_cache(1)  # one pass for all of them
-        def reference() -> Tensor:
+        @lru_cache  # one pass for all of them
+        def reference(of: str) -> Tensor:
+            off = [self.live.adapter] if of == "before" else model.active_adapters
             batch = {key: x for key, x in inputs.items() if isinstance(x, Tensor)}
-            with torch.no_grad(), scaled(layers, name, 0.0), evaluating(model):
+            with torch.no_grad(), evaluating(model), ExitStack() as stack:
+                for name in off:
+                    stack.enter_context(scaled(layers, name, 0.0))
                 logits, own = family.answers(model, batch)
             return logits[own != -100]
 

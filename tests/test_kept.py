@@ -1,0 +1,124 @@
+"""What keeps a model as it was: rows that are mixed into every task, and kept prompts that it answers itself."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pm_llm import ContinualSequence, PmLlmError, Task
+from pm_llm.config import load_config
+from pm_llm.constraints.replay import Replay
+from pm_llm.session import Watcher
+from pm_llm.tasks.order import retaining
+from pm_llm.training.own_answers import own_answers
+from tests.helpers.presets import KEYS
+
+COLOURS = ("red", "blue")
+
+
+def task(name: str, colour: str, rows: int = 20) -> Task:
+    given = [{"prompt": f"the colour of {name} {i} ?", "completion": colour} for i in range(rows)]
+    return Task.from_rows(name, given, given[:4])
+
+
+class Seen(Watcher):
+    """Notes the rows of each stage."""
+
+    def __init__(self) -> None:
+        self.rows, self.trained = [], []
+
+    def measured(self, stage) -> None:
+        self.rows.append(list(stage.rows))
+        self.session = stage.session
+
+
+def sequence(folder: Path, watcher: Watcher, **keys) -> ContinualSequence:
+    given = {**KEYS, "method": "seqlora", "output_dir": str(folder), "max_new_tokens": 2, **keys}
+    tasks = [task("film", "red"), task("song", "blue")]
+    return ContinualSequence(load_config(None, given), tasks, watchers=[watcher])
+
+
+def test_retained_rows_are_a_share_of_every_task(tmp_path) -> None:
+    general = [{"prompt": f"say {i}", "completion": "green"} for i in range(7)]
+    (tmp_path / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in general))
+    seen = Seen()
+    found = sequence(tmp_path / "run", seen, retain={"data": str(tmp_path / "general.jsonl"), "share": 0.2}).run()
+    assert found["tasks"] == ["film", "song"]  # they are not scored
+    encoder = seen.session.encoders["retain.general"]
+    for rows in seen.rows:
+        assert len(rows) == 25
+        answers = Counter(
+            encoder.tokenizer.decode([i for i in row["labels"] if i != -100], skip_special_tokens=True).strip()
+            for row in rows
+        )
+        assert answers["green"] == 5  # 20 % of 25
+    (tmp_path / "general.jsonl").write_text(json.dumps({"prompt": "say it", "completion": "white"}) + "\n")
+    with pytest.raises(PmLlmError, match="training rows of task 'film'"):  # other rows are other training
+        sequence(tmp_path / "run", seen, retain={"data": str(tmp_path / "general.jsonl"), "share": 0.2}).run()
+
+
+def test_no_retained_row_is_drawn_twice_before_all_were() -> None:
+    kept = [task("general", "green", 3)]
+    (found,) = retaining([task("film", "red", 27)], kept, 0.25, 0)  # 9 of 36
+    ((name, rows),) = found.foreign
+    assert (name, Counter(row.body for row in rows).most_common()[-1][1]) == ("general", 3)
+    assert retaining([task("film", "red")], [], 0.5, 0) == [task("film", "red")]
+
+
+def test_retain_without_rows_is_told() -> None:
+    with pytest.raises(PmLlmError, match=r"retain\.share is given, and retain\.data is not"):
+        load_config(None, {"retain.share": 0.1}).check()
+
+
+def test_own_answers_are_drawn_and_only_those_that_score_stay(tmp_path) -> None:
+    """Each is what the model draws; it stays where it is the right one. (The embedded model is never quite sure.)"""
+    seen = Seen()
+    keys = {"train.max_steps": 40, "method": "replay", "constrain": {"name": "replay", "share": 1.0, "answers": "own"}}
+    found = sequence(tmp_path / "run", seen, **keys).run()
+    assert found["constraint_reports"][0] == {"replayed": 0.0}
+    assert 2 <= found["constraint_reports"][1]["replayed"] < 20
+    session = seen.session
+    encoder = session.encoders["song"]
+    right, wrong = (encoder.features(task("song", colour).train) for colour in ("blue", "mouse"))
+    drawn = encoder.family.draw(session.model, encoder, [*right, *wrong], 7 + 2, session.config.evaluation)
+    own = own_answers(session, 7, [*right, *wrong], [2] * 40, 50.0)
+    fits = [row["labels"] == want["labels"] for row, want in zip(drawn, [*right, *wrong], strict=True)]
+    assert own == [row if fit else None for row, fit in zip(drawn, fits, strict=True)]
+    assert any(fits[:20])
+    assert not all(fits[:20])
+
+
+def test_own_answers_go_on_as_they_were(tmp_path) -> None:
+    """What is kept comes back with the task that it is of."""
+    kept = Replay(share=0.5, answers="own")
+    rows = [{"input_ids": [1, i], "labels": [-100, i]} for i in range(4)]
+    from pm_llm.constraints.base import Context
+
+    kept.remember(Context(1, rows=rows, seed=1))
+    kept.remember(Context(2, rows=rows, seed=2))
+    again = Replay(share=0.5, answers="own")
+    again.load_memory(kept.memory())
+    assert (again.kept, again._of) == (kept.kept, [1, 1, 2, 2])
+    asked = []
+
+    def answer(given, tasks, at_least):
+        asked.append((list(tasks), at_least))
+        return [given[0], None, given[2], None]
+
+    assert again.rows(rows, Context(3, rows=rows, answer=answer)) == [*rows, kept.kept[0], kept.kept[2]]
+    assert asked == [([1, 1, 2, 2], 50.0)]
+    assert again.finish(Context(3)) == {"replayed": 2.0}
+    with pytest.raises(PmLlmError, match="needs a run"):
+        again.rows(rows, Context(3, rows=rows))
+
+
+def test_own_answers_need_prompts(tmp_path) -> None:
+    pages = [{"text": f"the film {i} was good"} for i in range(8)]
+    tasks = [Task.from_rows("pages", pages, pages[:2])]
+    keys = {**KEYS, "output_dir": str(tmp_path), "method": "replay"}
+    keys |= {"constrain": {"name": "replay", "answers": "own"}}
+    with pytest.raises(PmLlmError, match="asks prompts, which raw text"):
+        ContinualSequence(load_config(None, keys), tasks)
