@@ -41,7 +41,8 @@ SHORT = {
     "gate": "lose",
     "retain": "data",
 }  # sections that may be given as one key's value
-FREELY = {"general.skills", "general.when"}  # keys of them that mean something without that one
+# keys of them that mean something without that one
+FREELY = {f"general.{key}" for key in ("skills", "when", "lm_eval", "lm_eval_dir", "limit", "apply_chat_template")}
 
 
 @dataclass

@@ -122,6 +122,10 @@ class GeneralSection:
     skills: str | list[str] | None = option(
         None, "Skills of the general suite that are scored: all, or a list (instructions, arithmetic, json ...)."
     )
+    lm_eval: list[str] = option([], "Tasks of lm-evaluation-harness that are scored on the live model (ifeval ...).")
+    lm_eval_dir: str | None = option(None, "Folder with YAML files of tasks for lm_eval.")
+    limit: int | None = option(None, "At most this many rows of each task of lm_eval.", least=1)
+    apply_chat_template: bool = option(False, "Whether lm_eval renders prompts by the model's chat template.")
     when: str = option(
         "each",
         "General abilities are scored before the first task and after each, or after the last.",

@@ -16,6 +16,13 @@ def add(commands: Any) -> None:
     parser.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="one run, or several to compare")
     parser.add_argument("--out", metavar="DIR", help="folder for report.html and figures (default: the first run's)")
     parser.add_argument("--joint", type=float, help="final average of joint training, as the first run was scored")
+    parser.add_argument(
+        "--lm-eval",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results_*.json of lm_eval's command line, to show too",
+    )
     parser.set_defaults(call=call)
 
 
@@ -43,6 +50,10 @@ def call(given: argparse.Namespace) -> int:
     table = compare([one.results for one in runs], given.joint, [one.name for one in runs])
     if len(runs) > 1:
         print(table + "\n")
+    if given.lm_eval:
+        from pm_llm.evaluation.harness import results_table
+
+        print(results_table(given.lm_eval) + "\n")
     if given.joint is not None and "gap closed" not in table:
         print("no gap closed: it needs a run of seqlora among these, scored as the first, with another average.\n")
     try:

@@ -34,6 +34,8 @@ def answer_task(
     model: Any, encoder: Encoder, task: Task, how: EvaluationSection, generate: Generate = generate
 ) -> Predictions:
     """The model's predictions on the task's test rows: generated, chosen among the labels, or likelihoods."""
+    if task.outside is not None:
+        return task.outside.predictions(model, encoder.tokenizer, how)
     sizes = (how.batch_size, how.batch_tokens)
     references: list[list[Any]]
     answers: Sequence[Any]

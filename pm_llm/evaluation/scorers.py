@@ -307,6 +307,17 @@ class PairAccuracy(Scorer):
         return (100.0 * (prediction > reference) + 50.0 * (prediction == reference),)
 
 
+class Points(Scorer):
+    """The mean of what another program gave each row, from 0 to 100."""
+
+    name = "points"
+    kinds = ()  # it is no choice of a user's
+    prediction, reference = "float64", "float64"
+
+    def row(self, prediction: float, reference: float, source: str | None) -> tuple[float, ...]:
+        return (float(prediction),)
+
+
 SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer
     for scorer in (
@@ -324,6 +335,7 @@ SCORERS: dict[str, type[Scorer]] = {
         Perplexity,
         BytePerplexity,
         PairAccuracy,
+        Points,
     )
 }
 

@@ -37,6 +37,10 @@ LATER = {
     "attn_implementation": None,
     "general.skills": None,
     "general.when": "each",
+    "general.lm_eval": [],
+    "general.lm_eval_dir": None,
+    "general.limit": None,
+    "general.apply_chat_template": False,
     "retain.data": None,
     "retain.share": 0.05,
 }

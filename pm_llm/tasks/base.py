@@ -6,11 +6,14 @@ import random
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pm_llm.errors import PmLlmError, unknown_name
 from pm_llm.system.coerce import name_of
 from pm_llm.tasks.problems import Problems
+
+if TYPE_CHECKING:
+    from pm_llm.evaluation.harness import Outside
 
 MAX_CHARACTERS = 1_000_000  # of one prompt: more is a file in a cell, not a prompt
 SPLITS = ("train", "validation", "test")
@@ -114,7 +117,8 @@ class Task:
 
     `source` is what the configuration gave, `files` what was read, each with its size in bytes and its time of change
     in ns. `kept` is there for a task that a run has finished: it has no training rows any more. `room` is there for
-    rows of the project's own, whose lengths are known and of which nothing may be cut.
+    rows of the project's own, whose lengths are known and of which nothing may be cut. `outside` is there for a task
+    that another program asks and scores.
     """
 
     name: str
@@ -131,6 +135,7 @@ class Task:
     files: tuple[tuple[str, int, int], ...] = ()
     kept: Kept | None = None
     room: Room | None = None
+    outside: Outside | None = None
 
     @property
     def kind(self) -> str:

@@ -38,6 +38,9 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
         if task.kept is not None:  # its rows were looked at when it was trained
             encoders[task.name] = replace(blind, max_new_tokens=task.kept.answer)
             continue
+        if task.outside is not None:
+            encoders[task.name] = blind
+            continue
         found = _looked_at(task, blind, config.max_new_tokens)
         if found["answer"]:
             encoders[task.name] = with_room(blind, found["answer"], task.name)

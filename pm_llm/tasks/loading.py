@@ -104,7 +104,12 @@ def load_probes(config: RunConfig) -> list[Task]:
     tasks = load_user_tasks(config.probes, folder, problems, probe=True)
     problems.tell()
     tasks += general_tasks(config.general.skills or ())
-    return [task.subset(None, config.max_test_samples, config.seed) for task in tasks]
+    tasks = [task.subset(None, config.max_test_samples, config.seed) for task in tasks]
+    if not config.general.lm_eval:
+        return tasks
+    from pm_llm.evaluation.harness import harness_tasks
+
+    return [*tasks, *harness_tasks(config.general)]
 
 
 def load_retained(config: RunConfig) -> list[Task]:
