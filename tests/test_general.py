@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from pm_llm import ContinualSequence, PmLlmError, Task
 from pm_llm.cli import main
@@ -19,6 +21,7 @@ from pm_llm.report.data import open_run
 from pm_llm.run.folder import RunDir
 from pm_llm.stage import Stage
 from pm_llm.tasks.general import SKILLS, general_tasks
+from tests.conftest import ROOT
 from tests.helpers.presets import KEYS
 
 RIGHT = {  # answers to the first rows of a skill that ask for something that can be said without looking
@@ -121,7 +124,7 @@ def test_a_run_scores_them_before_and_after_each_task(tmp_path) -> None:
 
 def test_a_prompt_that_would_be_cut_is_an_error(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("pm_llm.tasks.general.MAX_LENGTH", 200)
-    with pytest.raises(PmLlmError, match=r"general\.retrieval: a prompt of .* Leave it out"):
+    with pytest.raises(PmLlmError, match=r"general\.retrieval: a prompt of .* Leave this skill out"):
         run(tmp_path / "run", **{"general.skills": ["facts", "retrieval"]}).run()
 
 
@@ -183,3 +186,19 @@ def test_how_far_a_model_went_from_its_base(tmp_path) -> None:
         float((x.B.double() @ x.A.double()).square().sum()) for x in sequence.session.running.factors.values()
     )
     assert shift["adapter_norm"] == pytest.approx(merged**0.5, rel=1e-5)
+
+
+def test_a_skill_that_a_model_cannot_have_is_told(tmp_path) -> None:
+    with pytest.raises(
+        PmLlmError, match=r"'general\.text': raw text can be trained on decoders .* Leave this skill out"
+    ):
+        run(tmp_path, model="embedded:t5", **{"general.skills": "all"}).run()
+
+
+def test_the_page_shows_a_configuration_that_is_one() -> None:
+    page = (ROOT / "docs/evaluation.md").read_text()
+    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if "lm_eval" in block]
+    config = load_config(None, {**KEYS, "tasks": ["x"], "evaluate": "seen", **yaml.safe_load(text)}).check()
+    assert config.general.lm_eval == ["ifeval", "gsm8k"]
+    assert (config.gate.lose, config.gate.gain) == (5, 5)
+    assert sum(len(task.test) for task in general_tasks("all")) == int(re.search(r"(\d+) in\s+all", page)[1])

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,30 @@ def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
     exec(parts, names)
     assert (place / "merged/adapter_model.safetensors").is_file()
     assert 0 < names["merger"].report.coefficient <= 1
+
+
+@pytest.mark.slow
+def test_commands_of_the_assistant_recipe(tmp_path, forker) -> None:
+    """In their order, on a small model with a chat template, a few steps and two skills."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    model = tmp_path / "chat"
+    shutil.copytree(ROOT / "pm_llm/embedded/llama", model)
+    template = "{% for m in messages %}{{ m.role }} : {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant : {% endif %}")
+    text = (ROOT / "recipes/assistant/README.md").read_text()
+    lines = [shlex.split(c) for c in commands(re.findall(r"```(\w+)\n(.*?)```", text, re.S))]
+    assert [line[1] for line in lines[1:]] == ["run", "report", "gate"]
+    made = subprocess.run(
+        [sys.executable, *lines[0][1:], "--rows", "40"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    keys = f"--model {model} --train.max_steps 3 --general.skills [facts,text] --gate.action warn --dtype float32"
+    do(forker, tmp_path, [*lines[1], *shlex.split(keys), "--lora.layers_to_transform", "null"])
+    do(forker, tmp_path, lines[2])
+    assert forker(*lines[3][1:], cwd=tmp_path).status in (0, 3, 4)
+    found = json.loads((tmp_path / "runs/assistant/results.json").read_text())
+    assert found["stages"] == ["tickets", "orders", "replies"]
+    assert set(found["untrained"]) >= {"general.facts", "general.text", "tickets"}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from pm_llm.config import RunConfig
+from pm_llm.errors import PmLlmError
 from pm_llm.families import models
 from pm_llm.families.base import Row
 from pm_llm.families.rows import TableRows, features_of
@@ -18,6 +19,7 @@ from pm_llm.tasks.encoding import Encoder, with_room
 from pm_llm.tasks.problems import Problems
 from pm_llm.tasks.store import Stored, code, folder, remembered, used, written
 
+LEAVE_OUT = " Leave this skill out: name the others with general.skills."
 Fitting = Callable[[Task], Task]
 Key = tuple[str, Any]  # of a row: its task, and its place, or itself where it has none
 
@@ -33,7 +35,10 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
     problems, encoders = Problems(drop=config.bad_rows == "drop"), {}
     bad: dict[Key, Example] = {}  # held, so that none of them is another's
     for task in tasks:
-        family = model_family.of(task.kind, config.train.beta)
+        try:
+            family = model_family.of(task.kind, config.train.beta)
+        except PmLlmError as error:
+            raise PmLlmError(f"task {task.name!r}: {error}" + (LEAVE_OUT if task.room else "")) from error
         blind = Encoder(tokenizer, family, _max_length(config, task), 1, task.special_tokens, task.loss_on)
         if task.kept is not None:  # its rows were looked at when it was trained
             encoders[task.name] = replace(blind, max_new_tokens=task.kept.answer)
@@ -170,8 +175,7 @@ def _cut(encoder: Encoder, task: Task) -> dict[tuple[str, int], str]:
         length = len(encoder.whole_prompt(row))
         if length > encoder.prompt_budget:
             found["test", number] = (
-                f"{task.name}: a prompt of {length} tokens, and {encoder.prompt_budget} are taken. Leave it out: name "
-                "the others with general.skills."
+                f"{task.name}: a prompt of {length} tokens, and {encoder.prompt_budget} are taken.{LEAVE_OUT}"
             )
     return found
 
