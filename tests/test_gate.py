@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from math import sqrt
 from pathlib import Path
-from statistics import NormalDist
 
 import pytest
 
 from pm_llm import ContinualSequence, PmLlmError, Task
 from pm_llm.cli import main
 from pm_llm.config import load_config
-from pm_llm.evaluation.intervals import expanded, paired_difference
+from pm_llm.evaluation.intervals import paired_difference, swap_test
 from pm_llm.evaluation.predictions import Predictions
 from pm_llm.report.gate import Course, GateError, judge, status_of
 from pm_llm.run.folder import RunDir
@@ -43,9 +41,7 @@ def test_a_loss_beyond_its_noise_breaks_the_gate() -> None:
     (one,) = judge(run, lose=2)
     assert (one.task, one.what, one.unit, one.broken) == ("a", "lost", "points", True)
     assert one.change == pytest.approx(20.0)
-    expected = paired_difference(
-        [run.predictions[0]["a"]], [run.predictions[1]["a"]], 10_000, level=expanded(0.95, ROWS)
-    )
+    expected = paired_difference([run.predictions[0]["a"]], [run.predictions[1]["a"]], 4000)
     assert (one.low, one.high) == (expected.low, expected.high)
     assert status_of([one]) == 3
     assert "LOST a: 80.0 -> 60.0, lost 20.0 points" in one.line()
@@ -158,11 +154,14 @@ def test_a_first_task_must_gain_too(tmp_path) -> None:
     assert stopped.value.status == 4
 
 
-def test_few_rows_have_wider_intervals() -> None:
-    """Student's t for 0.975: 2.0452 with 29 degrees of freedom, 2.7764 with 4."""
-    for rows, t in ((30, 2.0452), (5, 2.7764)):
-        wanted = 2 * NormalDist().cdf(sqrt(rows / (rows - 1)) * t) - 1
-        assert expanded(0.95, rows) == pytest.approx(wanted, abs=1e-4)
+def test_swapping_rows_is_an_exact_test() -> None:
+    """Of rows that are right or wrong it is McNemar's: the chance of so many heads."""
+    before, after = said("a", 14, 30), said("a", 6, 30)  # 8 rows changed, all one way
+    assert swap_test(before, after, 20_000) == pytest.approx(0.5**8, rel=0.25)
+    assert swap_test(after, before, 2000) == 1.0
+    better, worse = text("t", 1.0), text("t", 1.1)  # a perplexity: lower is better
+    assert swap_test(better, worse, 2000) < 0.01
+    assert swap_test(worse, better, 2000) > 0.99
 
 
 def test_of_runs_that_lost_nothing_few_are_stopped() -> None:

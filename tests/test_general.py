@@ -202,3 +202,19 @@ def test_the_page_shows_a_configuration_that_is_one() -> None:
     assert config.general.lm_eval == ["ifeval", "gsm8k"]
     assert (config.gate.lose, config.gate.gain) == (5, 5)
     assert sum(len(task.test) for task in general_tasks("all")) == int(re.search(r"(\d+) in\s+all", page)[1])
+
+
+def test_a_model_is_scored_on_abilities_alone(tmp_path, capsys) -> None:
+    said = tmp_path / "said.jsonl"
+    command = ["evaluate", "--model", "embedded:llama", "--general.skills", "[facts, text]"]
+    assert main([*command, "--max_test_samples", "4", "--predictions", str(said)]) == 0
+    assert set(read_all([said])) == {"general.facts", "general.text"}
+
+
+def test_what_is_said_of_a_run_that_keeps_no_test_rows(tmp_path, capsys) -> None:
+    run(tmp_path / "run", **{"general.skills": ["facts"], "keep_test_rows": False}).run()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "| general.facts | before training |" in capsys.readouterr().out
+    assert main(["gate", str(tmp_path / "run")]) == 2  # its tasks' answers are gone
+    assert "no predictions on 'one'" in capsys.readouterr().err

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pm_llm import ContinualSequence, PmLlmError, Task
 from pm_llm.config import load_config
@@ -14,6 +16,7 @@ from pm_llm.constraints.replay import Replay
 from pm_llm.session import Watcher
 from pm_llm.tasks.order import retaining
 from pm_llm.training.own_answers import own_answers
+from tests.conftest import ROOT
 from tests.helpers.presets import KEYS
 
 COLOURS = ("red", "blue")
@@ -122,3 +125,14 @@ def test_own_answers_need_prompts(tmp_path) -> None:
     keys |= {"constrain": {"name": "replay", "answers": "own"}}
     with pytest.raises(PmLlmError, match="asks prompts, which raw text"):
         ContinualSequence(load_config(None, keys), tasks)
+
+
+def test_the_page_shows_keys_that_are_ones() -> None:
+    page = (ROOT / "docs/methods.md").read_text()
+    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if "anchor" in block]
+    lines = text.strip().splitlines()
+    assert len(lines) == 7
+    for line in lines:
+        load_config(
+            None, {"tasks": ["x"], "method": "pm_curvature", "merge": "optimal", **yaml.safe_load(line)}
+        ).check()

@@ -40,8 +40,6 @@ def call(given: argparse.Namespace) -> int:
         print(json.dumps(plain, indent=1))
     else:
         print("\n".join(one.line() for one in verdicts) or "nothing is guarded yet: it is the first task")
-        for name in run.not_guarded:
-            print(
-                f"not guarded: {name} was not scored before training (evaluate: all, or a gate in the configuration)"
-            )
+        for line in run.warnings:
+            print(line)
     return status

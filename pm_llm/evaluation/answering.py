@@ -25,7 +25,7 @@ from pm_llm.system.progress import bar
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.encoding import Encoder
 from pm_llm.tasks.fitting import encoders_for
-from pm_llm.tasks.loading import load_tasks, scored
+from pm_llm.tasks.loading import load_tasks, of_probes_alone, scored
 
 Generate = Callable[..., list[str]]  # as `generate` is called
 
@@ -85,7 +85,8 @@ def evaluate_adapter(
     Raises:
         PmLlmError: If the adapter cannot be loaded onto the model.
     """
-    tasks = scored(config, load_tasks(config)) if tasks is None else tasks
+    if tasks is None:
+        tasks = scored(config, [] if of_probes_alone(config) else load_tasks(config))
     encoders, fitting = encoders_for(config, tasks.values())
     tasks = {name: fitting(task) for name, task in tasks.items()}
     folder = fetched(adapter) if adapter is not None else None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
-from statistics import NormalDist
 
 import numpy as np
 
@@ -69,18 +67,28 @@ def paired_difference(
     return _interval(float(value), np.mean([x[1] - y[1] for x, y in pairs], axis=0), level)
 
 
-def expanded(level: float, rows: int) -> float:
-    """The level at which a percentile interval of few rows holds as much as it should at `level`.
+def swap_test(a: Predictions, b: Predictions, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """How likely a difference as large as that by which `a` is better than `b` is if the two are alike.
 
-    Tails are as thin as those of a normal distribution with the rows' own spread, which is too narrow by the factor
-    `sqrt(n / (n - 1)) t_(n - 1) / z` (Hesterberg, arXiv 1411.5279: the expanded percentile interval). The
-    quantile of Student's t is expanded in that of the normal distribution (Abramowitz and Stegun, 26.7.5).
+    The two answers to a row are swapped at random, row by row, which changes nothing where neither set is the better
+    one: so the level is exact, with few rows too (a permutation test; Efron and Tibshirani 1993, ch. 15).
+
+    Args:
+        a: One.
+        b: The other, on the same rows, see :func:`paired_difference`.
+        resamples: How many times all rows are swapped at random.
+        seed: Of that.
+
+    Returns:
+        The one-sided p value, at least `1 / (resamples + 1)`.
     """
-    normal, v = NormalDist(), max(rows - 1, 1)
-    z = normal.inv_cdf((1 + level) / 2)
-    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    return 2 * normal.cdf(sqrt((v + 1) / v) * t) - 1
+    x, y, scorer = a.numbers, b.numbers, scorer_named(a.scorer)
+    sign = -1.0 if scorer.lower_is_better else 1.0
+    swaps = np.random.default_rng(seed).integers(0, 2, (resamples, len(x))).astype(float)
+    moved = swaps @ (y - x)
+    found = sign * (scorer.total(x.sum(axis=0) + moved, len(x)) - scorer.total(y.sum(axis=0) - moved, len(x)))
+    least = sign * (scorer.of(x) - scorer.of(y))
+    return float(1 + (found >= least - 1e-9).sum()) / (resamples + 1)
 
 
 def _draws(found: Predictions, resamples: int, seed: int) -> tuple[float, np.ndarray]:

@@ -3,9 +3,9 @@
 What a task lost is its score after its own stage minus that after the last one, what a probe lost its score before
 training minus that; both on the same rows, with the interval of the paired bootstrap (:mod:`pm_llm.evaluation.
 intervals`), so that the noise of few rows is measured and not taken for a loss. As many things are guarded at once,
-the intervals are wider than one alone would be, so that all of them together are of the level (Bonferroni), and wider
-again for few rows (:func:`pm_llm.evaluation.intervals.expanded`): of runs that lost nothing, at most 1 - level are to
-be stopped.
+all of it together is of the level (Bonferroni). That few rows vary is not all: a loss must also be one that is rare
+where nothing was lost (:func:`pm_llm.evaluation.intervals.swap_test`), so that of such runs at most 1 - level are
+stopped.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from pm_llm.errors import PmLlmError
-from pm_llm.evaluation.intervals import Interval, expanded, paired_difference
+from pm_llm.evaluation.intervals import Interval, paired_difference, swap_test
 from pm_llm.evaluation.matrix import UNTRAINED
 from pm_llm.evaluation.predictions import Predictions, read_all
 from pm_llm.evaluation.scorers import scorer_named
 from pm_llm.run.folder import RunDir
 
 PASSED, LOST, NOT_GAINED = 0, 3, 4  # exit statuses
-RESAMPLES = 10_000  # the tails of many intervals at once are thin
+RESAMPLES = 4000  # the tails of many intervals at once are thin
 
 
 class GateError(PmLlmError):
@@ -76,6 +76,12 @@ class Course:
         """Probes that were not scored before training, so that nobody knows what they lost."""
         return [name for name in self.probes if name not in self.guarded]
 
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each of them."""
+        why = "was not scored before training (set evaluate to all, or a gate in the run)"
+        return [f"not guarded: {name} {why}" for name in self.not_guarded]
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -110,8 +116,8 @@ class Verdict:
 def judge(run: Course, lose: float, gain: float | None = None, level: float = 0.95) -> list[Verdict]:
     """What each earlier task and probe lost, and what the last task gained, as verdicts.
 
-    A loss breaks the gate if even the lower end of its interval is above `lose`; a gain if it is below `gain`, or its
-    interval holds 0.
+    A loss breaks the gate if even the lower end of its interval is above `lose`, and it is no chance; a gain if it is
+    below `gain`, or its interval holds 0.
 
     Args:
         run: A run of at least one task.
@@ -131,7 +137,8 @@ def judge(run: Course, lose: float, gain: float | None = None, level: float = 0.
     for name, stage in guarded.items():
         before, after = _of(run, name, stage), _of(run, name, last)
         lost, unit = _change(after, before, -1, each)
-        found.append(_verdict(name, "lost", before, after, unit, lost, lose, lost.low > lose))
+        broken = lost.low > lose and swap_test(before, after, RESAMPLES) < (1 - each) / 2
+        found.append(_verdict(name, "lost", before, after, unit, lost, lose, broken))
     if gain is not None:
         stages = [i for i in range(last - 1, UNTRAINED - 1, -1) if new in run.predictions.get(i, {})]
         if not stages:
@@ -153,7 +160,7 @@ def said_of(run: Course, verdicts: Sequence[Verdict]) -> list[str]:
     """A line for each reason why a gate fails; else one line that it passed."""
     broken = [one.line() for one in verdicts if one.broken]
     counted = sum(one.what == "lost" for one in verdicts)
-    return broken or [f"gate: {run.stages[-1]} passed, {counted} guarded"]
+    return [*(broken or [f"gate: {run.stages[-1]} passed, {counted} guarded"]), *run.warnings]
 
 
 def _of(run: Course, name: str, stage: int) -> Predictions:
@@ -171,7 +178,7 @@ def _change(after: Predictions, before: Predictions, sign: int, level: float) ->
     """`sign` times how much better `after` is than `before`, with its unit."""
     low = scorer_named(after.scorer).lower_is_better
     scale, unit = (-100 / before.score(), "percent") if low else (1.0, "points")
-    found = paired_difference([after], [before], RESAMPLES, level=expanded(level, len(after.predictions)))
+    found = paired_difference([after], [before], RESAMPLES, level=level)
     value, *ends = (0.0 + sign * scale * x for x in (found.value, found.low, found.high))  # and no -0
     return Interval(value, min(ends), max(ends), level), unit
 

@@ -112,6 +112,12 @@ def load_probes(config: RunConfig) -> list[Task]:
     return [*tasks, *harness_tasks(config.general)]
 
 
+def of_probes_alone(config: RunConfig) -> bool:
+    """Whether a configuration names what is scored and never trained, and no task."""
+    probes = config.probes or config.general.skills or config.general.lm_eval
+    return bool(probes) and config.benchmark is None and not config.tasks
+
+
 def load_retained(config: RunConfig) -> list[Task]:
     """The tasks whose rows are mixed into every task's training. Raises as :func:`load_tasks`."""
     from pm_llm.tasks.user import load_user_tasks
