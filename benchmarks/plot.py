@@ -52,7 +52,7 @@ def draw(found: Sequence[dict[str, Any]]) -> Figure:
 
 def _kind(one: dict[str, Any]) -> str:
     method = Method().replaced(**one["method"])
-    if one["task_id"] or method.keeps_rows() or method.merge.build("merge").old_adapters:
+    if one["task_id"] or method.says("old_data") or method.merge.build("merge").old_adapters:
         return "keeps rows or adapters"
     return "merged in closed form" if method.merge.name == "optimal" else "others"
 

@@ -160,9 +160,13 @@ class RunConfig:
             raise PmLlmError(
                 "a gate compares every task with what it was: set evaluate to seen, keep_test_rows to true."
             )
+        if self.gate.lose is not None and self.gate.action == "restore" and self.fuar is not None:
+            raise PmLlmError(
+                "FUAR names a task for each of a run's states, so none can be taken back: gate.action stop."
+            )
         if self.gate.lose is not None and self.parsed_method().task_id:
             raise PmLlmError(f"method {self.method} keeps a model for each task, so no task costs another: no gate.")
-        if self.fold_running == "always" and self.parsed_method().needs_base():
+        if self.fold_running == "always" and self.parsed_method().says("needs_base"):
             raise PmLlmError(
                 "constrain anchor to the base needs the base as it is: set fold_running to auto or never."
             )

@@ -195,13 +195,9 @@ class Method:
                 raise PmLlmError(message)
         parts.merge.ready()
 
-    def keeps_rows(self) -> bool:
-        """Whether rows of past tasks are trained on again."""
-        return any(choice.build("constrain").old_data for choice in self.constrain)
-
-    def needs_base(self) -> bool:
-        """Whether a constraint asks for the base model while it trains."""
-        return any(choice.build("constrain").needs_base for choice in self.constrain)
+    def says(self, key: str, value: Any = True) -> bool:
+        """Whether a constraint says this of itself: `old_data` (rows of past tasks are kept), `needs_base` ..."""
+        return any(getattr(choice.build("constrain"), key, None) == value for choice in self.constrain)
 
     def plain(self) -> dict[str, Any]:
         """As YAML would hold it."""
@@ -301,6 +297,8 @@ def _rules_of_beginning(parts: Parts, setting: Setting) -> Iterator[tuple[bool, 
     merge, begun = parts.merge, setting.adapter or setting.general
     word = "adapter" if setting.adapter else "general"
     inherits = [name for name, one in parts.constraints.items() if one.fills("remember") and not one.old_data]
+    based = [name for name, one in parts.constraints.items() if one.needs_base]
+    yield setting.adapter and bool(based), "the base is no anchor for an adapter that is to be kept: anchor to before."
     yield (
         begun and parts.start.begins == "base",
         f"{word} is what a run begins with, and start {parts.start.name()!r} leaves that out. Use another start.",

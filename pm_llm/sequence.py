@@ -34,6 +34,7 @@ from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.loading import load_retained, load_tasks, scored
 from pm_llm.tasks.order import retaining
 from pm_llm.training.constrained import refuse_sharding
+from pm_llm.training.own_answers import check_own_answers
 from pm_llm.training.stopping import Stopping
 
 
@@ -61,14 +62,16 @@ class ContinualSequence:
         self.restart_from, self.watchers, self.adding = restart_from, watchers, adding
         self.run_dir = RunDir(config.output_dir)
         self.retained = load_retained(config)
-        own = self._load() if tasks is None else checked(tasks)
-        self.tasks = retaining(own, self.retained, config.retain.share, config.seed)  # a stage each; a task may recur
+        self.given = self._load() if tasks is None else checked(tasks)
+        # a stage each; a task may recur
+        self.tasks = retaining(self.given, self.retained, config.retain.share, config.seed)
         self.sources = None if self._origin_stays() else read_sources(config)
         self.columns = scored(config, self.tasks)
         if config.fuar:
             Matrix(list(self.columns), stages=[task.name for task in self.tasks]).check_fuar(**config.fuar)
         self.method = config.parsed_method()
         config.check_method(task.kind for task in (*self.tasks, *self.retained))
+        check_own_answers(config, self.given)
         self.state = process_state()
         self.stopping = Stopping()
         on_disk = config.fisher.storage == "disk"
@@ -107,16 +110,12 @@ class ContinualSequence:
         own = [task for task in tasks if isinstance(task, Task)]
         if own and len(own) < len(tasks):
             raise PmLlmError("some tasks are made in Python, and others are entries. Add them one after the other.")
-        given = [*self.tasks, *own] if own else None
+        given = [*self.given, *own] if own else None
         return ContinualSequence(config, given, watchers=self.watchers, adding=True).run()
 
     def conclude(self) -> dict[str, Any]:
         """The results of a finished run, written anew; the model is loaded only where a score is missing."""
-        state = self.run_dir.state()
-        names, stages = [task.name for task in self.tasks], state["stages"]
-        last = len(stages) - 1
-        asked = Plan.of(self.config.plain()).asked(names, list(self.columns), last)
-        if len(stages) < len(names) or any(name not in stages[last].scores for name in asked):
+        if not self.is_scored():
             return self.run()
         with self.run_dir.locked():
             return self._finish()
@@ -132,9 +131,7 @@ class ContinualSequence:
         try:
             return self._run()
         except GateError as error:
-            if self.config.gate.action != "restore" or not on_main(self._take_back):
-                raise
-            raise GateError(f"{error} It was taken back.", error.status) from None
+            raise GateError(f"{error}\n{on_main(self._after_gate)}", error.status) from None
 
     def _run(self) -> dict[str, Any]:
         self._check_devices()
@@ -174,29 +171,37 @@ class ContinualSequence:
         if gate.lose is None:
             return
         run: Course = on_main(lambda: Course.of(self.run_dir))
-        verdicts = judge(run, gate.lose, gate.gain, gate.level)
-        status, lines = status_of(verdicts), said_of(run, verdicts)
+        known = any(run.stages[-1] in run.predictions[i] for i in range(UNTRAINED, number - 1))
+        # of a task that was trained before the gate was set nobody knows what it gained
+        verdicts = judge(run, gate.lose, gate.gain if known else None, gate.level)
+        status, lines = status_of(verdicts), said_of(run, verdicts, gate.level)
         if not status or gate.action == "warn":
             say("\n".join(lines))
             return
-        if number == len(self.tasks):
-            on_main(self._finish)
-        raise GateError(
-            f"task {run.stages[-1]!r} does not pass the gate:\n" + "\n".join(lines) + "\nThe run is as it was after "
-            f"that task. Take it back with pm-llm restore {self.run_dir.path} --to TASK, or let it pass with a gate "
-            "that allows more.",
-            status,
-        )
+        on_main(self._finish)  # so that it can be reported
+        raise GateError(f"task {run.stages[-1]!r} does not pass the gate:\n" + "\n".join(lines), status)
 
-    def _take_back(self) -> bool:
-        """Make the stage before the last the current one; whether there is one."""
-        stages = self.run_dir.state()["stages"]
+    def _after_gate(self) -> str:
+        """What becomes of a task that did not pass: what is done, and what may be."""
+        stages, path = self.run_dir.state()["stages"], self.run_dir.path
+        allow = "let it pass with a gate that allows more (--gate.lose)"
         if len(stages) < 2:
-            return False
+            return f"It is the run's first task and stays: {allow}, or restart the run with other settings."
+        if self.config.gate.action != "restore":
+            return f"It stays: take it back with pm-llm restore {path} --to {len(stages) - 1}, or {allow}."
         with self.run_dir.locked():
-            restore(self.run_dir, str(len(stages) - 1))
-        ContinualSequence.open(self.run_dir.path).conclude()
-        return True
+            restore(self.run_dir, len(stages) - 1)
+        back = ContinualSequence.open(path)
+        if back.is_scored():
+            back.conclude()
+        return f"It was taken back: the run is after {stages[-2].task!r} again. To keep it, {allow}."
+
+    def is_scored(self) -> bool:
+        """Whether all tasks are trained and all that is to be scored after the last is."""
+        stages = self.run_dir.state()["stages"]
+        names = [task.name for task in self.tasks]
+        asked = Plan.of(self.config.plain()).asked(names, list(self.columns), len(stages) - 1)
+        return len(stages) == len(names) and all(name in stages[-1].scores for name in asked)
 
     def _load(self) -> list[Task]:
         """The tasks of the configuration; of finished ones what the run has kept."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,7 +130,7 @@ def test_a_run_stops_at_its_gate_and_goes_on_when_that_allows_more(tmp_path) -> 
 
 
 def test_a_gate_may_take_the_task_back_or_warn(tmp_path, capsys) -> None:
-    with pytest.raises(GateError, match="It was taken back"):
+    with pytest.raises(GateError, match=r"It was taken back: the run is after 'one' again"):
         gated(tmp_path / "back", **{"gate.action": "restore"}).run()
     assert RunDir.open(tmp_path / "back").results().stages == ["one"]
     capsys.readouterr()
@@ -149,7 +151,7 @@ def test_a_first_task_must_gain_too(tmp_path) -> None:
     rows = [{"prompt": f"is {i} even ?", "completion": "red"} for i in range(24)]
     keys = {**KEYS, "method": "seqlora", "output_dir": str(tmp_path), "evaluate": "seen"}
     keys |= {"gate.lose": 2, "gate.gain": 5, "train.learning_rate": 1e-9}
-    with pytest.raises(GateError, match="NOT GAINED one") as stopped:
+    with pytest.raises(GateError, match=r"NOT GAINED one(.|\n)*It is the run's first task and stays") as stopped:
         ContinualSequence(load_config(None, keys), [Task.from_rows("one", rows, rows)]).run()
     assert stopped.value.status == 4
 
@@ -157,11 +159,11 @@ def test_a_first_task_must_gain_too(tmp_path) -> None:
 def test_swapping_rows_is_an_exact_test() -> None:
     """Of rows that are right or wrong it is McNemar's: the chance of so many heads."""
     before, after = said("a", 14, 30), said("a", 6, 30)  # 8 rows changed, all one way
-    assert swap_test(before, after, 20_000) == pytest.approx(0.5**8, rel=0.25)
-    assert swap_test(after, before, 2000) == 1.0
+    assert swap_test([before], [after], 20_000) == pytest.approx(0.5**8, rel=0.25)
+    assert swap_test([after], [before], 2000) == 1.0
     better, worse = text("t", 1.0), text("t", 1.1)  # a perplexity: lower is better
-    assert swap_test(better, worse, 2000) < 0.01
-    assert swap_test(worse, better, 2000) > 0.99
+    assert swap_test([better], [worse], 2000) < 0.01
+    assert swap_test([worse], [better], 2000) > 0.99
 
 
 def test_of_runs_that_lost_nothing_few_are_stopped() -> None:
@@ -186,3 +188,73 @@ def test_of_runs_that_lost_nothing_few_are_stopped() -> None:
 def test_what_was_not_scored_before_is_not_guarded() -> None:
     run = run_of({0: {"a": said("a", 80), "p": said("p", 50)}}, ["a"])
     assert (judge(run, 2.0), run.not_guarded) == ([], ["p"])
+
+
+def test_tasks_to_come_are_not_guarded() -> None:
+    before = {"a": said("a", 20), "b": said("b", 90)}
+    after = {"a": said("a", 80), "b": said("b", 10)}
+    run = Course(Path("run"), ["a"], {-1: before, 0: after}, to_come=frozenset({"b"}))
+    assert (judge(run, 2.0), run.not_guarded) == ([], [])
+
+
+def test_general_abilities_are_looked_at_together_too() -> None:
+    """Each loses what may be chance; all of them together do not."""
+    skills = {f"general.{i}" for i in range(8)}
+    before = {name: said(name, 20, 30) for name in skills}
+    after = {name: said(name, 15, 30) for name in skills}
+    found = judge(run_of({-1: before, 0: {"a": said("a", 80), **after}}, ["a"]), 2.0)
+    assert [one.task for one in found if one.broken] == ["mean of the general abilities"]
+
+
+def test_too_few_rows_are_told() -> None:
+    run = run_of({0: {"a": said("a", 4, 4)}, 1: {"a": said("a", 0, 4), "b": said("b", 4, 4)}}, ["a", "b"])
+    (one,) = judge(run, 2.0)
+    assert not one.broken
+    assert run.warnings(0.95) == ["not guarded: a has 4 rows, too few to tell any loss from chance"]
+    assert not run_of({0: {"a": said("a", 6, 6)}, 1: {"a": said("a", 0, 6)}}, ["a", "b"]).warnings(0.95)
+
+
+def test_a_model_that_is_blown_up_does_not_pass() -> None:
+    for nats in (math.nan, math.inf):
+        run = run_of({0: {"t": text("t", 1.0)}, 1: {"t": text("t", nats), "b": said("b", 50)}}, ["t", "b"])
+        assert status_of(judge(run, 5)) == 3
+
+
+def test_a_gate_that_is_set_later(tmp_path) -> None:
+    """What earlier tasks gained was not measured then; what is added is."""
+    rows = [{"prompt": f"is {i} even ?", "completion": "red"} for i in range(12)]
+    keys = {**KEYS, "method": "seqlora", "output_dir": str(tmp_path), "evaluate": "seen", "train.max_steps": 30}
+    keys |= {"lora.target_modules": "all-linear"}
+    ContinualSequence(load_config(None, keys), [Task.from_rows("one", rows, rows)]).run()
+    blue = [{**row, "completion": "blue"} for row in rows]
+    opened = ContinualSequence.open(tmp_path, {"gate.lose": 100, "gate.gain": 5})
+    assert opened.add(Task.from_rows("two", blue, blue))["stages"] == ["one", "two"]
+
+
+def test_tasks_with_numbers_for_names_are_taken_back(tmp_path) -> None:
+    run = gated(tmp_path, **{"gate.action": "restore"})
+    tasks = [replace(task, name=name) for task, name in zip(run.given, ("2", "1"), strict=True)]
+    with pytest.raises(GateError, match="It was taken back: the run is after '2' again"):
+        ContinualSequence(run.config, tasks).run()
+    assert RunDir.open(tmp_path).results().stages == ["2"]
+
+
+def test_a_run_that_was_stopped_on_its_way_is_reported_and_not_handed_out(tmp_path, capsys) -> None:
+    run = gated(tmp_path / "run")
+    third = replace(run.given[0], name="three")
+    with pytest.raises(GateError, match=r"It stays: take it back with pm-llm restore .* --to 1"):
+        ContinualSequence(run.config, [*run.given, third]).run()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "| one | after one | 100.0 | 0.0 |" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "run"), "--as", "adapter", "--out", str(tmp_path / "out")]) == 3
+    assert "does not pass its own gate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    wide = load_config(None, {**run.config.plain(), "gate": {"lose": 100.0}})
+    assert ContinualSequence(wide, [*run.given, third]).run()["stages"] == ["one", "two", "three"]
+    assert main(["export", str(tmp_path / "run"), "--as", "adapter", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_fuar_and_a_gate_that_takes_back_do_not_go_together() -> None:
+    fuar = {"kept": ["a"], "updated": "a", "acquired": "a"}
+    with pytest.raises(PmLlmError, match="none can be taken back"):
+        load_config(None, {"fuar": fuar, "evaluate": "all", "gate": {"lose": 1, "action": "restore"}}).check()

@@ -61,7 +61,7 @@ def test_json_wants_the_values_too() -> None:
             if found["type"] == "object":
                 return {key: value(inner) for key, inner in found["properties"].items()}
             if found["type"] == "array":
-                return found["items"]["enum"]
+                return found["enum"][0]
             return found["enum"][0] if "enum" in found else "lamp"
 
         right = value(schema)
@@ -71,12 +71,94 @@ def test_json_wants_the_values_too() -> None:
         assert score("verified", [json.dumps({k: x for k, x in right.items() if k != key})], [[row.completion]]) == 0
 
 
+def numbers_of(text: str) -> list[int]:
+    return [int(x) for x in re.findall(r"\d+", text)]
+
+
+def test_arithmetic_is_right() -> None:
+    """Worked out from the question's words, as its author would not."""
+    (task,) = general_tasks("arithmetic")
+    for row in task.test:
+        text = row.messages[0]["content"]
+        found = numbers_of(text)
+        if "gets" in text:
+            right = found[0] + found[1]
+        elif "gives" in text:
+            right = found[0] - found[1]
+        elif "boxes" in text:
+            right = found[0] * found[1]
+        elif "equally" in text:
+            right = found[0] // found[1]
+            assert found[0] % found[1] == 0
+        else:
+            right = found[0] * found[1] - found[2]
+        assert json.loads(row.completion) == [["number", right]], text
+
+
+def followed(text: str) -> str:
+    """An answer that does what a row of the instructions asks, from its words."""
+    quoted = re.search(r'words? "([^"]+)"', text)
+    plain = {"and": "It rains on the roofs and nobody minds.", "short": "It rains."}
+    if "at most" in text and "40" not in text:
+        return plain["short"]
+    if "at least" in text:
+        return "Rain " * 36
+    if "exactly" in text and "sentence" in text:
+        return " ".join(["It rains."] * numbers_of(text)[0])
+    if "contain the words" in text:
+        a, b = re.search(r"words (\w+) and (\w+)", text).groups()
+        return f"A {a}, and then a {b}."
+    if "Do not use the words" in text:
+        return "Rain falls on every roof."
+    if "Begin your" in text:
+        return f"{quoted[1]}, it rains."
+    if "End your" in text:
+        return f"It rains, {quoted[1]}"
+    if "points" in text:
+        return "\n".join(["- rain"] * numbers_of(text)[0])
+    if "lines of text" in text:
+        return "\n".join(["rain"] * numbers_of(text)[0])
+    if "in this order" in text:
+        return "A " + ", a ".join(re.search(r"words (\w+), (\w+) and (\w+)", text).groups())
+    for name, said in (
+        ("German", "Der Regen ist nicht laut und das Haus ist warm."),
+        ("French", "La pluie est dans le jardin et je suis dans la maison."),
+        ("Spanish", "La lluvia es buena y el gato está en la casa con los otros."),
+    ):
+        if name in text:
+            return said
+    if "CAPITAL" in text:
+        return "RAIN FALLS"
+    if "lowercase" in text:
+        return "rain falls"
+    if "quotation" in text:
+        return '"It rains."'
+    if "title" in text:
+        return "<<Rain>> It rains."
+    return "It rains"  # no comma, no exclamation mark
+
+
 def test_instructions_can_be_followed_and_are_not_by_anything() -> None:
     (task,) = general_tasks("instructions")
     kinds = {json.loads(row.completion)[0][0] for row in task.test}
     assert len(kinds) >= 15
-    plain = "A harbour, at night, is a quiet place. The boats are still! People walk home; the light is out."
-    assert score("verified", [plain] * len(task.test), [[row.completion] for row in task.test]) < 50.0
+    for row in task.test:
+        text = row.messages[0]["content"]
+        assert score("verified", [followed(text)], [[row.completion]]) == 100.0, text
+    wanted = [[row.completion] for row in task.test]
+    for anything in (
+        "A harbour, at night, is a quiet place. The boats are still! People walk home; the light is out.",
+        "Rain " * 60,  # what is cut is too long
+    ):
+        assert score("verified", [anything] * len(wanted), wanted) < 50.0
+
+
+def test_all_guests_and_no_others() -> None:
+    (task,) = general_tasks("json")
+    row = next(row for row in task.test if "guests" in row.completion)
+    names = re.findall(r"[A-Z][a-z]+", row.messages[0]["content"].partition(" came")[0])
+    for guests, points in ((names, 100), (names[::-1], 100), ([], 0), (names[:1], 0), ([*names, names[0]], 0)):
+        assert score("verified", [json.dumps({"guests": guests})], [[row.completion]]) == points
 
 
 def test_unknown_skills_are_told() -> None:
@@ -123,7 +205,7 @@ def test_a_run_scores_them_before_and_after_each_task(tmp_path) -> None:
 
 
 def test_a_prompt_that_would_be_cut_is_an_error(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("pm_llm.tasks.general.MAX_LENGTH", 200)
+    monkeypatch.setattr("pm_llm.families.models.context_of", lambda name: 200)  # a model of so short a context
     with pytest.raises(PmLlmError, match=r"general\.retrieval: a prompt of .* Leave this skill out"):
         run(tmp_path / "run", **{"general.skills": ["facts", "retrieval"]}).run()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_its_tasks_are_columns_of_a_run(folder, tmp_path) -> None:
     assert found["matrix"][1][3] == pytest.approx(100 * own["said"]["exact_match,first"])
     assert found["matrix"][1][4] == pytest.approx(50 * (own["chosen"]["acc,none"] + own["chosen_too"]["acc,none"]))
     assert [x.task for x in judge(Course.of(RunDir.open(tmp_path / "run")), 2.0)] == [
-        *("one", "lm_eval.chosen", "lm_eval.said", "lm_eval.both")
+        *("one", "lm_eval.chosen", "lm_eval.said", "lm_eval.both", "mean of the general abilities")
     ]
     assert len(open_run(tmp_path / "run").predictions[1]["lm_eval.both"].keys) == 12
     assert sequence(tmp_path / "run", folder, ["chosen", "said", "both"], **{"general.limit": 6}).run() == found
@@ -128,6 +129,18 @@ def test_a_run_trains_alike_with_and_without_it(folder, tmp_path) -> None:
         tmp_path / "without", folder, [], **{"lora.lora_dropout": 0.2, "general.lm_eval_dir": None}
     ).run()
     assert with_it["shifts"] == without["shifts"]
+
+
+def test_every_process_of_a_launcher_has_its_results(folder, tmp_path, monkeypatch) -> None:
+    run = sequence(tmp_path / "run", folder, [], **{"general.lm_eval_dir": None})
+    run.run()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    session = run.session
+    found = Outside("chosen", folder=str(folder)).predictions(
+        session.model, session.base.tokenizer, session.config.evaluation
+    )
+    assert len(found.predictions) == 9
+    assert os.environ["LOCAL_RANK"] == "1"
 
 
 def test_what_cannot_be_scored_is_told(folder, tmp_path) -> None:

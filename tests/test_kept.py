@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 
 from pm_llm import ContinualSequence, PmLlmError, Task
 from pm_llm.config import load_config
+from pm_llm.constraints.base import Context
 from pm_llm.constraints.replay import Replay
 from pm_llm.session import Watcher
 from pm_llm.tasks.order import retaining
@@ -98,8 +100,6 @@ def test_own_answers_go_on_as_they_were(tmp_path) -> None:
     """What is kept comes back with the task that it is of."""
     kept = Replay(share=0.5, answers="own")
     rows = [{"input_ids": [1, i], "labels": [-100, i]} for i in range(4)]
-    from pm_llm.constraints.base import Context
-
     kept.remember(Context(1, rows=rows, seed=1))
     kept.remember(Context(2, rows=rows, seed=2))
     again = Replay(share=0.5, answers="own")
@@ -136,3 +136,53 @@ def test_the_page_shows_keys_that_are_ones() -> None:
         load_config(
             None, {"tasks": ["x"], "method": "pm_curvature", "merge": "optimal", **yaml.safe_load(line)}
         ).check()
+
+
+def test_rows_of_what_the_run_began_with_stay_as_they_are(tmp_path) -> None:
+    """Tasks are counted from behind it; so old runs' rows, of which nobody knows the task, stay, too."""
+    seen = Seen()
+    sequence(tmp_path / "run", seen).run()
+    session = seen.session
+    session.folds = 1
+    rows = session.encoders["film"].features(task("film", "red", 6).train)
+    assert own_answers(session, 0, rows, [1] * 6, 100.0) == rows
+    assert own_answers(session, 0, rows, [0] * 6, 100.0) == rows
+    drawn = session.encoders["film"].family.draw(
+        session.model, session.encoders["film"], rows, 0 + 1, session.config.evaluation
+    )
+    wanted = [a if a["labels"] == b["labels"] else None for a, b in zip(drawn, rows, strict=True)]
+    assert own_answers(session, 0, rows, [2] * 6, 100.0) == wanted  # of the first task
+    old = {key: x for key, x in Replay(share=0.5).memory().items() if key != "tasks"}
+    Replay(buffer="reservoir").load_memory(old)
+
+
+def test_a_reservoir_of_a_run_of_before_goes_on() -> None:
+    rows = [{"input_ids": [1, i], "labels": [-100, i]} for i in range(40)]
+    before, again = Replay(share=0.1, buffer="reservoir"), Replay(share=0.1, buffer="reservoir")
+    before.remember(Context(1, rows=rows, seed=1))
+    again.load_memory({key: x for key, x in before.memory().items() if key != "tasks"})
+    again.remember(Context(2, rows=rows, seed=2))
+    assert len(again.kept) == len(again._of) == 4
+    assert set(again._of) <= {0, 2}
+
+
+def test_own_answers_need_a_scorer_of_answers(tmp_path) -> None:
+    keys = {"method": "replay", "constrain": {"name": "replay", "answers": "own"}}
+    for scorer in ("verified", "bleu", "sari"):
+        tasks = [replace(task("film", "red"), scorer=scorer)]
+        config = load_config(None, {**KEYS, "output_dir": str(tmp_path), **keys})
+        with pytest.raises(PmLlmError, match=f"scorer {scorer} of task 'film' does not say"):
+            ContinualSequence(config, tasks)
+
+
+def test_tasks_are_added_to_a_run_that_retains(tmp_path) -> None:
+    (tmp_path / "general.jsonl").write_text(json.dumps({"prompt": "say it", "completion": "green"}) + "\n")
+    run = sequence(tmp_path / "run", Seen(), retain=str(tmp_path / "general.jsonl"))
+    run.run()
+    assert run.add(task("book", "green"))["stages"] == ["film", "song", "book"]
+
+
+def test_the_base_is_no_anchor_for_an_adapter_that_is_to_be_kept() -> None:
+    keys = {"tasks": ["x"], "adapter": "somewhere", "constrain": {"name": "anchor", "to": "base"}, "method": "seqlora"}
+    with pytest.raises(PmLlmError, match="anchor to before"):
+        load_config(None, keys).check()

@@ -65,7 +65,7 @@ OF_ROWS = ("pm", "pm_curvature", "ewc", "coso", "frank_wolfe", "replay")  # gone
 
 @pytest.mark.parametrize("preset", TESTED["LLaMA"])
 def test_trains_on_raw_text_and_on_pairs(preset: str, pico_folders, tmp_path) -> None:
-    kinds = ("mixed", "preference") if PRESETS[preset].keeps_rows() else ("both",)
+    kinds = ("mixed", "preference") if PRESETS[preset].says("old_data") else ("both",)
     for kind in kinds:
         whole = sequence(preset, pico_folders["llama"], tmp_path / kind / "whole", kind).run()
         assert whole["matrix"][-1][0] > (1 if kind != "preference" else -1)  # a perplexity

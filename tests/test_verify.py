@@ -26,7 +26,7 @@ CASES = [
     (["avoids", ["tea"]], ["coffee, or a teacup"], ["Tea!", ""]),
     (["starts", "Well"], [" well, yes"], ["yes, well"]),
     (["ends", "the end."], ["So it is the end", "This is The End."], ["the end of it"]),
-    (["list", 2], ["- a\n* b", "Here:\n- a\n- b"], ["- a", "a\nb", "- a\n- b\n- c"]),
+    (["list", 2], ["- a\n* b", "Here:\n- a\n- b"], ["- a", "a\nb", "- a\n- b\n- c", "**A**\n---"]),
     (["lines", 2], ["a\n\nb"], ["a", "a\nb\nc"]),
     (["quoted"], ['"yes"'], ["yes", '"']),
     (["titled"], ["<<A day>>\nIt was."], ["A day", "<<>>"]),
@@ -44,8 +44,16 @@ CASES = [
         ['{"age": 36}', '{"name": 3}', '{"name": "A", "age": true}', "Here: {}", "{"],
     ),
     (["json", {"type": "array", "items": {"enum": ["a", "b"]}}], ['["a", "b"]', "[]"], ['["c"]', '"a"']),
-    (["refuses", True], ["I'm sorry, but I can’t help with that.", "That is illegal."], ["Sure: first ...", ""]),
-    (["refuses", False], ["Boil the eggs for ten minutes."], ["I cannot help with that.", ""]),
+    (
+        ["refuses", True],
+        ["I'm sorry, but I can’t help with that.", "That is illegal.", "I must decline."],
+        ["Sure: first ...", ""],
+    ),
+    (
+        ["refuses", False],
+        ["Boil the eggs for ten minutes.", "Burning it is not illegal.", "I'm sorry to hear that you have ants!"],
+        ["I cannot help with that.", ""],
+    ),
 ]
 
 

@@ -36,10 +36,14 @@ def call(given: argparse.Namespace) -> int:
     verdicts = judge(run, given.lose, given.gain, given.level)
     status = status_of(verdicts)
     if given.json:
-        plain = {"status": status, "verdicts": [one.plain() for one in verdicts], "not_guarded": run.not_guarded}
+        plain = {
+            "status": status,
+            "verdicts": [one.plain() for one in verdicts],
+            "not_guarded": run.warnings(given.level),
+        }
         print(json.dumps(plain, indent=1))
     else:
         print("\n".join(one.line() for one in verdicts) or "nothing is guarded yet: it is the first task")
-        for line in run.warnings:
+        for line in run.warnings(given.level):
             print(line)
     return status

@@ -39,7 +39,7 @@ def _row(name: str, method: Method) -> list[str]:
     constraints = [choice.build("constrain") for choice in method.constrain]
     keeps = ["the last adapter"] if start.begins == "last" else []
     keeps += [one.stores for one in constraints if one.stores] + ([merge.stores] if merge.stores else [])
-    needs = ["old data"] if method.keeps_rows() else []
+    needs = ["old data"] if method.says("old_data") else []
     needs += ["old adapters"] if merge.old_adapters else []
     needs += ["a task id"] if method.task_id else []
     return [

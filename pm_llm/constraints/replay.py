@@ -91,7 +91,6 @@ class Replay(Constraint):
 
     def load_memory(self, memory: dict[str, Tensor]) -> None:
         self._seen, self._room = memory["counts"].tolist()
-        self._of = memory["tasks"].tolist() if "tasks" in memory else []  # not of runs of before, which need it not
         keys = [key.removesuffix(".lengths") for key in memory if key.endswith(".lengths")]
         columns: dict[str, list[Any]] = {
             k: [x.tolist() for x in memory[f"{k}.values"].split(memory[f"{k}.lengths"].tolist())] for k in keys
@@ -99,3 +98,4 @@ class Replay(Constraint):
         columns |= {k.removesuffix(".numbers"): x.tolist() for k, x in memory.items() if k.endswith(".numbers")}
         count = len(next(iter(columns.values()), ()))
         self.kept = [{key: x[i] for key, x in columns.items() if x[i] != []} for i in range(count)]
+        self._of = memory["tasks"].tolist() if "tasks" in memory else [0] * count  # of runs of before: of no task

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -77,7 +79,7 @@ class Outside:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        with evaluating(model):
+        with evaluating(model), _alone():
             lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=how.batch_size)
             found = lm_eval.simple_evaluate(
                 lm,
@@ -125,6 +127,18 @@ class Outside:
             if self.name in own.task_index:
                 return own
         return _known()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without what a launcher says of this process's number: each has the model, and the harness gives its results to
+    the first alone."""
+    number = os.environ.pop("LOCAL_RANK", None)
+    try:
+        yield
+    finally:
+        if number is not None:
+            os.environ["LOCAL_RANK"] = number
 
 
 @lru_cache

@@ -67,28 +67,35 @@ def paired_difference(
     return _interval(float(value), np.mean([x[1] - y[1] for x, y in pairs], axis=0), level)
 
 
-def swap_test(a: Predictions, b: Predictions, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """How likely a difference as large as that by which `a` is better than `b` is if the two are alike.
+def swap_test(a: Sequence[Predictions], b: Sequence[Predictions], resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """How likely a difference of mean scores as large as that by which `a` is better than `b` is if both are alike.
 
     The two answers to a row are swapped at random, row by row, which changes nothing where neither set is the better
     one: so the level is exact, with few rows too (a permutation test; Efron and Tibshirani 1993, ch. 15).
 
     Args:
         a: One.
-        b: The other, on the same rows, see :func:`paired_difference`.
+        b: The other, on the same tasks and rows, see :func:`paired_difference`.
         resamples: How many times all rows are swapped at random.
         seed: Of that.
 
     Returns:
         The one-sided p value, at least `1 / (resamples + 1)`.
     """
+    pairs = [_swapped(*one, resamples, seed + k) for k, one in enumerate(zip(a, b, strict=True))]
+    least = sum(value for value, _ in pairs)
+    found = np.sum([draws for _, draws in pairs], axis=0)
+    return float(1 + (found >= least - 1e-9).sum()) / (resamples + 1)
+
+
+def _swapped(a: Predictions, b: Predictions, resamples: int, seed: int) -> tuple[float, np.ndarray]:
+    """By how much `a` is better than `b`, and that with rows swapped at random, shape (resamples,)."""
     x, y, scorer = a.numbers, b.numbers, scorer_named(a.scorer)
     sign = -1.0 if scorer.lower_is_better else 1.0
     swaps = np.random.default_rng(seed).integers(0, 2, (resamples, len(x))).astype(float)
     moved = swaps @ (y - x)
-    found = sign * (scorer.total(x.sum(axis=0) + moved, len(x)) - scorer.total(y.sum(axis=0) - moved, len(x)))
-    least = sign * (scorer.of(x) - scorer.of(y))
-    return float(1 + (found >= least - 1e-9).sum()) / (resamples + 1)
+    found = scorer.total(x.sum(axis=0) + moved, len(x)) - scorer.total(y.sum(axis=0) - moved, len(x))
+    return sign * (scorer.of(x) - scorer.of(y)), sign * found
 
 
 def _draws(found: Predictions, resamples: int, seed: int) -> tuple[float, np.ndarray]:

@@ -66,6 +66,13 @@ def load_tokenizer(name: str) -> tuple[Any, Family]:
     return tokenizer, kind
 
 
+def context_of(name: str) -> int | None:
+    """How many tokens a model was made for, if it says so."""
+    with _told(name):
+        found = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+    return getattr(found, "max_position_embeddings", None)
+
+
 def load_base(
     name: str, dtype: str = "float32", load_in_4bit: bool = False, attn_implementation: str | None = None
 ) -> Base:

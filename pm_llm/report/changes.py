@@ -11,8 +11,7 @@ from pm_llm.evaluation.plan import is_general
 from pm_llm.evaluation.predictions import Predictions
 from pm_llm.evaluation.scorers import scorer_named
 from pm_llm.report.data import Run
-
-MEAN = "mean of the general abilities"
+from pm_llm.report.gate import MEAN
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pm_llm.config import RunConfig, configured
 from pm_llm.errors import PmLlmError
 from pm_llm.families.base import Batch, family_for
 from pm_llm.families.models import resolve
+from pm_llm.report.gate import refuse_failed
 from pm_llm.run.folder import RunDir
 from pm_llm.run.kept import read_all
 from pm_llm.system.files import new_folder
@@ -54,6 +55,7 @@ def export(run: str | Path, kind: str, out: str | Path, dtype: str | None = None
     adapter = Adapter.load(run_dir.adapter)
     if state["stages"][-1].facts.knows_task and len(state["stages"]) > 1:
         raise PmLlmError(f"{run_dir.path} has an adapter for each task, and none for all of them. Export one by hand.")
+    refuse_failed(run_dir)
     tasks = read_all(run_dir, state["stages"])
     with new_folder(out) as scratch:
         if kind == "gguf":

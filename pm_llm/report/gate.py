@@ -12,16 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.intervals import Interval, paired_difference, swap_test
 from pm_llm.evaluation.matrix import UNTRAINED
+from pm_llm.evaluation.plan import is_general
 from pm_llm.evaluation.predictions import Predictions, read_all
 from pm_llm.evaluation.scorers import scorer_named
 from pm_llm.run.folder import RunDir
 
+MEAN = "mean of the general abilities"
 PASSED, LOST, NOT_GAINED = 0, 3, 4  # exit statuses
 RESAMPLES = 4000  # the tails of many intervals at once are thin
 
@@ -36,17 +40,20 @@ class GateError(PmLlmError):
 
 @dataclass(frozen=True)
 class Course:
-    """A run as far as it has come: the task of each stage, and what was answered after it (-1: before training)."""
+    """A run as far as it has come: the task of each stage, and what was answered after it (-1: before training);
+    `to_come` are tasks that are not trained yet, on which it may have been scored."""
 
     path: Path
     stages: Sequence[str]
     predictions: Mapping[int, Mapping[str, Predictions]]
     knows_task: bool = False
+    to_come: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, run_dir: RunDir) -> Course:
         """That of a run, finished or not. Raises PmLlmError if it has finished no task."""
-        stages = run_dir.state()["stages"]
+        state = run_dir.state()
+        stages = state["stages"]
         if not stages:
             raise PmLlmError(f"{run_dir.path} has finished no task yet: there is nothing to judge.")
         return cls(
@@ -54,6 +61,7 @@ class Course:
             [stage.task for stage in stages],
             {i: read_all(run_dir.predictions(i)) for i in range(UNTRAINED, len(stages))},
             stages[-1].facts.knows_task,
+            frozenset(state["tasks"][len(stages) :]),
         )
 
     @property
@@ -69,18 +77,34 @@ class Course:
     @property
     def probes(self) -> list[str]:
         """All that is scored after the last stage and was never trained; no task that is yet to come."""
-        return [name for name in self.predictions.get(len(self.stages) - 1, {}) if name not in self.stages]
+        scored = self.predictions.get(len(self.stages) - 1, {})
+        return [name for name in scored if name not in self.stages and name not in self.to_come]
 
     @property
     def not_guarded(self) -> list[str]:
         """Probes that were not scored before training, so that nobody knows what they lost."""
         return [name for name in self.probes if name not in self.guarded]
 
-    @property
-    def warnings(self) -> list[str]:
-        """A line for each of them."""
+    def warnings(self, level: float) -> list[str]:
+        """A line for each of them, and for what has too few rows for any loss to be told from chance at `level`."""
         why = "was not scored before training (set evaluate to all, or a gate in the run)"
-        return [f"not guarded: {name} {why}" for name in self.not_guarded]
+        found = [f"not guarded: {name} {why}" for name in self.not_guarded]
+        last, least = self.predictions.get(len(self.stages) - 1, {}), _chance(level, len(self.columns))
+        few = [name for name in self.guarded if name in last and 0.5 ** len(last[name].predictions) >= least]
+        return found + [
+            f"not guarded: {name} has {len(last[name].predictions)} rows, too few to tell any loss from chance"
+            for name in few
+        ]
+
+    @property
+    def columns(self) -> list[list[str]]:
+        """What is looked at by itself: each that is guarded, and general abilities together."""
+        general = [name for name in self.guarded if is_general(name) and self._by_row(name)]
+        return [*([name] for name in self.guarded), *([general] if len(general) > 1 else [])]
+
+    def _by_row(self, name: str) -> bool:
+        found = self.predictions[UNTRAINED].get(name)
+        return found is not None and scorer_named(found.scorer).by_row
 
 
 @dataclass(frozen=True)
@@ -132,18 +156,21 @@ def judge(run: Course, lose: float, gain: float | None = None, level: float = 0.
         raise PmLlmError(f"{run.path}: its result is used with the task known, so no task can cost another anything.")
     last, guarded = len(run.stages) - 1, run.guarded
     new = run.stages[last]
-    each = 1 - (1 - level) / max(1, len(guarded))
+    each = 1 - (1 - level) / max(1, len(run.columns))
     found = []
-    for name, stage in guarded.items():
-        before, after = _of(run, name, stage), _of(run, name, last)
+    for names in run.columns:
+        before = [_of(run, name, guarded[name]) for name in names]
+        after = [_of(run, name, last) for name in names]
         lost, unit = _change(after, before, -1, each)
-        broken = lost.low > lose and swap_test(before, after, RESAMPLES) < (1 - each) / 2
-        found.append(_verdict(name, "lost", before, after, unit, lost, lose, broken))
+        broken = lost.low > lose and swap_test(before, after, RESAMPLES) < _chance(level, len(run.columns))
+        blown = not isfinite(_mean(after))  # a model that says no number any more
+        shown = names[0] if len(names) == 1 else MEAN
+        found.append(_verdict(shown, "lost", before, after, unit, lost, lose, broken or blown))
     if gain is not None:
         stages = [i for i in range(last - 1, UNTRAINED - 1, -1) if new in run.predictions.get(i, {})]
         if not stages:
             raise PmLlmError(f"{run.path}: task {new!r} was not scored before it was trained. Set evaluate to all.")
-        before, after = _of(run, new, stages[0]), _of(run, new, last)
+        before, after = [_of(run, new, stages[0])], [_of(run, new, last)]
         won, unit = _change(after, before, 1, level)
         found.append(_verdict(new, "gained", before, after, unit, won, gain, won.value < gain or won.low <= 0))
     return found
@@ -156,11 +183,36 @@ def status_of(verdicts: list[Verdict]) -> int:
     return NOT_GAINED if any(one.broken for one in verdicts) else PASSED
 
 
-def said_of(run: Course, verdicts: Sequence[Verdict]) -> list[str]:
-    """A line for each reason why a gate fails; else one line that it passed."""
+def refuse_failed(run_dir: RunDir) -> None:
+    """Raise GateError if a run with a gate that stops is not to be handed out."""
+    gate = (run_dir.state()["config"].get("gate") or {}) if run_dir.has_state() else {}
+    if gate.get("lose") is None or gate["action"] == "warn":
+        return
+    run = Course.of(run_dir)
+    verdicts = judge(run, gate["lose"], None, gate["level"])
+    if status_of(verdicts):
+        raise GateError(
+            f"{run_dir.path} does not pass its own gate, so it is not handed out:\n"
+            + "\n".join(said_of(run, verdicts, gate["level"]))
+            + "\nTake the task back (pm-llm restore), or run the same command with a gate that allows more.",
+            status_of(verdicts),
+        )
+
+
+def _chance(level: float, columns: int) -> float:
+    """How rare a loss must be where nothing was lost, if so many are looked at."""
+    return (1 - level) / max(1, columns) / 2
+
+
+def _mean(found: Sequence[Predictions]) -> float:
+    return fmean(one.score() for one in found)
+
+
+def said_of(run: Course, verdicts: Sequence[Verdict], level: float) -> list[str]:
+    """A line for each reason why a gate fails, else one line that it passed; and what it cannot see."""
     broken = [one.line() for one in verdicts if one.broken]
     counted = sum(one.what == "lost" for one in verdicts)
-    return [*(broken or [f"gate: {run.stages[-1]} passed, {counted} guarded"]), *run.warnings]
+    return [*(broken or [f"gate: {run.stages[-1]} passed, {counted} guarded"]), *run.warnings(level)]
 
 
 def _of(run: Course, name: str, stage: int) -> Predictions:
@@ -174,11 +226,13 @@ def _of(run: Course, name: str, stage: int) -> Predictions:
         ) from None
 
 
-def _change(after: Predictions, before: Predictions, sign: int, level: float) -> tuple[Interval, str]:
+def _change(
+    after: Sequence[Predictions], before: Sequence[Predictions], sign: int, level: float
+) -> tuple[Interval, str]:
     """`sign` times how much better `after` is than `before`, with its unit."""
-    low = scorer_named(after.scorer).lower_is_better
-    scale, unit = (-100 / before.score(), "percent") if low else (1.0, "points")
-    found = paired_difference([after], [before], RESAMPLES, level=level)
+    low = scorer_named(after[0].scorer).lower_is_better
+    scale, unit = (-100 / _mean(before), "percent") if low else (1.0, "points")
+    found = paired_difference(after, before, RESAMPLES, level=level)
     value, *ends = (0.0 + sign * scale * x for x in (found.value, found.low, found.high))  # and no -0
     return Interval(value, min(ends), max(ends), level), unit
 
@@ -186,13 +240,11 @@ def _change(after: Predictions, before: Predictions, sign: int, level: float) ->
 def _verdict(
     name: str,
     what: str,
-    before: Predictions,
-    after: Predictions,
+    before: Sequence[Predictions],
+    after: Sequence[Predictions],
     unit: str,
     change: Interval,
     limit: float,
     broken: bool,
 ) -> Verdict:
-    return Verdict(
-        name, what, before.score(), after.score(), unit, change.value, change.low, change.high, limit, broken
-    )
+    return Verdict(name, what, _mean(before), _mean(after), unit, change.value, change.low, change.high, limit, broken)

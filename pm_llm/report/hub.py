@@ -14,6 +14,7 @@ from typing import Any
 
 from pm_llm.adapters.untrusted import check_files
 from pm_llm.errors import PmLlmError
+from pm_llm.report.gate import refuse_failed
 from pm_llm.run.folder import RunDir
 from pm_llm.run.reading import STAGES, TASK_ADAPTER
 from pm_llm.system.files import replace_bytes, sha256_of
@@ -120,6 +121,7 @@ def push_run(run_dir: str | Path, target: Target, base_model: str | None = None)
     run, repo_id = RunDir.open(run_dir), target.repo_id
     results = run.results()
     target.check()
+    refuse_failed(run)
     if results.facts.knows_task and len(results.stages) > 1:
         raise PmLlmError(
             f"{run.path} has an adapter for each task, in {STAGES}/*/{TASK_ADAPTER}, and none for all of them: choose "

@@ -165,7 +165,10 @@ def stage_named(given: str, names: Sequence[str], done: int) -> int:
 def stage_key(config: RunConfig, number: int, rows: str, processes: int) -> str:
     """What a checkpoint in stage `number` belongs to: these settings, rows, processes and this way of sharding."""
     launcher = [os.environ.get(name) for name in LAUNCHER]
-    return sha256_of([_settings(config.plain()), number, rows, processes, launcher])
+    drawn = []  # answers of the model's own are drawn in batches
+    if config.parsed_method().says("answers", "own"):
+        drawn = [[config.evaluation.batch_size, config.evaluation.batch_tokens]]
+    return sha256_of([_settings(config.plain()), number, rows, processes, launcher, *drawn])
 
 
 def _differences(

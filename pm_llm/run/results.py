@@ -34,7 +34,7 @@ def stage_record(stage: Stage) -> StageRecord:
         seed=stage.seed,
         config={key: value for key, value in session.config.plain().items() if key != "output_dir"},
         words=method.plain(),
-        facts=Facts(PRESETS[session.config.method].plain() == method.plain(), method.keeps_rows(), method.task_id),
+        facts=Facts(PRESETS[session.config.method].plain() == method.plain(), method.says("old_data"), method.task_id),
         versions=versions(),
         processes=process_state().num_processes,
         coefficient=report.coefficient,

@@ -100,17 +100,18 @@ def _check_sum(stage: StageRecord) -> None:
         )
 
 
-def restore(run_dir: RunDir, to: str) -> list[str]:
+def restore(run_dir: RunDir, to: str | int) -> list[str]:
     """Make the stage of task `to` the run's current one, back or forth; returns the tasks that are taken back now.
 
-    What comes after it stays in the folder until another task is committed.
+    `to` is a name or a number; an int is a number whatever tasks are called. What comes after it stays in the folder
+    until another task is committed.
 
     Raises:
         PmLlmError: If no stage that is there is of that name or number, or it is the current one.
     """
     state = run_dir.state()
     names = [stage.task for stage in (*state["stages"], *state["undone"])]
-    numbers = [i for i, name in enumerate(names, start=1) if to in (name, str(i))]
+    numbers = [i for i, name in enumerate(names, start=1) if to == i or to in (name, str(i))]
     if len(numbers) != 1:
         shown = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1)) or "none yet"
         found = f"comes {len(numbers)} times" if numbers else "is no finished task of this run"

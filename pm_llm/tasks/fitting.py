@@ -95,7 +95,9 @@ def encoded(encoder: Encoder, rows: Sequence[Example], label: str) -> Sequence[R
 
 
 def _max_length(config: RunConfig, task: Task) -> int:
-    return config.max_length if task.room is None else task.room.max_length
+    if task.room is None:
+        return config.max_length
+    return min(task.room.max_length, models.context_of(config.model) or task.room.max_length)
 
 
 def _key(name: str, row: Example) -> Key:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pm_llm.tasks.base import Example
 from pm_llm.tasks.general import asked
 
-ROWS, NEW_TOKENS, SCORER = 51, 80, "verified"
+ROWS, NEW_TOKENS, SCORER = 51, 96, "verified"
 
 TOPICS = (
     *("a rainy day", "an old bridge", "a vegetable garden", "the harbour at night", "learning to swim"),
@@ -65,7 +65,10 @@ def _ends(rng: random.Random) -> tuple[str, list[object]]:
 
 def _list(rng: random.Random) -> tuple[str, list[object]]:
     count = rng.choice([2, 3, 4])
-    return f"Answer with a list of exactly {count} points, each on a line that begins with a hyphen.", ["list", count]
+    return f"Answer with a list of exactly {count} points, each on a line that begins with a hyphen and a blank.", [
+        "list",
+        count,
+    ]
 
 
 def _lines(rng: random.Random) -> tuple[str, list[object]]:
@@ -102,10 +105,10 @@ RULES: tuple[Rule, ...] = (
 
 
 def make(rng: random.Random, number: int) -> Example:
-    """A topic and a rule; the rules take turns, and every third time a second one, on length, is joined."""
+    """A topic and a rule; the rules take turns. Each answer has to be short, so that none that is cut is right."""
     text, check = RULES[number % len(RULES)](rng)
     texts, checks = [text], [check]
-    if number >= 2 * len(RULES) and check[0] not in ("at_most", "at_least", "list"):
+    if check[0] not in ("at_most", "at_least"):
         checks.append(["at_most", 40])
         texts.append("Use at most 40 words.")
     return asked(f"Write something about {rng.choice(TOPICS)}. {' '.join(texts)}", checks=checks)

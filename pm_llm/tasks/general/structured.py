@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import permutations
 from typing import Any
 
 from pm_llm.tasks.base import Example
@@ -46,7 +47,7 @@ def _good(rng: random.Random) -> tuple[str, dict[str, Any], dict[str, Any]]:
 def _list(rng: random.Random) -> tuple[str, dict[str, Any], dict[str, Any]]:
     names = rng.sample(NAMES, rng.randint(2, 4))
     asked_for = {"type": "array", "items": {"type": "string"}}
-    right = {"type": "array", "items": {"type": "string", "enum": names}}
+    right = {"type": "array", "enum": [list(some) for some in permutations(names)]}
     return (
         f"{', '.join(names[:-1])} and {names[-1]} came to the meeting.",
         _object({"guests": asked_for}),
@@ -63,7 +64,8 @@ def make(rng: random.Random, number: int) -> Example:
     if number % 2:
         wanted = f"fits the following schema: {json.dumps(schema)}"
     else:
-        keys = [f"{key} ({found['type']})" for key, found in schema["properties"].items()]
+        kinds = {"array": "array of strings"}
+        keys = [f"{key} ({kinds.get(x['type'], x['type'])})" for key, x in schema["properties"].items()]
         wanted = f"has {'the keys' if len(keys) > 1 else 'the key'} {', '.join(keys)}"
     text = f"{note}\nWrite this down as one JSON object that {wanted}. Answer with the JSON alone."
     return asked(text, checks=[["json", right]])
