@@ -28,8 +28,7 @@ def add(commands: Any) -> None:
 
 def call(given: argparse.Namespace) -> int:
     """`pm-llm report`: tables here, and the page with its figures in a folder."""
-    from pm_llm.report.changes import changes, shifts
-    from pm_llm.report.changes import table as changes_table
+    from pm_llm.report.changes import changes, kept_table, shifts
     from pm_llm.report.data import open_run
     from pm_llm.report.tables import compare, describe
     from pm_llm.run.folder import RunDir
@@ -42,11 +41,8 @@ def call(given: argparse.Namespace) -> int:
             f"{out} is the folder of a run. Choose another --out; without it the page goes to {runs[0].path}."
         )
     for one in runs:
-        print(f"{one.path}\n{describe(one.results)}\n")
-        if found := changes(one):
-            print(f"{changes_table(found)}\n")
-        if said := shifts(one):
-            print(f"{said}\n")
+        said = [describe(one.results), kept_table(changes(one)), shifts(one)]
+        print("\n\n".join([f"{one.path}\n{said[0]}", *filter(None, said[1:])]) + "\n")
     table = compare([one.results for one in runs], given.joint, [one.name for one in runs])
     if len(runs) > 1:
         print(table + "\n")

@@ -76,8 +76,10 @@ def _paired(now: list[Predictions], then: list[Predictions]) -> Interval | None:
         return None
 
 
-def table(found: list[Change]) -> str:
-    """As Markdown."""
+def kept_table(found: list[Change]) -> str:
+    """As Markdown; empty where there is none."""
+    if not found:
+        return ""
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---|" + "---:|" * (len(HEADER) - 2)]
     return "\n".join([*lines, *("| " + " | ".join(one.cells()) + " |" for one in found)])
 

@@ -90,11 +90,11 @@ def push_folder(folder: Path, target: Target, base_model: str | None = None) -> 
 def _kept(run: RunDir) -> str:
     """What became of earlier tasks and of the base's abilities, as a table; empty where there is nothing of it."""
     from pm_llm.report.card import shown_name
-    from pm_llm.report.changes import changes, table
+    from pm_llm.report.changes import changes, kept_table
     from pm_llm.report.data import open_run
 
     found = changes(open_run(run.path))
-    return table([replace(x, name=shown_name(x.name), since=shown_name(x.since)) for x in found]) if found else ""
+    return kept_table([replace(x, name=shown_name(x.name), since=shown_name(x.since)) for x in found])
 
 
 def push_run(run_dir: str | Path, target: Target, base_model: str | None = None) -> str:

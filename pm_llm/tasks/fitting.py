@@ -10,7 +10,7 @@ from typing import Any
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
 from pm_llm.families import models
-from pm_llm.families.base import Row
+from pm_llm.families.base import Family, Row
 from pm_llm.families.rows import TableRows, features_of
 from pm_llm.system.files import sha256_of
 from pm_llm.system.progress import bar
@@ -35,11 +35,7 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
     problems, encoders = Problems(drop=config.bad_rows == "drop"), {}
     bad: dict[Key, Example] = {}  # held, so that none of them is another's
     for task in tasks:
-        try:
-            family = model_family.of(task.kind, config.train.beta)
-        except PmLlmError as error:
-            raise PmLlmError(f"task {task.name!r}: {error}" + (LEAVE_OUT if task.room else "")) from error
-        blind = Encoder(tokenizer, family, _max_length(config, task), 1, task.special_tokens, task.loss_on)
+        blind = _blind(config, task, tokenizer, model_family)
         if task.kept is not None:  # its rows were looked at when it was trained
             encoders[task.name] = replace(blind, max_new_tokens=task.kept.answer)
             continue
@@ -92,6 +88,15 @@ def encoded(encoder: Encoder, rows: Sequence[Example], label: str) -> Sequence[R
         first = next(stream)
         file = written(name, chain([first], stream), features_of(first))
     return TableRows(Dataset.from_file(str(used(label, file))))
+
+
+def _blind(config: RunConfig, task: Task, tokenizer: Any, model_family: Family) -> Encoder:
+    """How a task's rows are rendered, before anything is known of their answers."""
+    try:
+        family = model_family.of(task.kind, config.train.beta)
+    except PmLlmError as error:
+        raise PmLlmError(f"task {task.name!r}: {error}" + (LEAVE_OUT if task.room else "")) from error
+    return Encoder(tokenizer, family, _max_length(config, task), 1, task.special_tokens, task.loss_on)
 
 
 def _max_length(config: RunConfig, task: Task) -> int:
