@@ -98,26 +98,25 @@ def test_arithmetic_is_right() -> None:
 def followed(text: str) -> str:
     """An answer that does what a row of the instructions asks, from its words."""
     quoted = re.search(r'words? "([^"]+)"', text)
-    plain = {"and": "It rains on the roofs and nobody minds.", "short": "It rains."}
     if "at most" in text and "40" not in text:
-        return plain["short"]
-    if "at least" in text:
+        return "It rains on the roofs."
+    if "at least" in text and "at most" not in text:
         return "Rain " * 36
     if "exactly" in text and "sentence" in text:
-        return " ".join(["It rains."] * numbers_of(text)[0])
+        return " ".join(["It rains on the roofs."] * numbers_of(text)[0])
     if "contain the words" in text:
         a, b = re.search(r"words (\w+) and (\w+)", text).groups()
         return f"A {a}, and then a {b}."
     if "Do not use the words" in text:
         return "Rain falls on every roof."
     if "Begin your" in text:
-        return f"{quoted[1]}, it rains."
+        return f"{quoted[1]}, it rains on the roofs."
     if "End your" in text:
-        return f"It rains, {quoted[1]}"
+        return f"It rains on the roofs, {quoted[1]}"
     if "points" in text:
-        return "\n".join(["- rain"] * numbers_of(text)[0])
+        return "\n".join(["- rain on a roof"] * numbers_of(text)[0])
     if "lines of text" in text:
-        return "\n".join(["rain"] * numbers_of(text)[0])
+        return "\n".join(["rain on a roof"] * numbers_of(text)[0])
     if "in this order" in text:
         return "A " + ", a ".join(re.search(r"words (\w+), (\w+) and (\w+)", text).groups())
     for name, said in (
@@ -128,14 +127,14 @@ def followed(text: str) -> str:
         if name in text:
             return said
     if "CAPITAL" in text:
-        return "RAIN FALLS"
+        return "RAIN FALLS ON THE ROOF"
     if "lowercase" in text:
-        return "rain falls"
+        return "rain falls on the roof"
     if "quotation" in text:
-        return '"It rains."'
+        return '"It rains on the roofs."'
     if "title" in text:
-        return "<<Rain>> It rains."
-    return "It rains"  # no comma, no exclamation mark
+        return "<<Rain>> It rains on the roofs."
+    return "It rains on the roofs"  # no comma, no exclamation mark
 
 
 def test_instructions_can_be_followed_and_are_not_by_anything() -> None:
@@ -149,6 +148,7 @@ def test_instructions_can_be_followed_and_are_not_by_anything() -> None:
     for anything in (
         "A harbour, at night, is a quiet place. The boats are still! People walk home; the light is out.",
         "Rain " * 60,  # what is cut is too long
+        "rain",
     ):
         assert score("verified", [anything] * len(wanted), wanted) < 50.0
 

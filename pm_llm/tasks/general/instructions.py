@@ -31,7 +31,7 @@ def _words(rng: random.Random, count: int) -> list[str]:
 
 def _at_most(rng: random.Random) -> tuple[str, list[object]]:
     count = rng.choice([8, 12, 15, 20])
-    return f"Use at most {count} words.", ["at_most", count]
+    return f"Use at least 5 and at most {count} words.", ["at_most", count]
 
 
 def _at_least(rng: random.Random) -> tuple[str, list[object]]:
@@ -105,10 +105,12 @@ RULES: tuple[Rule, ...] = (
 
 
 def make(rng: random.Random, number: int) -> Example:
-    """A topic and a rule; the rules take turns. Each answer has to be short, so that none that is cut is right."""
+    """A topic and a rule; the rules take turns. No answer that is cut is right, and none that is hardly one."""
     text, check = RULES[number % len(RULES)](rng)
     texts, checks = [text], [check]
-    if check[0] not in ("at_most", "at_least"):
-        checks.append(["at_most", 40])
-        texts.append("Use at most 40 words.")
+    if check[0] == "at_most":
+        checks.append(["at_least", 5])
+    elif check[0] != "at_least":
+        checks += [["at_least", 5], ["at_most", 40]]
+        texts.append("Use at least 5 and at most 40 words.")
     return asked(f"Write something about {rng.choice(TOPICS)}. {' '.join(texts)}", checks=checks)
