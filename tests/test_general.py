@@ -230,9 +230,17 @@ def test_a_report_says_what_became_of_them(tmp_path, capsys) -> None:
     assert main(["report", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "| general.facts | before training |" in said
+    assert "| change since before training | after one | after two |" in said
+    path = found["general.facts"].path
+    assert path["two"] == found["general.facts"].gap
+    assert path["one"].value == pytest.approx(
+        one.predictions[0]["general.facts"].score() - one.predictions[-1]["general.facts"].score()
+    )
+    assert list(found[MEAN].path) == ["one", "two"]
     assert "| after | KL from the base, nats a token |" in said
     page = (tmp_path / "run" / "report.html").read_text()
     assert "mean of the general abilities" in page
+    assert "<th>after two</th>" in page
     assert "KL from the base" in page
 
 

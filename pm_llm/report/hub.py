@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def _kept(run: RunDir) -> str:
     from pm_llm.report.data import open_run
 
     found = changes(open_run(run.path))
-    return kept_table([replace(x, name=shown_name(x.name), since=shown_name(x.since)) for x in found])
+    return kept_table([one.renamed(shown_name) for one in found])
 
 
 def push_run(run_dir: str | Path, target: Target, base_model: str | None = None) -> str:
