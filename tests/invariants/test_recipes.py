@@ -25,6 +25,7 @@ KNOWN = {
     "google-t5/t5-large": True,
     "meta-llama/Llama-2-7b-hf": False,
     "HuggingFaceTB/SmolLM2-135M-Instruct": False,
+    "Qwen/Qwen2.5-0.5B-Instruct": False,
 }
 
 
@@ -40,7 +41,9 @@ def test_recipe(path: Path, tmp_path) -> None:
     for kind, choices in (("start", [method.start]), ("merge", [method.merge]), ("constrain", method.constrain)):
         for choice in choices:
             choice.build(kind)
-    assert all(load_config(path, {"method": name}).parsed_method() == preset for name, preset in PRESETS.items())
+    own = {word: None for word in ("start", "constrain", "merge") if getattr(config, word) is not None}
+    for name, preset in PRESETS.items():  # another method takes the place of the words that a recipe has of its own
+        assert load_config(path, {"method": name, **own}).parsed_method() == preset
     if config.model.startswith("embedded:"):
         kind = KINDS["t5" if "t5" in config.model else "llama"]
         assert Path(resolve(config.model), "model.safetensors").is_file()
