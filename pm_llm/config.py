@@ -156,16 +156,8 @@ class RunConfig:
             raise PmLlmError(f"train.num_train_epochs is {self.train.num_train_epochs}; it must be a number above 0.")
         if not by_epochs and self.train.max_steps < 1:
             raise PmLlmError(f"train.max_steps is {self.train.max_steps}; it must be at least 1, or -1 for epochs.")
-        if self.gate.lose is not None and (self.evaluate not in ("seen", "all") or not self.keep_test_rows):
-            raise PmLlmError(
-                "a gate compares every task with what it was: set evaluate to seen, keep_test_rows to true."
-            )
-        if self.gate.lose is not None and self.gate.action == "restore" and self.fuar is not None:
-            raise PmLlmError(
-                "FUAR names a task for each of a run's states, so none can be taken back: gate.action stop."
-            )
-        if self.gate.lose is not None and self.parsed_method().task_id:
-            raise PmLlmError(f"method {self.method} keeps a model for each task, so no task costs another: no gate.")
+        if self.gate.lose is not None:
+            self._check_gate()
         if self.fold_running == "always" and self.parsed_method().says("needs_base"):
             raise PmLlmError(
                 "constrain anchor to the base needs the base as it is: set fold_running to auto or never."
@@ -174,6 +166,18 @@ class RunConfig:
         self._check_beginning()
         self.check_method()
         return self
+
+    def _check_gate(self) -> None:
+        if self.evaluate not in ("seen", "all") or not self.keep_test_rows:
+            raise PmLlmError(
+                "a gate compares every task with what it was: set evaluate to seen, keep_test_rows to true."
+            )
+        if self.gate.action == "restore" and self.fuar is not None:
+            raise PmLlmError(
+                "FUAR names a task for each of a run's states, so none can be taken back: gate.action stop."
+            )
+        if self.parsed_method().task_id:
+            raise PmLlmError(f"method {self.method} keeps a model for each task, so no task costs another: no gate.")
 
     def check_method(self, kinds: Iterable[str] = ()) -> None:
         """Raise PmLlmError unless the method goes with the rest, and with tasks of these kinds of rows."""

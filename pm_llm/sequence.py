@@ -15,7 +15,7 @@ from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.plan import Plan
 from pm_llm.merges.merger import Merger
 from pm_llm.origin import Origin, read_sources
-from pm_llm.report.gate import Course, GateError, judge, said_of, status_of
+from pm_llm.report.gate import Course, GateError, verdict_of
 from pm_llm.resume import begun, go_on
 from pm_llm.run.adding import added
 from pm_llm.run.folder import RunDir
@@ -173,13 +173,12 @@ class ContinualSequence:
         run: Course = on_main(lambda: Course.of(self.run_dir))
         known = any(run.stages[-1] in run.predictions[i] for i in range(UNTRAINED, number - 1))
         # of a task that was trained before the gate was set nobody knows what it gained
-        verdicts = judge(run, gate.lose, gate.gain if known else None, gate.level)
-        status, lines = status_of(verdicts), said_of(run, verdicts, gate.level)
+        status, lines = verdict_of(run, gate.lose, gate.gain if known else None, gate.level)
         if not status or gate.action == "warn":
-            say("\n".join(lines))
+            say(lines)
             return
         on_main(self._finish)  # so that it can be reported
-        raise GateError(f"task {run.stages[-1]!r} does not pass the gate:\n" + "\n".join(lines), status)
+        raise GateError(f"task {run.stages[-1]!r} does not pass the gate:\n{lines}", status)
 
     def _after_gate(self) -> str:
         """What becomes of a task that did not pass: what is done, and what may be."""

@@ -16,8 +16,9 @@ from pm_llm.config import load_config
 from pm_llm.evaluation.plan import Plan
 from pm_llm.evaluation.predictions import Predictions, read_all
 from pm_llm.evaluation.scorers import score
-from pm_llm.report.changes import MEAN, _change, changes
+from pm_llm.report.changes import changed_rows
 from pm_llm.report.data import open_run
+from pm_llm.report.gate import MEAN
 from pm_llm.run.folder import RunDir
 from pm_llm.stage import Stage
 from pm_llm.tasks.general import SKILLS, general_tasks
@@ -213,7 +214,7 @@ def test_a_prompt_that_would_be_cut_is_an_error(tmp_path, monkeypatch) -> None:
 def test_a_report_says_what_became_of_them(tmp_path, capsys) -> None:
     run(tmp_path / "run", **{"general.skills": ["facts", "tools", "text"]}).run()
     one = open_run(tmp_path / "run")
-    found = {change.name: change for change in changes(one)}
+    found = {change.name: change for change in one.changes}
     assert list(found) == ["one", "general.facts", "general.tools", "general.text", MEAN]
     assert found["one"].since == "after one"
     for name, change in found.items():
@@ -249,8 +250,7 @@ def test_rows_that_changed_are_counted() -> None:
         Predictions("x", "exact_match", answers, [["yes"]] * 4, [None] * 4, list("abcd"))
         for answers in (["yes", "no", "yes", "no"], ["no", "yes", "yes", "no"])
     )
-    found = _change("x", "before training", before, after)
-    assert (found.lost, found.won) == ([0], [1])
+    assert changed_rows(before, after) == ([0], [1])
 
 
 def test_how_far_a_model_went_from_its_base(tmp_path) -> None:

@@ -28,9 +28,9 @@ def add(commands: Any) -> None:
 
 def call(given: argparse.Namespace) -> int:
     """`pm-llm report`: tables here, and the page with its figures in a folder."""
-    from pm_llm.report.changes import changes, kept_table, shifts
+    from pm_llm.report.changes import kept_table, shifts
     from pm_llm.report.data import open_run
-    from pm_llm.report.tables import compare, describe
+    from pm_llm.report.tables import compare, describe, harness_table
     from pm_llm.run.folder import RunDir
 
     runs = [open_run(path) for path in given.run_dir]
@@ -41,15 +41,13 @@ def call(given: argparse.Namespace) -> int:
             f"{out} is the folder of a run. Choose another --out; without it the page goes to {runs[0].path}."
         )
     for one in runs:
-        said = [describe(one.results), kept_table(changes(one)), shifts(one)]
+        said = [describe(one.results), kept_table(one.changes), shifts(one)]
         print("\n\n".join([f"{one.path}\n{said[0]}", *filter(None, said[1:])]) + "\n")
     table = compare([one.results for one in runs], given.joint, [one.name for one in runs])
     if len(runs) > 1:
         print(table + "\n")
     if given.lm_eval:
-        from pm_llm.evaluation.harness import results_table
-
-        print(results_table(given.lm_eval) + "\n")
+        print(harness_table(given.lm_eval) + "\n")
     if given.joint is not None and "gap closed" not in table:
         print("no gap closed: it needs a run of seqlora among these, scored as the first, with another average.\n")
     try:

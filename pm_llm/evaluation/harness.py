@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -183,19 +183,3 @@ def read_results(path: str | Path) -> dict[str, tuple[float, float | None]]:
     if not found:
         raise PmLlmError(f"{path} holds no score.")
     return found
-
-
-def results_table(paths: Sequence[str | Path]) -> str:
-    """Files of results side by side, as Markdown."""
-    files = [read_results(path) for path in paths]
-    names = dict.fromkeys(name for one in files for name in one)
-    lines = ["| lm-evaluation-harness | " + " | ".join(Path(path).stem for path in paths) + " |"]
-    lines.append("|---|" + "---:|" * len(files))
-    for name in names:
-        cells = []
-        for one in files:
-            value, error = one.get(name, (None, None))
-            shown = "" if value is None else f"{value:.4g}"
-            cells.append(shown if error is None else f"{shown} ± {error:.2g}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.intervals import Interval, interval, mean_interval, paired_difference
@@ -13,6 +13,9 @@ from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.predictions import Predictions, read_all
 from pm_llm.run.folder import RunDir
 from pm_llm.run.record import Results
+
+if TYPE_CHECKING:
+    from pm_llm.report.changes import Change
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,13 @@ class Run:
         """Stage -> average accuracy with its interval, where all tasks so far were scored."""
         said = {stage: self._said(stage) for stage in self.predictions if stage != UNTRAINED}
         return {stage: mean_interval(found) for stage, found in said.items() if found}
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        """What became of each ability and earlier task, see :func:`pm_llm.report.changes.changes`."""
+        from pm_llm.report.changes import changes
+
+        return changes(self)
 
     @property
     def final(self) -> list[Predictions]:

@@ -163,7 +163,7 @@ def judge(run: Course, lose: float, gain: float | None = None, level: float = 0.
         after = [_of(run, name, last) for name in names]
         lost, unit = _change(after, before, -1, each)
         broken = lost.low > lose and swap_test(before, after, RESAMPLES) < _chance(level, len(run.columns))
-        blown = not isfinite(_mean(after))  # a model that says no number any more
+        blown = not isfinite(mean_score(after))  # a model that says no number any more
         shown = names[0] if len(names) == 1 else MEAN
         found.append(_verdict(shown, "lost", before, after, unit, lost, lose, broken or blown))
     if gain is not None:
@@ -185,17 +185,15 @@ def status_of(verdicts: list[Verdict]) -> int:
 
 def refuse_failed(run_dir: RunDir) -> None:
     """Raise GateError if a run with a gate that stops is not to be handed out."""
-    gate = (run_dir.state()["config"].get("gate") or {}) if run_dir.has_state() else {}
+    gate = run_dir.state()["config"].get("gate", {})  # runs of before have none
     if gate.get("lose") is None or gate["action"] == "warn":
         return
-    run = Course.of(run_dir)
-    verdicts = judge(run, gate["lose"], None, gate["level"])
-    if status_of(verdicts):
+    status, lines = verdict_of(Course.of(run_dir), gate["lose"], None, gate["level"])
+    if status:
         raise GateError(
-            f"{run_dir.path} does not pass its own gate, so it is not handed out:\n"
-            + "\n".join(said_of(run, verdicts, gate["level"]))
-            + "\nTake the task back (pm-llm restore), or run the same command with a gate that allows more.",
-            status_of(verdicts),
+            f"{run_dir.path} does not pass its own gate, so it is not handed out:\n{lines}\nTake the task back "
+            "(pm-llm restore), or run the same command with a gate that allows more.",
+            status,
         )
 
 
@@ -204,15 +202,19 @@ def _chance(level: float, columns: int) -> float:
     return (1 - level) / max(1, columns) / 2
 
 
-def _mean(found: Sequence[Predictions]) -> float:
+def mean_score(found: Sequence[Predictions]) -> float:
+    """The mean of their scores."""
     return fmean(one.score() for one in found)
 
 
-def said_of(run: Course, verdicts: Sequence[Verdict], level: float) -> list[str]:
-    """A line for each reason why a gate fails, else one line that it passed; and what it cannot see."""
+def verdict_of(run: Course, lose: float, gain: float | None, level: float) -> tuple[int, str]:
+    """The exit status of :func:`judge`; and a line for each reason why the gate fails, else one line that it passed,
+    and for what it cannot see."""
+    verdicts = judge(run, lose, gain, level)
     broken = [one.line() for one in verdicts if one.broken]
     counted = sum(one.what == "lost" for one in verdicts)
-    return [*(broken or [f"gate: {run.stages[-1]} passed, {counted} guarded"]), *run.warnings(level)]
+    lines = [*(broken or [f"gate: {run.stages[-1]} passed, {counted} guarded"]), *run.warnings(level)]
+    return status_of(verdicts), "\n".join(lines)
 
 
 def _of(run: Course, name: str, stage: int) -> Predictions:
@@ -231,7 +233,7 @@ def _change(
 ) -> tuple[Interval, str]:
     """`sign` times how much better `after` is than `before`, with its unit."""
     low = scorer_named(after[0].scorer).lower_is_better
-    scale, unit = (-100 / _mean(before), "percent") if low else (1.0, "points")
+    scale, unit = (-100 / mean_score(before), "percent") if low else (1.0, "points")
     found = paired_difference(after, before, RESAMPLES, level=level)
     value, *ends = (0.0 + sign * scale * x for x in (found.value, found.low, found.high))  # and no -0
     return Interval(value, min(ends), max(ends), level), unit
@@ -247,4 +249,6 @@ def _verdict(
     limit: float,
     broken: bool,
 ) -> Verdict:
-    return Verdict(name, what, _mean(before), _mean(after), unit, change.value, change.low, change.high, limit, broken)
+    return Verdict(
+        name, what, mean_score(before), mean_score(after), unit, change.value, change.low, change.high, limit, broken
+    )

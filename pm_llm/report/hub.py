@@ -90,11 +90,10 @@ def push_folder(folder: Path, target: Target, base_model: str | None = None) -> 
 def _kept(run: RunDir) -> str:
     """What became of earlier tasks and of the base's abilities, as a table; empty where there is nothing of it."""
     from pm_llm.report.card import shown_name
-    from pm_llm.report.changes import changes, kept_table
+    from pm_llm.report.changes import kept_table
     from pm_llm.report.data import open_run
 
-    found = changes(open_run(run.path))
-    return kept_table([one.renamed(shown_name) for one in found])
+    return kept_table([one.renamed(shown_name) for one in open_run(run.path).changes])
 
 
 def push_run(run_dir: str | Path, target: Target, base_model: str | None = None) -> str:

@@ -17,7 +17,7 @@ from pm_llm import __version__
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.intervals import Interval
 from pm_llm.report import figures
-from pm_llm.report.changes import HEADER, changes, path_cells
+from pm_llm.report.changes import HEADER, SHIFTS, path_cells, shift_cells
 from pm_llm.report.data import Run, difference
 from pm_llm.report.tables import comparison, how_scored, words
 from pm_llm.system.coerce import write_yaml
@@ -111,7 +111,6 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
                 run,
                 _matrix_cells(run),
                 [p for p in pictures if p],
-                changes(run),
                 write_yaml(run.results.config),
             )
         )
@@ -119,7 +118,13 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
     finals = [run.averages.get(len(run.matrix.stages) - 1) for run in runs]
     differences = [None if run is runs[0] else difference(run, runs[0]) for run in runs]
     environment = Environment(loader=PackageLoader("pm_llm.report"), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"band": _band, "words": words, "how": how_scored, "zip": zip, "path": path_cells}
+    environment.filters |= {
+        "band": _band,
+        "words": words,
+        "how": how_scored,
+        "path": path_cells,
+        "shifts": shift_cells,
+    }
     return environment.get_template("report.html").render(
         runs=runs,
         header=header,
@@ -129,6 +134,7 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
         shared=[picture for picture in shared if picture],
         sections=sections,
         changes_header=HEADER,
+        shifts_header=["after", *SHIFTS.values()],
         version=__version__,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -38,9 +39,28 @@ def numbers(results: Results) -> list[str]:
 
 def compare(runs: Sequence[Results], joint: float | None = None, names: Sequence[str] = ()) -> str:
     """A row a run, side by side, as Markdown."""
-    header, rows = comparison(runs, joint, names)
+    return markdown(*comparison(runs, joint, names))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table, numbers to the right of the first column."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def harness_table(paths: Sequence[str | Path]) -> str:
+    """Files of lm-evaluation-harness's results side by side, as Markdown. Raises PmLlmError if one is none."""
+    from pm_llm.evaluation.harness import read_results
+
+    files = [read_results(path) for path in paths]
+    names = dict.fromkeys(name for one in files for name in one)
+    rows = [[name, *(_with_error(*one.get(name, (None, None))) for one in files)] for name in names]
+    return markdown(["lm-evaluation-harness", *(Path(path).stem for path in paths)], rows)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    shown = "" if value is None else f"{value:.4g}"
+    return shown if error is None else f"{shown} ± {error:.2g}"
 
 
 def comparison(
