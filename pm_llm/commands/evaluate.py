@@ -34,14 +34,14 @@ def call(given: argparse.Namespace) -> int:
     from pm_llm.system.files import jsonl, replace_bytes, writing
     from pm_llm.system.processes import process_state, shut_down
     from pm_llm.system.progress import say
-    from pm_llm.tasks.loading import load_tasks, of_probes_alone, scored
+    from pm_llm.tasks.loading import scored, tasks_or_none
 
     keep = Path(given.predictions) if given.predictions else None
     if keep is not None and (keep.is_dir() or not keep.absolute().parent.is_dir()):
         raise PmLlmError(f"--predictions {keep} is a folder, or in one that does not exist. Name a file.")
     if given.adapter:
         RunDir.check_within(given.adapter)
-    stages = [] if of_probes_alone(config) else load_tasks(config)
+    stages = tasks_or_none(config)
     found = evaluate_adapter(given.adapter, config, scored(config, stages))
     for line in score_lines(found, tasks=[task.name for task in stages] if stages else None):
         say(line)

@@ -25,7 +25,7 @@ from pm_llm.system.progress import bar
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.encoding import Encoder
 from pm_llm.tasks.fitting import encoders_for
-from pm_llm.tasks.loading import load_tasks, of_probes_alone, scored
+from pm_llm.tasks.loading import scored, tasks_or_none
 
 Generate = Callable[..., list[str]]  # as `generate` is called
 
@@ -85,8 +85,7 @@ def evaluate_adapter(
     Raises:
         PmLlmError: If the adapter cannot be loaded onto the model.
     """
-    if tasks is None:
-        tasks = scored(config, [] if of_probes_alone(config) else load_tasks(config))
+    tasks = scored(config, tasks_or_none(config)) if tasks is None else tasks
     encoders, fitting = encoders_for(config, tasks.values())
     tasks = {name: fitting(task) for name, task in tasks.items()}
     folder = fetched(adapter) if adapter is not None else None

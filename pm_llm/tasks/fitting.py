@@ -34,8 +34,10 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
     tokenizer, model_family = models.load_tokenizer(config.model)
     problems, encoders = Problems(drop=config.bad_rows == "drop"), {}
     bad: dict[Key, Example] = {}  # held, so that none of them is another's
+    tasks = list(tasks)
+    context = models.context_of(config.model) if any(task.room for task in tasks) else None
     for task in tasks:
-        blind = _blind(config, task, tokenizer, model_family)
+        blind = _blind(config, task, tokenizer, model_family, context)
         if task.kept is not None:  # its rows were looked at when it was trained
             encoders[task.name] = replace(blind, max_new_tokens=task.kept.answer)
             continue
@@ -90,19 +92,14 @@ def encoded(encoder: Encoder, rows: Sequence[Example], label: str) -> Sequence[R
     return TableRows(Dataset.from_file(str(used(label, file))))
 
 
-def _blind(config: RunConfig, task: Task, tokenizer: Any, model_family: Family) -> Encoder:
-    """How a task's rows are rendered, before anything is known of their answers."""
+def _blind(config: RunConfig, task: Task, tokenizer: Any, model_family: Family, context: int | None) -> Encoder:
+    """How a task's rows are rendered, before anything is known of their answers; `context` is the model's own."""
     try:
         family = model_family.of(task.kind, config.train.beta)
     except PmLlmError as error:
         raise PmLlmError(f"task {task.name!r}: {error}" + (LEAVE_OUT if task.room else "")) from error
-    return Encoder(tokenizer, family, _max_length(config, task), 1, task.special_tokens, task.loss_on)
-
-
-def _max_length(config: RunConfig, task: Task) -> int:
-    if task.room is None:
-        return config.max_length
-    return min(task.room.max_length, models.context_of(config.model) or task.room.max_length)
+    length = config.max_length if task.room is None else min(task.room.max_length, context or task.room.max_length)
+    return Encoder(tokenizer, family, length, 1, task.special_tokens, task.loss_on)
 
 
 def _key(name: str, row: Example) -> Key:

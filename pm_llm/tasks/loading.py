@@ -97,13 +97,8 @@ def _named(config: RunConfig, kept: Sequence[Task]) -> tuple[list[str], Callable
 def load_probes(config: RunConfig) -> list[Task]:
     """The tasks that are scored and never trained, general abilities last. Raises as :func:`load_tasks` does."""
     from pm_llm.tasks.general import general_tasks
-    from pm_llm.tasks.user import load_user_tasks
 
-    problems = Problems(drop=config.bad_rows == "drop")
-    folder = Path(config.data_dir) if config.data_dir else None
-    tasks = load_user_tasks(config.probes, folder, problems, probe=True)
-    problems.tell()
-    tasks += general_tasks(config.general.skills or ())
+    tasks = _all_rows(config, config.probes) + general_tasks(config.general.skills or ())
     tasks = [task.subset(None, config.max_test_samples, config.seed) for task in tasks]
     if not config.general.lm_eval:
         return tasks
@@ -112,23 +107,27 @@ def load_probes(config: RunConfig) -> list[Task]:
     return [*tasks, *harness_tasks(config.general)]
 
 
-def of_probes_alone(config: RunConfig) -> bool:
-    """Whether a configuration names what is scored and never trained, and no task."""
+def tasks_or_none(config: RunConfig) -> list[Task]:
+    """As :func:`load_tasks`; none where a configuration names probes or general abilities, and no task."""
     probes = config.probes or config.general.skills or config.general.lm_eval
-    return bool(probes) and config.benchmark is None and not config.tasks
+    return [] if probes and config.benchmark is None and not config.tasks else load_tasks(config)
 
 
 def load_retained(config: RunConfig) -> list[Task]:
     """The tasks whose rows are mixed into every task's training. Raises as :func:`load_tasks`."""
+    given = config.retain.data
+    entries = given if isinstance(given, list) else [] if given is None else [given]
+    return [replace(task, name=f"retain.{task.name}", test=[]) for task in _all_rows(config, entries)]
+
+
+def _all_rows(config: RunConfig, entries: Sequence[Any]) -> list[Task]:
+    """The user's tasks that `entries` name, all rows of a file as training and as test rows."""
     from pm_llm.tasks.user import load_user_tasks
 
-    if config.retain.data is None:
-        return []
     problems = Problems(drop=config.bad_rows == "drop")
-    given = config.retain.data if isinstance(config.retain.data, list) else [config.retain.data]
-    tasks = load_user_tasks(given, Path(config.data_dir) if config.data_dir else None, problems, probe=True)
+    tasks = load_user_tasks(entries, Path(config.data_dir) if config.data_dir else None, problems, probe=True)
     problems.tell()
-    return [replace(task, name=f"retain.{task.name}", test=[]) for task in tasks]
+    return tasks
 
 
 def scored(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Task]:

@@ -40,7 +40,6 @@ def own_answers(
         rows: Encoded prompts with the right answers.
         tasks: The number of each row's task, as :class:`pm_llm.constraints.base.Context` counts.
         at_least: What an answer must score against the right one, from 0 to 100.
-
     """
     numbers = [one - session.folds for one in tasks]
     found: list[Row | None] = [row if one < 1 else None for row, one in zip(rows, numbers, strict=True)]

@@ -8,6 +8,7 @@ rows it has, `NEW_TOKENS`, the longest answer, `SCORER`, and `make(rng, number)`
 from __future__ import annotations
 
 import importlib
+import json
 import random
 from collections.abc import Sequence
 
@@ -54,8 +55,6 @@ def asked(*turns: str, checks: Sequence[Sequence[object]] = (), answer: str = ""
         checks: What the answer must pass, by name and arguments; or
         answer: The answer itself.
     """
-    import json
-
     roles = ("user", "assistant")
     messages = tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))
     plain = "\n".join(f"{('Question', 'Answer')[i % 2]}: {text}" for i, text in enumerate(turns)) + "\nAnswer:"
