@@ -61,8 +61,8 @@ class ContinualSequence:
         self.config = config.check()
         self.restart_from, self.watchers, self.adding = restart_from, watchers, adding
         self.run_dir = RunDir(config.output_dir)
-        self.retained = load_retained(config)
         self.given = self._load() if tasks is None else checked(tasks)
+        self.retained = load_retained(config) if any(task.kept is None for task in self.given) else []
         # a stage each; a task may recur
         self.tasks = retaining(self.given, self.retained, config.retain.share, config.seed)
         self.sources = None if self._origin_stays() else read_sources(config)

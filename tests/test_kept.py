@@ -182,6 +182,16 @@ def test_tasks_are_added_to_a_run_that_retains(tmp_path) -> None:
     assert run.add(task("book", "green"))["stages"] == ["film", "song", "book"]
 
 
+def test_retained_rows_may_be_gone_when_all_tasks_are_trained(tmp_path) -> None:
+    file = tmp_path / "general.jsonl"
+    file.write_text(json.dumps({"prompt": "say it", "completion": "green"}) + "\n")
+    found = sequence(tmp_path / "run", Seen(), retain=str(file)).run()
+    file.unlink()
+    assert ContinualSequence.open(tmp_path / "run").conclude() == found
+    with pytest.raises(PmLlmError, match="general"):  # another task would be trained with them
+        ContinualSequence.open(tmp_path / "run").add(task("book", "green"))
+
+
 def test_the_base_is_no_anchor_for_an_adapter_that_is_to_be_kept() -> None:
     keys = {"tasks": ["x"], "adapter": "somewhere", "constrain": {"name": "anchor", "to": "base"}, "method": "seqlora"}
     with pytest.raises(PmLlmError, match="anchor to before"):
