@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from common import plain, write_rows
+from common import plain, superni_chats, write_rows
 
 KEYS: dict[str, Any] = {
     "max_length": 320,
@@ -72,13 +72,9 @@ def write_tasks(data: Path, out: Path, seed: int) -> list[dict[str, Any]]:
             ]
             files[split] = write_rows(out / f"{task.name}-{split}.jsonl", chats)
         found.append({"name": task.name, "scorer": task.scorer, **files})
-    prompts = []
-    for folder in sorted((data / "superni" / "SuperNI").iterdir()):
-        asked = json.loads((folder / "train.json").read_text())
-        for one in asked["Instances"][:10]:
-            content = f"{asked['Definition'][0]}\n\n{one['input'][:600]}"
-            prompts.append({"messages": [{"role": "user", "content": content}]})
-    write_rows(out / "general.jsonl", prompts)
+    folders = sorted((data / "superni" / "SuperNI").iterdir())
+    chats = [row for folder in folders for row in superni_chats(folder, "train", 10)]
+    write_rows(out / "general.jsonl", [{"messages": row["messages"][:1]} for row in chats])
     return found
 
 

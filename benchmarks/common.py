@@ -44,6 +44,20 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def superni_chats(folder: Path, split: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of a task of SuperNI as chats of a question and its answer."""
+    task = json.loads((folder / f"{split}.json").read_text())
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{task['Definition'][0]}\n\n{one['input'][:600]}"},
+                {"role": "assistant", "content": one["output"][0]},
+            ]
+        }
+        for one in task["Instances"][:count]
+    ]
+
+
 def keys_of(words: list[str]) -> dict[str, Any]:
     """Keys of the configuration from a command line's `--key value` pairs."""
     return {key.removeprefix("--"): read_yaml(value) for key, value in zip(words[::2], words[1::2], strict=True)}

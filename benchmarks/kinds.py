@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import show, write_rows
+from common import show, superni_chats, write_rows
 
 PLACES = "Oslo,Lima,Cairo,Quito,Kyoto,Perth,Turin,Accra,Delhi,Malmo,Porto,Basel,Ghent,Davao,Sofia,Tunis".split(",")
 NAMES = "Ada,Ben,Cleo,Dev,Eli,Fay,Gus,Hana,Ivo,Jun,Kim,Lea".split(",")
@@ -111,18 +111,6 @@ def write_tasks(data: Path, out: Path, seed: int) -> list[dict[str, Any]]:
     chats = tool_chats(TRAIN + TEST, seed)
     superni = data / "superni" / "SuperNI"
 
-    def asked(folder: Path, split: str, count: int) -> list[dict[str, Any]]:
-        task = json.loads((folder / f"{split}.json").read_text())
-        return [
-            {
-                "messages": [
-                    {"role": "user", "content": f"{task['Definition'][0]}\n\n{one['input'][:600]}"},
-                    {"role": "assistant", "content": one["output"][0]},
-                ]
-            }
-            for one in task["Instances"][:count]
-        ]
-
     prose = superni / "task1572_samsum_summary"
     meetings = json.loads((data / "trace_500" / "MeetingBank" / "test.json").read_text())
     pieces = [
@@ -131,7 +119,8 @@ def write_tasks(data: Path, out: Path, seed: int) -> list[dict[str, Any]]:
     texts = [{"text": piece} for piece in pieces[: TRAIN + TEST]]
     others = [x for x in sorted(superni.iterdir()) if x != prose]
     write_rows(
-        out / "general.jsonl", [{"messages": row["messages"][:1]} for x in others for row in asked(x, "train", 8)]
+        out / "general.jsonl",
+        [{"messages": row["messages"][:1]} for x in others for row in superni_chats(x, "train", 8)],
     )
     return [
         {
@@ -143,8 +132,8 @@ def write_tasks(data: Path, out: Path, seed: int) -> list[dict[str, Any]]:
         {
             "name": "prose",
             "scorer": "rougeL",
-            "data": write_rows(out / "prose.jsonl", asked(prose, "train", TRAIN)),
-            "test_data": write_rows(out / "prose-test.jsonl", asked(prose, "test", TEST // 3)),
+            "data": write_rows(out / "prose.jsonl", superni_chats(prose, "train", TRAIN)),
+            "test_data": write_rows(out / "prose-test.jsonl", superni_chats(prose, "test", TEST // 3)),
         },
         {
             "name": "text",
