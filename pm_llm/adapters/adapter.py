@@ -26,6 +26,7 @@ from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
 from pm_llm.system.files import readable
+from pm_llm.system.host import to_host
 from pm_llm.system.sharding import gathered, whole
 
 # fields of LoraConfig that say which modules are adapted; they travel unchanged from adapter to adapter
@@ -221,7 +222,7 @@ class Adapter:
         """The adapter `name` of a live PeftModel, copied to CPU in float32; of a sharded one, by all processes."""
         with gathered(p for key, p in model.named_parameters() if f".{name}." in key):
             state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-            state = {key: whole(tensor.detach()).to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
+            state = to_host({k: whole(x.detach()).to(torch.float32, copy=True) for k, x in state.items()})
         return cls.from_state(state, model.peft_config[name], where=f"adapter {name!r}")
 
     def attach(

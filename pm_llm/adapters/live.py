@@ -54,6 +54,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where an adapted layer is."""
+    return next(layer.parameters()).device
+
+
 def trainable_adapter(model: PeftModel) -> str:
     """The one adapter whose weights require gradients. Raises PmLlmError if there is none or more than one."""
     names = {

@@ -59,7 +59,7 @@ class Sketch:
 
     def add(self, x: Tensor) -> None:
         """Take in the rows of `x` (n, d)."""
-        stacked = x if self.rows is None else torch.cat([self.rows, x])
+        stacked = x if self.rows is None else torch.cat([self.rows.to(x), x])
         if len(stacked) > 2 * self.size:
             _, s, vh = torch.linalg.svd(stacked, full_matrices=False)
             least = s[self.size].square() if len(s) > self.size else torch.zeros_like(s[0])

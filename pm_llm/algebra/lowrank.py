@@ -37,6 +37,10 @@ class LowRank:
         """`factor * B A`; the factor multiplies one side only."""
         return LowRank(self.B * factor, self.A)
 
+    def to(self, device: torch.device) -> LowRank:
+        """On another device."""
+        return LowRank(self.B.to(device), self.A.to(device))
+
     def dense(self) -> Tensor:
         """The (d_out, d_in) product, for what has no low-rank form; a module at a time."""
         return self.B @ self.A

@@ -225,7 +225,9 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
 def _sums(form: str, n: int, m: int, r: int) -> int:
     """Numbers that a process sums up of one (n, m) matrix with an adapter of rank r, for a Fisher of this form ("":
     none is wanted); dense ones are met by the sums of past tasks, before and after the merge."""
-    sizes = {"dense": 5 * n * m, "factored": n + m, "kronecker": n * n + m * m, "factors": (n + m) * r}
+    from pm_llm.fisher import moments
+
+    sizes = {"dense": 5 * n * m, "factored": n + m, "kronecker": moments.size(n) + moments.size(m), "factors": (n + m) * r}
     return sizes.get(form, 0)
 
 

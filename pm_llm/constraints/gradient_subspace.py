@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pm_llm.algebra.bases import Sketch, extended, extended_by_moments, without
+from pm_llm.algebra.bases import Sketch, extended, without
 from pm_llm.constraints.base import Context, Live, Step
 from pm_llm.constraints.spans import Spans
+from pm_llm.fisher import moments
 from pm_llm.system.options import option
 
 
@@ -47,8 +48,9 @@ class GradientSubspace(Spans):
     def before_update(self, step: Step, live: Live) -> None:
         for name, sketch in self._sketches.items():
             gradient = live.weights(name)[0].grad
-            if gradient is not None and bool(torch.isfinite(gradient).all()):  # a diverged loss is told elsewhere
-                sketch.add(gradient.detach().float().cpu().clone())
+            if gradient is not None:
+                rows = gradient.detach().float()
+                sketch.add(torch.where(rows.isfinite().all(), rows, 0.0))  # a diverged loss is told elsewhere
 
     def after_update(self, step: Step, live: Live) -> None:
         self._project(live)
@@ -60,11 +62,11 @@ class GradientSubspace(Spans):
 
     def remember(self, context: Context) -> None:
         for name, sketch in self._sketches.items():
-            if sketch.rows is not None and bool(sketch.rows.any()):
-                d_in = sketch.rows.shape[1]
+            rows = None if sketch.rows is None else sketch.rows.cpu()
+            if rows is not None and bool(rows.any()):
                 past = self.bases.get(name)
                 past = None if past is None else past.cpu()
-                self.bases[name] = extended(past, sketch.rows, self.share, int(self.most * d_in))
+                self.bases[name] = extended(past, rows, self.share, int(self.most * rows.shape[1]))
 
     def inherit(self, context: Context) -> None:
         """What was learned elsewhere left no sketch: `C = sum G' G` of the weights' gradients, the Kronecker Fisher's
@@ -72,7 +74,7 @@ class GradientSubspace(Spans):
         assert context.fisher is not None
         for name, one in context.fisher.modules.items():
             most = int(self.most * len(one.C))
-            self.bases[name] = extended_by_moments(self.bases.get(name), one.C, self.share, most)
+            self.bases[name] = extended(self.bases.get(name), moments.rows(one.C), self.share, most)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         return {f"sketch.{name}": [s.rows] for name, s in self._sketches.items() if s.rows is not None}

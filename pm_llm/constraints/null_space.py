@@ -14,6 +14,8 @@ from pm_llm.constraints.spans import Spans
 from pm_llm.fisher.inputs import second_moments
 from pm_llm.system.options import option
 
+ROUNDING = 1e-6  # of the inputs' squared norm: second moments in float32 hold no less
+
 
 @dataclass
 class NullSpace(Spans):
@@ -43,9 +45,11 @@ class NullSpace(Spans):
         for name, moments in second_moments(context.model, context.live.layers, context.chosen).items():
             a, _ = context.live.weights(name)
             basis = self.bases.get(name)
-            _, directions = leading(moments, basis)
-            with torch.no_grad():  # once more off the basis: directions without energy may lie in it
-                a.copy_(without(directions[: len(a)], basis).to(a))
+            energies, directions = leading(moments, basis)
+            # a direction that no input has is left out: Adam would make steps of its rounding
+            seen = energies[: len(a), None] > ROUNDING * moments.double().trace()
+            with torch.no_grad():
+                a.copy_((without(directions[: len(a)], basis) * seen).to(a))
 
     def before_update(self, step: Step, live: Live) -> None:
         for name in live.layers:

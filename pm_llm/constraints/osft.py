@@ -19,6 +19,7 @@ from pm_llm.algebra.lowrank import LowRank, truncate
 from pm_llm.constraints.base import Constraint, Context, Live, Step
 from pm_llm.errors import PmLlmError, check_number
 from pm_llm.fisher.inputs import pass_rows
+from pm_llm.system.host import to_host
 from pm_llm.system.options import option
 from pm_llm.system.processes import total
 
@@ -169,21 +170,21 @@ def block_importance(context: Context) -> dict[str, float]:
     assert context.live is not None
     assert context.chosen is not None
     blocks = {block for block in map(block_of, context.live.layers) if block}
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in sorted(blocks)}
+    sums = {name: torch.zeros(2) for name in sorted(blocks)}
     with _comparing(context.model.get_base_model(), sums):
         pass_rows(context.model, context.chosen)
-    found = {name: total(x).tolist() for name, x in sums.items()}
+    found = {name: x.tolist() for name, x in to_host({name: total(x) for name, x in sums.items()}).items()}
     return {name: max(cosines / count, 0.0) for name, (cosines, count) in found.items() if count}
 
 
 @contextmanager
-def _comparing(base: nn.Module, sums: Mapping[str, Tensor]) -> Iterator[None]:
+def _comparing(base: nn.Module, sums: dict[str, Tensor]) -> Iterator[None]:
     def hook(name: str) -> Any:
         def compare(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             x = inputs[0] if inputs else named["hidden_states"]
             y = output[0] if isinstance(output, tuple) else output
             cosines = cosine_similarity(x.float(), y.float(), dim=-1)
-            sums[name].add_(torch.tensor([float(cosines.sum()), cosines.numel()]))
+            sums[name] = sums[name].to(x.device) + torch.stack([cosines.sum(), torch.ones_like(cosines).sum()])
 
         return compare
 

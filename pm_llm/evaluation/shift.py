@@ -33,24 +33,24 @@ def divergence(model: Any, chosen: ChosenRows) -> float | None:
     """
     if chosen.family.kind == "preference":
         return None
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, device=chosen.state.device)
     with evaluating(model):
         for batch in chosen.batches(model):
             logits, labels = chosen.family.answers(model, batch)
             with model.disable_adapter():
                 before, _ = chosen.family.answers(model, batch)
             said = labels != -100
-            sums += torch.tensor([_kl(before[said], logits[said]), float(said.sum())], dtype=torch.float64)
-    nats, tokens = total(sums.to(chosen.state.device)).tolist()
+            sums += torch.stack([_kl(before[said], logits[said]), said.sum()]).to(sums.device)
+    nats, tokens = total(sums).tolist()
     return float(nats / tokens)
 
 
-def _kl(before: Tensor, after: Tensor) -> float:
+def _kl(before: Tensor, after: Tensor) -> Tensor:
     """The sum over positions, shapes (positions, vocabulary)."""
-    found = 0.0
+    found = before.new_zeros((), dtype=torch.float32)
     for x, y in zip(before.split(POSITIONS), after.split(POSITIONS), strict=True):
         p, q = x.float().log_softmax(-1), y.float().log_softmax(-1)
-        found += float((p.exp() * (p - q)).sum())
+        found += (p.exp() * (p - q)).sum()
     return found
 
 

@@ -12,8 +12,8 @@ one. For a low-rank update `B A`
     <F B1 A1, B2 A2> = sum((B1' R B2) o (A1 C A2')) / tr R,
 
 which is 0 where the rows of A1 are orthogonal to all past inputs, whatever the size of its entries. While a task's
-rows are seen R and C are whole, `4 (d_in^2 + d_out^2)` bytes a module and process; then their leading directions are
-kept, and the diagonal of what is left, which charges unseen directions again.
+rows are seen R and C are sketched where they are large (:mod:`pm_llm.fisher.moments`); then their leading directions
+are kept, and the diagonal of what is left, which charges unseen directions again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
+from pm_llm.fisher import moments
 from pm_llm.fisher.base import Diagonal, Layer, Room
 from pm_llm.fisher.sides import Sides
 from pm_llm.fisher.terms import TINY, Terms, TermsPast, Watched
@@ -137,7 +138,7 @@ class _Divided(Diagonal):
 
 
 class Kronecker(Diagonal):
-    """`R` (d_out, d_out) and `C` (d_in, d_in)."""
+    """`R` and `C`, each as :mod:`pm_llm.fisher.moments` holds it: (d, d), or a sketch."""
 
     form = "kronecker"
     past = KroneckerPast
@@ -148,27 +149,28 @@ class Kronecker(Diagonal):
     @staticmethod
     def blank(layer: Layer, zeros: Zeros) -> dict[str, Tensor]:
         d_out, d_in = layer.shape
-        return {"R": zeros(d_out, d_out), "C": zeros(d_in, d_in)}
+        device = layer.factors.B.device
+        return {"R": moments.blank(d_out, device), "C": moments.blank(d_in, device)}
 
     @staticmethod
     def add(sums: dict[str, Tensor], x: Tensor, g: Tensor, layer: Layer) -> None:
-        sums["R"] += (g.flatten(0, 1).T @ (x @ x.mT @ g).flatten(0, 1)).cpu()  # summed over the batch at once
-        sums["C"] += (x.flatten(0, 1).T @ (g @ g.mT @ x).flatten(0, 1)).cpu()
+        moments.add(sums["R"], g, x @ x.mT)
+        moments.add(sums["C"], x, g @ g.mT)
 
     def kept(self, room: Room) -> Kept:
         """Its leading directions, and the diagonal of what is left."""
-        return Kept(Sides.of(self.R, room.directions), Sides.of(self.C, room.directions), self)
+        return Kept(*(moments.sides(M, room.directions) for M in (self.R, self.C)), self)
 
     def divided(self, size: float) -> Kronecker:
         return self if size == 1 else Kronecker(self.R / size, self.C / size)
 
     def inner(self, x: LowRank, y: LowRank) -> float:
         total = self.trace()
-        left, right = x.B.double().T @ self.R.double() @ y.B.double(), x.A.double() @ self.C.double() @ y.A.double().T
+        left, right = moments.form(self.R, x.B, y.B), moments.form(self.C, x.A.T, y.A.T)
         return float((left * right).sum()) / total if total > 0 else 0.0
 
     def trace(self) -> float:
-        return float(self.R.double().trace())
+        return float(moments.trace(self.R))
 
     def count(self) -> int:
         return len(self.R) * len(self.C)

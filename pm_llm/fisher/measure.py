@@ -17,6 +17,7 @@ from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
 from pm_llm.families.base import Family, family_of
 from pm_llm.fisher.base import Fisher, Layer, form_of
+from pm_llm.system.host import to_host
 from pm_llm.system.mapped import Zeros
 
 Batch = dict[str, Tensor]
@@ -56,14 +57,14 @@ class Sums:
             loss_before: The mean loss before training, if it was measured.
         """
         n = self.count if count is None else count
+        sums = to_host({(name, key): x.div_(n) for name, one in self.modules.items() for key, x in one.items()})
         modules = {
-            name: form_of(self.form)(**{key: x.div_(n).cpu() for key, x in sums.items()})
-            for name, sums in self.modules.items()
+            name: form_of(self.form)(**{key: sums[name, key] for key in one}) for name, one in self.modules.items()
         }
-        along = {name: float(x) / n for name, x in self.along.items()}
+        along = {name: float(x) / n for name, x in to_host(self.along).items()}
         exact = along.pop(ALONG, None)
         losses = None if loss_before is None else (loss_before, float(self.loss) / n)
-        return Fisher(modules, exact, along, losses, {name: float(x) / n for name, x in self.slopes.items()})
+        return Fisher(modules, exact, along, losses, {name: float(x) / n for name, x in to_host(self.slopes).items()})
 
 
 def sum_fisher(
@@ -95,11 +96,11 @@ def sum_fisher(
     """
     kind, layers, family = form_of(form), _layers(model), family or family_of(model)
     sums = Sums(form, {name: kind.blank(layer, zeros) for name, layer in layers.items()})
-    device = next(model.parameters()).device
-    towards = {n: LowRank(x.B.to(device), x.A.to(device)) for n, x in (direction or {}).items()}
+    places = {name: layer.factors.A.device for name, layer in layers.items()}
+    towards = {name: x.to(places[name]) for name, x in (direction or {}).items()}
     if direction is not None:
-        sums.along = {name: torch.zeros((), device=device) for name in (*layers, ALONG)}
-        sums.slopes = {name: torch.zeros((), device=device) for name in layers}
+        sums.slopes = {name: torch.zeros((), device=place) for name, place in places.items()}
+        sums.along = {name: x.clone() for name, x in sums.slopes.items()} | {ALONG: torch.zeros(())}
 
     def take(name: str, x: Tensor, g: Tensor) -> None:
         x, g = family.examples(x.float()), family.examples(g.float())
@@ -119,7 +120,8 @@ def sum_fisher(
             sums.loss += loss.detach().cpu()
             sums.count += len(batch["labels"])
             if towards:
-                sums.along[ALONG] += torch.stack(slope).sum(dim=0).square().sum()
+                each = sum(x.to(slope[0].device) for x in slope)  # modules may be on several devices
+                sums.along[ALONG] = sums.along[ALONG].to(slope[0].device) + each.square().sum()
                 slope.clear()
             _ = progress and progress(len(batch["labels"]))
     return sums

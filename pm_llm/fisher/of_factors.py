@@ -67,13 +67,13 @@ class Factors(Diagonal):
 
     @staticmethod
     def blank(layer: Layer, zeros: Zeros) -> dict[str, Tensor]:
-        return {"B": zeros(*layer.factors.B.shape), "A": zeros(*layer.factors.A.shape)}
+        return {"B": torch.zeros_like(layer.factors.B), "A": torch.zeros_like(layer.factors.A)}  # where the layer is
 
     @staticmethod
     def add(sums: dict[str, Tensor], x: Tensor, g: Tensor, layer: Layer) -> None:
         """From dW = g' x: the gradient of s B is g' (x A'), that of A is (g s B)' x; each example's by itself."""
-        sums["B"] += (torch.einsum("bto,btr->bor", g, x @ layer.factors.A.T) ** 2).sum(dim=0).cpu()
-        sums["A"] += (torch.einsum("btr,bti->bri", g @ layer.factors.B, x) ** 2).sum(dim=0).cpu()
+        sums["B"] += (torch.einsum("bto,btr->bor", g, x @ layer.factors.A.T) ** 2).sum(dim=0)
+        sums["A"] += (torch.einsum("btr,bti->bri", g @ layer.factors.B, x) ** 2).sum(dim=0)
 
     def divided(self, size: float) -> Factors:
         return self if size == 1 else Factors(self.B / size, self.A / size)

@@ -62,7 +62,7 @@ class ChosenRows:
         with bar(len(self.mine), f"Fisher {self.task}", "row") as progress:
             sums = sum_fisher(model, self.batches(model), form, direction, progress.update, zeros, self.family)
         for tensor in sums.tensors() if self.state.num_processes > 1 else ():
-            tensor.copy_(total(tensor).cpu())
+            tensor.copy_(total(tensor))
         return sums.mean(self.count, loss_before)
 
     def loss(self, model: Any) -> float:

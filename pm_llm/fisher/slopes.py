@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pm_llm.adapters.live import device_of, lora_layers
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.families.base import Family, family_of
 from pm_llm.fisher.measure import Batch, quiet, tapped
@@ -20,16 +21,19 @@ def sum_slopes(
 
     From the inputs x and output gradients g of each module, as `sum g . (x A' B')`: no weight gets a gradient.
     """
-    device, family = next(model.parameters()).device, family or family_of(model)
-    moved = [{name: LowRank(x.B.to(device), x.A.to(device)) for name, x in one.items()} for one in towards]
-    sums = torch.zeros(len(moved), dtype=torch.float64)
+    family, layers = family or family_of(model), lora_layers(model)
+    places = {name: device_of(layer) for name, layer in layers.items()}
+    moved = [{name: x.to(places[name]) for name, x in one.items()} for one in towards]
+    sums, found = torch.zeros(len(moved), dtype=torch.float64), []
 
     def take(name: str, x: Tensor, g: Tensor) -> None:
-        for i, one in enumerate(moved):
-            sums[i] += (g.float() * (x.float() @ one[name].A.T @ one[name].B.T)).sum().double().cpu()
+        x, g = x.float(), g.float()
+        found.append(torch.stack([(g * (x @ one[name].A.T @ one[name].B.T)).sum() for one in moved]))
 
     with quiet(model):
         for batch in batches:
             with tapped(model, take):
                 family.loss(model, batch).backward()
+            sums += torch.stack([x.to(found[0].device) for x in found]).cpu().double().sum(dim=0)
+            found.clear()
     return sums

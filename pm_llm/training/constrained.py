@@ -279,7 +279,7 @@ class ConstraintMixin(_Trainer):
         for constraint in self.constraints if self.peft_model.training else ():
             if not constraint.fills("logs"):
                 continue
-            sums = {key: torch.tensor(v, device=self.args.device) for key, v in constraint.state_dict().items()}
+            sums = {key: torch.stack([x.to(self.args.device) for x in v]) for key, v in constraint.state_dict().items()}
             if sums:
                 sums = self.accelerator.reduce(sums, "sum")
             logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))

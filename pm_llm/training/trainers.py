@@ -71,7 +71,7 @@ class _TokenMeanTrainer(Seq2SeqTrainer):
     ) -> Any:
         outputs = model(**inputs)
         tokens = inputs["labels"].ne(-100).sum()
-        loss = outputs.loss if tokens else outputs.logits.sum() * 0  # the mean over no tokens is NaN
+        loss = torch.where(tokens > 0, outputs.loss, 0.0)  # the mean over no tokens is NaN
         if num_items_in_batch is not None:
             loss = loss * (tokens / num_items_in_batch)
             if self.args.average_tokens_across_devices:
@@ -141,9 +141,9 @@ class _PairTrainer(DPOTrainer):
     ) -> Any:
         batch = dict(inputs)
         out = batch.pop("labels")[:, 1] == -100  # what accelerate has filled up an epoch's last batch with
-        if bool(out.any()):  # their two answers have no tokens then: a loss of log 2, and no gradient
-            batch["completion_mask"] = batch["completion_mask"] * ~torch.cat([out, out])[:, None]
-            batch |= {key: batch[key] * ~out for key in REFERENCE}
+        # their two answers have no tokens then: a loss of log 2, and no gradient
+        batch["completion_mask"] = batch["completion_mask"] * ~torch.cat([out, out])[:, None]
+        batch |= {key: batch[key] * ~out for key in REFERENCE}
         with answers_only():
             compute: Any = super().compute_loss
             found = compute(model, batch, return_outputs, None)
