@@ -54,9 +54,10 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
-def device_of(layer: nn.Module) -> torch.device:
+def device_of(layer: Any) -> torch.device:
     """Where an adapted layer is."""
-    return next(layer.parameters()).device
+    found: torch.device = next(layer.parameters()).device
+    return found
 
 
 def trainable_adapter(model: PeftModel) -> str:

@@ -227,7 +227,12 @@ def _sums(form: str, n: int, m: int, r: int) -> int:
     none is wanted); dense ones are met by the sums of past tasks, before and after the merge."""
     from pm_llm.fisher import moments
 
-    sizes = {"dense": 5 * n * m, "factored": n + m, "kronecker": moments.size(n) + moments.size(m), "factors": (n + m) * r}
+    sizes = {
+        "dense": 5 * n * m,
+        "factored": n + m,
+        "kronecker": moments.size(n) + moments.size(m),
+        "factors": (n + m) * r,
+    }
     return sizes.get(form, 0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.families.base import Family, Row
-from pm_llm.fisher.base import Fisher, Needs, Penalty
+from pm_llm.fisher.base import Fisher, Needs, Penalties
 from pm_llm.methods import name_of_choice
 from pm_llm.system.options import check_options
 
@@ -84,8 +84,8 @@ class Quadratics(Protocol):
 
     quadratic: bool
 
-    def penalties(self, running: Mapping[str, LowRank]) -> dict[str, Penalty]:
-        """Of each module, what leaving `running` costs the past tasks."""
+    def penalties(self, running: Mapping[str, LowRank]) -> Penalties:
+        """Of all modules, what leaving `running` costs the past tasks."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pm_llm.algebra.lowrank import LowRank
 from pm_llm.constraints.base import ANEW, Context
 from pm_llm.constraints.weighted import Weighted
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher.base import Needs, Penalty
+from pm_llm.fisher.base import Needs, Penalties
 from pm_llm.system.options import option
 
 
@@ -40,7 +40,7 @@ class Curvature(Weighted):
     """
 
     weight: float = option(1.0, least=0)
-    _penalties: dict[str, Penalty] = field(default_factory=dict, init=False, repr=False)
+    _penalties: Penalties | None = field(default=None, init=False, repr=False)
     from_zero = True
     anew, in_factors_too = ANEW, True
     needs = Needs(quadratic=True)
@@ -48,7 +48,7 @@ class Curvature(Weighted):
     def begin(self, context: Context) -> None:
         if context.merge is None or not context.merge.quadratic:
             raise PmLlmError("constrain curvature needs merge optimal, which keeps the past tasks' quadratics.")
-        self._penalties = context.merge.penalties(context.running) if context.running else {}
+        self._penalties = context.merge.penalties(context.running) if context.running else None
 
     def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
-        return [of(live[name]) for name, of in self._penalties.items()]
+        return self._penalties(live) if self._penalties is not None else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from pm_llm.algebra.lowrank import LowRank
@@ -21,4 +22,7 @@ class Weighted(Constraint):
 
     def penalty(self, live: Mapping[str, LowRank]) -> Tensor | None:
         found = self.terms(live) if self.weight else []
-        return self.weight * sum(found[1:], start=found[0]) if found else None
+        if not found:
+            return None
+        place = found[0].device  # modules may be on several
+        return self.weight * torch.stack([x.to(place) for x in found]).sum()

@@ -21,6 +21,7 @@ FORMS = {
     "factors": "pm_llm.fisher.of_factors:Factors",
 }
 Penalty = Callable[[LowRank], Tensor]  # the live (s B, A) of a task adapter -> a number to minimise
+Penalties = Callable[[Mapping[str, LowRank]], list[Tensor]]  # those of all modules -> numbers, whose sum it is
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,12 @@ class Past:
     def penalty(self, running: LowRank) -> Penalty:
         """`1/2 <S o Delta, Delta> + <S o M - m, Delta>` of the live task adapter: what leaving M costs the past."""
         raise NotImplementedError
+
+    @classmethod
+    def penalties(cls, pasts: Mapping[str, Any], running: Mapping[str, LowRank]) -> Penalties:
+        """Those of all modules, whose sum is the cost; `running` is M by module."""
+        each = {name: past.penalty(running[name]) for name, past in pasts.items()}
+        return lambda live: [of(live[name]) for name, of in each.items()]
 
     def sums(self) -> tuple[Tensor, Tensor] | None:
         """The row sums (d_out) and column sums (d_in) of S; None in the space of factors, which has no such."""

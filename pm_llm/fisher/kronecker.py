@@ -18,6 +18,8 @@ are kept, and the diagonal of what is left, which charges unseen directions agai
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,9 +58,9 @@ class Products(Terms):
         each = R.form(x.B.double(), y.B.double()) * C.form(x.A.double().T, y.A.double().T)
         return each.sum((1, 2)) / R.traces().clamp(min=TINY)
 
-    def quadratic(self, live: LowRank) -> Tensor:
-        each = self.R.form(live.B, live.B) * self.C.form(live.A.T, live.A.T)
-        return (each.sum((1, 2)) / self.R.traces().clamp(min=TINY)).sum()
+    def quadratic(self) -> Callable[[Tensor, Tensor], Tensor]:
+        R, C = self.R.divided(self.R.traces().clamp(min=TINY)), self.C
+        return lambda B, A: (R.form(B, B) * C.form(A.mT, A.mT)).sum()
 
     def times(self, x: LowRank) -> LowRank:
         sides = zip(self.R.times(x.B), self.C.times(x.A.T), self.R.traces().clamp(min=TINY), strict=True)
@@ -83,9 +85,6 @@ class Products(Terms):
             t = side.traces()[[i, j]].clamp(min=TINY).tolist()
             sides.append(side.joined(i, j, shares[0] / t[0], shares[1] / t[1], room.directions))
         return Products.of(*sides)
-
-    def to(self, device: torch.device) -> Products:
-        return Products.of(self.R.to(device), self.C.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(zip(self.names, (self.R.U, self.R.G, self.R.d, self.C.U, self.C.G, self.C.d), strict=True))
@@ -159,7 +158,7 @@ class Kronecker(Diagonal):
 
     def kept(self, room: Room) -> Kept:
         """Its leading directions, and the diagonal of what is left."""
-        return Kept(*(moments.sides(M, room.directions) for M in (self.R, self.C)), self)
+        return Kept(moments.sides(self.R, room.directions), moments.sides(self.C, room.directions), self)
 
     def divided(self, size: float) -> Kronecker:
         return self if size == 1 else Kronecker(self.R / size, self.C / size)

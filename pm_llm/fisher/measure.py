@@ -120,8 +120,9 @@ def sum_fisher(
             sums.loss += loss.detach().cpu()
             sums.count += len(batch["labels"])
             if towards:
-                each = sum(x.to(slope[0].device) for x in slope)  # modules may be on several devices
-                sums.along[ALONG] = sums.along[ALONG].to(slope[0].device) + each.square().sum()
+                place = slope[0].device  # modules may be on several
+                each = torch.stack([x.to(place) for x in slope]).sum(dim=0)
+                sums.along[ALONG] = sums.along[ALONG].to(place) + each.square().sum()
                 slope.clear()
             _ = progress and progress(len(batch["labels"]))
     return sums

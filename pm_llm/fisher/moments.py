@@ -82,13 +82,13 @@ def _sketched(M: Tensor) -> bool:
 def _low(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormal rows U (COLUMNS, d), their values, the largest first, and what they leave of the diagonal (d); all
     in float64. Directions that are rounding have value 0."""
-    Y, diagonal, O = M[:, :-1].double(), M[:, -1].double(), _test_matrix(len(M), M.device).double()
+    Y, diagonal, test = M[:, :-1].double(), M[:, -1].double(), _test_matrix(len(M), M.device).double()
     shift = EPSILON * Y.norm()
     if shift == 0:
-        return O.T, torch.zeros_like(O[0]), diagonal.clamp(min=0)
+        return test.T, torch.zeros_like(test[0]), diagonal.clamp(min=0)
     while True:
-        shifted = Y + shift * O
-        inner = O.T @ shifted
+        shifted = Y + shift * test
+        inner = test.T @ shifted
         L, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2)
         if not failed:
             break
@@ -104,4 +104,5 @@ def _low(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @lru_cache(maxsize=16)
 def _test_matrix(d: int, device: torch.device) -> Tensor:
     found = torch.randn(d, COLUMNS, generator=torch.Generator().manual_seed(d))
-    return torch.linalg.qr(found)[0].to(device)
+    basis: Tensor = torch.linalg.qr(found)[0]
+    return basis.to(device)

@@ -10,6 +10,8 @@ Fisher is taken as `F ~ r c' / sum(r)`, the matrix of rank one with these sums (
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,10 +46,14 @@ class Pairs(Terms):
         left = torch.einsum("or,ko,os->krs", x.B.double(), r, y.B.double())
         return (left * torch.einsum("ri,ki,si->krs", x.A.double(), c, y.A.double())).sum((1, 2))
 
-    def quadratic(self, live: LowRank) -> Tensor:
-        r, c = self._weights()
-        left = torch.einsum("or,ko,os->krs", live.B, r, live.B)
-        return (left * torch.einsum("ri,ki,si->krs", live.A, c, live.A)).sum()
+    def quadratic(self) -> Callable[[Tensor, Tensor], Tensor]:
+        r, c = self.r / self.r.sum(-1, keepdim=True).clamp(min=TINY), self.c
+
+        def of(B: Tensor, A: Tensor) -> Tensor:
+            left = torch.einsum("...or,...ko,...os->...krs", B, r, B)
+            return (left * torch.einsum("...ri,...ki,...si->...krs", A, c, A)).sum()
+
+        return of
 
     def times(self, x: LowRank) -> LowRank:
         return lowrank.add(*(LowRank(r[:, None] * x.B, x.A * c) for r, c in zip(*self._weights(), strict=True)))
@@ -68,9 +74,6 @@ class Pairs(Terms):
         share = (t.sqrt() / t.sqrt().sum() / t * t.sum())[:, None]
         others = [k for k in range(len(self.r)) if k not in (i, j)]
         return Pairs(*(torch.cat([x[others], (share * x[[i, j]]).sum(0, keepdim=True)]) for x in (self.r, self.c)))
-
-    def to(self, device: torch.device) -> Pairs:
-        return Pairs(self.r.to(device), self.c.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"r": self.r, "c": self.c}

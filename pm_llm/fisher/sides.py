@@ -20,7 +20,10 @@ MORE, ITERATIONS = 16, 8  # of the subspace iteration: columns besides those tha
 
 
 class Sides:
-    """Several such matrices: U (basis, d), G (terms, directions, basis), d (terms, d)."""
+    """Several such matrices: U (basis, d), G (terms, directions, basis), d (terms, d).
+
+    :meth:`divided`, :meth:`form` and :meth:`traces` take those of several modules stacked, too.
+    """
 
     def __init__(self, U: Tensor, G: Tensor, d: Tensor) -> None:
         self.U, self.G, self.d = U, G, d
@@ -47,13 +50,16 @@ class Sides:
         """On another device, or in another type."""
         return Sides(self.U.to(where), self.G.to(where), self.d.to(where))
 
-    def divided(self, size: float) -> Sides:
-        """The matrices divided by a number."""
-        return Sides(self.U, self.G / size**0.5, self.d / size)
+    def divided(self, size: Tensor | float) -> Sides:
+        """The matrices divided by a number, or each by its own (terms)."""
+        size = torch.as_tensor(size, device=self.d.device)
+        return Sides(self.U, self.G / size.sqrt()[..., None, None], self.d / size[..., None])
 
     def form(self, x: Tensor, y: Tensor) -> Tensor:
         """`X' M_k Y` for each k: (terms, n, m) of X (d, n) and Y (d, m)."""
-        return (self.G @ (self.U @ x)).mT @ (self.G @ (self.U @ y)) + x.T @ (self.d[..., None] * y)
+        left, right = ((self.U @ z).unsqueeze(-3) for z in (x, y))
+        rest = x.mT.unsqueeze(-3) @ (self.d[..., None] * y.unsqueeze(-3))
+        return (self.G @ left).mT @ (self.G @ right) + rest
 
     def times(self, x: Tensor) -> Tensor:
         """`M_k X` for each k: (terms, d, n) of X (d, n)."""
@@ -69,7 +75,7 @@ class Sides:
 
     def traces(self) -> Tensor:
         """(terms)"""
-        return self.G.square().sum((1, 2)) + self.d.sum(1)
+        return self.G.square().sum((-2, -1)) + self.d.sum(-1)
 
     def products(self) -> Tensor:
         """The matrices' inner products, (terms, terms), in float64."""

@@ -20,7 +20,7 @@ the first.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.fisher.base import Past, Penalty, Room
+from pm_llm.fisher.base import Past, Penalties, Penalty, Room
+from pm_llm.fisher.together import Together
 
 TINY = torch.finfo(torch.float32).tiny
 ROUNDING = 1e-6  # a difference's singular values below this share of the matrices' norm are rounding
@@ -48,8 +49,9 @@ class Terms:
         """`<S_k o x, y>` of each, (terms), in float64."""
 
     @abstractmethod
-    def quadratic(self, live: LowRank) -> Tensor:
-        """`<S o x, x>` of all together, of the live x on its device; a gradient goes through it."""
+    def quadratic(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`<S o x, x>` of all together as a function of (B, A) of x, a gradient goes through it. Tensors of several
+        modules may be stacked: then it is the sum over modules."""
 
     @abstractmethod
     def times(self, x: LowRank) -> LowRank:
@@ -71,10 +73,6 @@ class Terms:
     @abstractmethod
     def joined(self, i: int, j: int, room: Room) -> Terms:
         """With the terms i and j as one, the last."""
-
-    @abstractmethod
-    def to(self, device: torch.device) -> Terms:
-        """On another device."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -190,15 +188,12 @@ class TermsPast(Past):
         return -lowrank.inner(self.g, delta)
 
     def penalty(self, running: LowRank) -> Penalty:
-        terms, g = self.terms, self.g
+        together = Together({"": self})
+        return lambda live: together({"": live})[0]
 
-        def of(live: LowRank) -> Tensor:
-            nonlocal terms, g
-            if g.B.device != live.B.device:
-                terms, g = terms.to(live.B.device), LowRank(g.B.to(live.B.device), g.A.to(live.B.device))
-            return terms.quadratic(live) / 2 + ((g.B.T @ live.B) * (g.A @ live.A.T)).sum()
-
-        return of
+    @classmethod
+    def penalties(cls, pasts: Mapping[str, Any], running: Mapping[str, LowRank]) -> Penalties:
+        return Together(pasts)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         return self.terms.sums()

@@ -12,7 +12,7 @@ from torch import Tensor
 from pm_llm.algebra import lowrank
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher.base import Fisher, Needs, Penalty
+from pm_llm.fisher.base import Fisher, Needs, Penalties
 from pm_llm.methods import name_of_choice
 from pm_llm.system.mapped import Zeros
 from pm_llm.system.options import check_options
@@ -158,9 +158,9 @@ class Merge:
         """Whether it knows :meth:`weights`, by which truncation can keep what matters to tasks."""
         return not self.in_factors and type(self).weights is not Merge.weights
 
-    def penalties(self, running: Factors) -> dict[str, Penalty]:
-        """Of each module, what leaving `running` costs the past tasks by the quadratics that are kept of them."""
-        return {}
+    def penalties(self, running: Factors) -> Penalties:
+        """Of all modules, what leaving `running` costs the past tasks by the quadratics that are kept of them."""
+        return lambda live: []
 
     def remembers(self, n: int, m: int, r: int, tasks: int, whole: int, form: str | None) -> int:
         """How many numbers :meth:`state_dict` has of an (n, m) matrix after so many tasks, at most; an adapter is of

@@ -13,7 +13,7 @@ from torch import Tensor
 from pm_llm.adapters.adapter import block_of
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.errors import PmLlmError
-from pm_llm.fisher.base import Diagonal, Fisher, Needs, Past, Penalty, Room, past_of
+from pm_llm.fisher.base import Diagonal, Fisher, Needs, Past, Penalties, Room, past_of
 from pm_llm.fisher.scale import scale_of
 from pm_llm.fisher.terms import Watched
 from pm_llm.merges.base import Coefficients, Factors, Fold, Merge, check_coordinates, entrywise
@@ -168,8 +168,9 @@ class Optimal(Merge):
     def weights(self, name: str) -> tuple[Tensor, Tensor] | None:
         return self.past[name].sums() if self.space == "weights" else None
 
-    def penalties(self, running: Factors) -> dict[str, Penalty]:
-        return {name: past.penalty(running[name]) for name, past in self.past.items()}
+    def penalties(self, running: Factors) -> Penalties:
+        kinds = {type(one) for one in self.past.values()}
+        return kinds.pop().penalties(self.past, running) if kinds else super().penalties(running)
 
     def remembers(self, n: int, m: int, r: int, tasks: int, whole: int, form: str | None) -> int:
         if form == "factors":

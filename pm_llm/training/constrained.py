@@ -113,6 +113,7 @@ class ConstraintMixin(_Trainer):
             )
         self._scaling = {name: self.live.scaling(name) for name in self.live.layers}
         self._added: Tensor | float = 0.0  # to the loss of the last pass, by constraints
+        self._alone = False  # whether the loss is that of a pass by itself, of no step
         self._origin: list[Tensor] = []  # of A and B, where they are stretched away from where they began
         if any(c.space == "factors" for c in self.constraints):
             self._origin = [p.detach().clone() for p in factors_of(self.live.layers.values(), self.adapter_name)]
@@ -183,8 +184,12 @@ class ConstraintMixin(_Trainer):
         counts = {
             key: deepcopy(getattr(self, key)) for key in ("_metrics", "_total_train_tokens") if hasattr(self, key)
         }
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)
+        self._alone = True
+        try:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)), False, num_items_in_batch)
+        finally:
+            self._alone = False
         for key, value in counts.items():  # TRL's, of the step itself
             setattr(self, key, value)
         if self._counted(num_items_in_batch):  # a share of the step's: on the scale of the whole
@@ -205,10 +210,14 @@ class ConstraintMixin(_Trainer):
         penalised, spoken = ([c for c in self.constraints if c.fills(hook)] for hook in ("penalty", "loss"))
         if not (penalised or spoken) or not model.training:
             return found
-        # the share of this pass, which the Trainer divides by the number of passes unless the loss counts tokens
+        # the Trainer divides what a pass adds by the number of passes unless the loss counts tokens
         passes = self.current_gradient_accumulation_steps
         counted = self._counted(num_items_in_batch)
-        added = self._sum_of_penalties(penalised) / (passes if counted else 1)
+        added = torch.zeros((), device=self.args.device)
+        if self._alone:
+            added = self._sum_of_penalties(penalised) / (passes if counted else 1)
+        elif self.accelerator.sync_gradients:  # once a step, with the last pass: A and B are the same in all of them
+            added = self._sum_of_penalties(penalised) * (1 if counted else passes)
         if spoken:
             added = added + self._terms(spoken, inputs, heard, num_items_in_batch)
         self._added = added.detach() / (1 if counted else passes)
@@ -262,12 +271,12 @@ class ConstraintMixin(_Trainer):
         A perturbation in the space of the weights only scales the forward pass, so the penalty sees the update without
         it. What changes A and B themselves for the pass (perturb in factors, gaussian) is seen.
         """
-        live = {}
-        for name in self.live.layers:
-            a, b = map(whole, self.live.weights(name))
-            live[name] = LowRank(b.float() * self._scaling[name], a.float())
-        found = [c.penalty(live) for c in penalised]
-        return sum((p for p in found if p is not None), start=torch.zeros((), device=self.args.device))
+        names = list(self.live.layers)
+        pairs = [[whole(x).float() for x in self.live.weights(name)] for name in names]
+        scaled_b = torch._foreach_mul([b for _, b in pairs], [self._scaling[name] for name in names])
+        live = {name: LowRank(b, a) for name, b, (a, _) in zip(names, scaled_b, pairs, strict=True)}
+        found = [p for c in penalised for p in [c.penalty(live)] if p is not None]
+        return sum((p.to(self.args.device) for p in found), start=torch.zeros((), device=self.args.device))
 
     @property
     def peft_model(self) -> Any:
@@ -279,7 +288,9 @@ class ConstraintMixin(_Trainer):
         for constraint in self.constraints if self.peft_model.training else ():
             if not constraint.fills("logs"):
                 continue
-            sums = {key: torch.stack([x.to(self.args.device) for x in v]) for key, v in constraint.state_dict().items()}
+            sums = {
+                key: torch.stack([x.to(self.args.device) for x in v]) for key, v in constraint.state_dict().items()
+            }
             if sums:
                 sums = self.accelerator.reduce(sums, "sum")
             logs.update(constraint.logs({key: v.tolist() for key, v in sums.items()}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -240,5 +241,6 @@ _device_constructors()  # `with torch.device(...)` knows what makes tensors by t
 for _name in ("tensor", "as_tensor"):
     _patched(_name, getattr(torch, _name))
 for _module, _name in ((safetensors.torch, "save_file"), (safetensors.torch, "save"), (torch, "save")):
-    setattr(_module, _name, lambda obj, *args, _write=getattr(_module, _name), **kw: _write(_on_host(obj), *args, **kw))
+    _wrote = partial(lambda write, obj, *args, **kw: write(_on_host(obj), *args, **kw), getattr(_module, _name))
+    setattr(_module, _name, _wrote)
 torch.Tensor.pin_memory = lambda self, *_, **__: self

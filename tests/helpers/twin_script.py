@@ -18,6 +18,7 @@ if __name__ == "__main__":
         os.environ["ACCELERATE_TORCH_DEVICE"] = "twin"
         from tests.helpers.twin import counted
     else:
+
         def counted() -> Any:
             return nullcontext({})
 
