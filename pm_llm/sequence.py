@@ -29,11 +29,12 @@ from pm_llm.system.mapped import Zeros, mapped_files
 from pm_llm.system.processes import on_main, process_state
 from pm_llm.system.progress import bar, say
 from pm_llm.system.sharding import launched
+from pm_llm.system.sharing_out import take_over
 from pm_llm.tasks.base import Task, checked
 from pm_llm.tasks.fitting import encoders_for
 from pm_llm.tasks.loading import load_retained, load_tasks, scored
 from pm_llm.tasks.order import retaining
-from pm_llm.training.constrained import refuse_sharding
+from pm_llm.training.launchers import refuse_sharding, refuse_shared_out
 from pm_llm.training.own_answers import check_own_answers
 from pm_llm.training.stopping import Stopping
 
@@ -243,6 +244,8 @@ class ContinualSequence:
                 "several GPUs are visible to one process. Use `accelerate launch recipes/continual.py`, "
                 "or show it one with CUDA_VISIBLE_DEVICES."
             )
+        take_over()
+        refuse_shared_out(self.method)
         refuse_sharding([choice.build("constrain") for choice in self.method.constrain], *launched())
 
     def _open(self) -> dict[str, Any]:

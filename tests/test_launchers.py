@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import socket
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.cli import main
@@ -28,6 +32,18 @@ def arguments(model: str, batch: int) -> list[str]:
     keys |= {"train.max_steps": 4, "train.learning_rate": 0.01, "train.save_steps": 2, "train.logging_steps": 1}
     keys["train.per_device_train_batch_size"] = batch
     return [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
+
+
+@pytest.fixture(scope="module")
+def deep_folder(pico_folders, tmp_path_factory) -> str:
+    """A LLaMA of so many blocks that a block is little of it."""
+    folder = tmp_path_factory.mktemp("deep")
+    shutil.copytree(pico_folders["llama"], folder, dirs_exist_ok=True)
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers, config.layer_types = 16, None
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +97,7 @@ def test_curvature_in_every_form_is_that_of_one_process(space: str, forker, pico
 
 @pytest.mark.slow
 def test_a_penalty_under_fsdp2_is_that_of_one_process(forker, pico_folders, tmp_path) -> None:
-    """A and B are gathered for it; two passes a step, of which each adds its share; activations are computed again."""
+    """Two passes a step, of which the last adds it; activations are computed again."""
     more = ["--method", "pm_curvature", "--constrain", "{name: curvature, weight: 100}", "--fisher.samples", "5"]
     steps = ["--train.gradient_accumulation_steps", "2", "--train.gradient_checkpointing", "true"]
     one, two, without = tmp_path / "one", tmp_path / "two", tmp_path / "without"
@@ -129,20 +145,58 @@ def test_what_is_left_when_a_rank_dies_says_so(forker, pico_folders, tmp_path) -
 
 
 @pytest.mark.slow
-def test_fsdp2_of_tied_embeddings_is_refused(forker, pico_folders, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--method", "pm_curvature", "--fisher.samples", "3", "--evaluation.mode", "labels"],
+        ["--method", "pm", "--space", "factors"],
+        ["--method", "inflora", "--fisher.samples", "3"],
+        ["--method", "pm", "--constrain", "[perturb, {name: anchor, weight: 0.5}]"],
+    ],
+    ids=["pm_curvature", "factors", "inflora", "anchor"],
+)
+def test_fsdp2_measures_where_the_model_lies(more: list[str], forker, deep_folder, tmp_path) -> None:
+    """Training, Fisher, losses, scores by generation and by likelihood are one process's, and no process ever holds
+    the base model's parameters."""
+    one, two, file = tmp_path / "one", tmp_path / "two", tmp_path / "held"
+    assert main(["run", *arguments(deep_folder, 8), *more, "--output_dir", str(one)]) == 0
+    command = [*launcher("fsdp2", tmp_path, "tests/helpers/held_script.py"), str(file), *arguments(deep_folder, 4)]
+    ended = launch(forker, [*command, *more, "--output_dir", str(two)])
+    assert ended.status == 0, ended.said
+    same_as_one_process(two, one)
+    for number in range(2):
+        most, whole = map(int, file.with_suffix(f".{number}").read_text().split())
+        assert whole / 2 < most < 0.8 * whole
+
+
+@pytest.mark.slow
+def test_fsdp2_of_weights_of_other_names(forker, deep_folder, tmp_path) -> None:
+    """A checkpoint whose names transformers changes as it reads it is loaded whole, and shared out then."""
+    model, one, two = tmp_path / "model", tmp_path / "one", tmp_path / "two"
+    shutil.copytree(deep_folder, model)
+    tensors = {key.removeprefix("model."): x for key, x in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert main(["run", *arguments(str(model), 8), "--output_dir", str(one)]) == 0
+    ended = launch(forker, [*launcher("fsdp2", tmp_path), *arguments(str(model), 4), "--output_dir", str(two)])
+    assert ended.status == 0, ended.said
+    same_as_one_process(two, one)
+
+
+@pytest.mark.slow
+def test_fsdp2_of_an_encoder_decoder_is_refused(forker, pico_folders, tmp_path) -> None:
     command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["t5"], 4), "--output_dir", str(tmp_path / "run")]
     ended = launch(forker, command)
     assert ended.status != 0
-    assert "pm-llm: error: FSDP2 cannot share out this model" in ended.said
+    assert "pm-llm: error: FSDP2 cannot share out an encoder-decoder" in ended.said
     assert "zero3.yaml" in ended.said
 
 
 @pytest.mark.slow
-def test_fsdp2_of_the_factors_is_refused(forker, pico_folders, tmp_path) -> None:
-    command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["llama"], 4), "--space", "factors"]
+def test_fsdp2_of_what_works_on_the_base_weights_is_refused(forker, pico_folders, tmp_path) -> None:
+    command = [*launcher("fsdp2", tmp_path), *arguments(pico_folders["llama"], 4), "--method", "osft"]
     ended = launch(forker, [*command, "--output_dir", str(tmp_path / "run")])
     assert ended.status != 0
-    assert "pm-llm: error: Perturb needs the whole adapter in every process" in ended.said
+    assert "pm-llm: error: Osft needs the base model's whole weights in every process. Use ddp.yaml" in ended.said
 
 
 @pytest.mark.slow

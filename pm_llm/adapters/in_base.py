@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pm_llm.adapters.live import RUNNING, TASK, lora_layers, set_active
 from pm_llm.errors import PmLlmError
+from pm_llm.system.sharing_out import is_asked
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch
@@ -20,7 +21,7 @@ SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by acceler
 
 def why_not(model: nn.Module) -> str | None:
     """What keeps the running adapter from being folded into this model's weights; None: nothing."""
-    if any(os.environ.get(name, "false") == "true" for name in SHARDING):
+    if is_asked() or any(os.environ.get(name, "false") == "true" for name in SHARDING):
         return "the launcher shards the weights"
     used = Counter(
         id(p) for module in model.modules() for p in module.parameters(recurse=False)

@@ -22,6 +22,7 @@ from pm_llm.evaluation.scorers import SCORERS, calls_in
 from pm_llm.families.models import load_base
 from pm_llm.sections import EvaluationSection
 from pm_llm.system.progress import bar
+from pm_llm.system.sharing_out import called_through
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.encoding import Encoder
 from pm_llm.tasks.fitting import encoders_for
@@ -95,6 +96,7 @@ def evaluate_adapter(
         try:
             config_of = without_patterns(PeftConfig.from_pretrained(folder), Path(folder))
             model = PeftModel.from_pretrained(model, folder, config=config_of)
+            called_through(model)
             found = model.load_adapter(folder, "default")  # again, as it says what did not fit
             # prompts and shared vectors have places of their own, which PEFT fills, or raises
             missing = [key for key in found.missing_keys if "prompt_encoder" not in key and "vector_bank" not in key]

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from pm_llm.system.processes import process_state
+from pm_llm.system.sharing_out import in_step
 
 OVERHEAD = 100  # what a batch costs besides its tokens, in tokens: the weights are read once for all its rows
 
@@ -49,18 +50,22 @@ def in_batches(
     batches: Sequence[Sequence[int]],
     work: Callable[[Sequence[int]], Sequence[Any]],
     progress: Callable[[int], Any] | None = None,
+    model: Any = None,
 ) -> list[Any]:
     """`work` on every batch, each by one process; every process gets all results, in the rows' order.
+
+    `model` is what works, where it may be shared out over the processes.
 
     Raises:
         RuntimeError: If a row came back twice or not at all.
     """
     state = process_state()
     mine: list[tuple[int, Any]] = []
-    for batch in batches[state.process_index :: state.num_processes]:
-        mine += zip(batch, work(batch), strict=True)
-        if progress is not None:
-            progress(len(batch))
+    with in_step(model):
+        for batch in batches[state.process_index :: state.num_processes]:
+            mine += zip(batch, work(batch), strict=True)
+            if progress is not None:
+                progress(len(batch))
     pairs = gather_object(mine)
     found, rows = dict(pairs), sum(map(len, batches))
     if len(pairs) != rows or found.keys() != set(range(rows)):

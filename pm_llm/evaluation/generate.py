@@ -93,6 +93,7 @@ def _outputs(
                 **({} if cache is None else {"past_key_values": cache}),
                 max_new_tokens=encoder.max_new_tokens,
                 num_beams=1,
+                synced_gpus=False,  # processes keep step by themselves, see `in_batches`
                 pad_token_id=encoder.tokenizer.pad_token_id,
                 **how,
             )
@@ -104,7 +105,7 @@ def _outputs(
         lengths = [len(ids) - read.common for ids in prompts]
         extra = read.common + encoder.max_new_tokens
         batches = pack(lengths, extra, batch_size, batch_tokens, one_length=read.one_length)
-        return in_batches(batches, answer, progress)
+        return in_batches(batches, answer, progress, model)
 
 
 @contextmanager

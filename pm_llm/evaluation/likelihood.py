@@ -122,7 +122,7 @@ def _read(
         prompts = Prompts(model, encoder, [encoder.prompt(example) for example in examples])
         lengths = [len(ids) - prompts.common for ids in prompts.prompts]
         batches = pack(lengths, prompts.common + longest, batch_size, batch_tokens, prompts.one_length)
-        return in_batches(batches, on_batch, progress)
+        return in_batches(batches, on_batch, progress, model)
 
 
 class Reader:

@@ -18,6 +18,7 @@ from pm_llm.algebra.lowrank import LowRank
 from pm_llm.evaluation.generate import evaluating
 from pm_llm.fisher.rows import ChosenRows
 from pm_llm.system.processes import total
+from pm_llm.system.sharing_out import in_step
 
 POSITIONS = 256  # whose probabilities are held at once
 
@@ -34,7 +35,7 @@ def divergence(model: Any, chosen: ChosenRows) -> float | None:
     if chosen.family.kind == "preference":
         return None
     sums = torch.zeros(2, device=chosen.state.device)
-    with evaluating(model):
+    with evaluating(model), in_step(model):
         for batch in chosen.batches(model):
             logits, labels = chosen.family.answers(model, batch)
             with model.disable_adapter():

@@ -23,8 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from pm_llm.errors import PmLlmError, check_pattern, first_line, unknown_name
 from pm_llm.families.base import Family, family_for
+from pm_llm.families.shared_out import load_shared_out
 from pm_llm.sections import LoraSection
 from pm_llm.system.processes import process_state
+from pm_llm.system.sharing_out import called_through, is_asked, take_over
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 
@@ -94,19 +96,27 @@ def load_base(
         options["attn_implementation"] = attn_implementation
     if load_in_4bit:
         options |= {"quantization_config": _nf4(dtype), "device_map": {"": device}}
+    take_over()
+    shared = is_asked()
+    if shared and (kind.task_type != "CAUSAL_LM" or load_in_4bit):
+        what = "a model in 4 bits" if load_in_4bit else "an encoder-decoder, whose two halves have one embedding"
+        raise PmLlmError(f"FSDP2 cannot share out {what}. Use accelerate_configs/ddp.yaml, or zero3.yaml.")
     with _told(name):
         auto = kind.auto_class()
         try:
-            model = auto.from_pretrained(
-                resolve(name), dtype=getattr(torch, dtype), trust_remote_code=False, **options
-            )
+            if shared:
+                model = load_shared_out(auto, resolve(name), getattr(torch, dtype), **options)
+            else:
+                model = auto.from_pretrained(
+                    resolve(name), dtype=getattr(torch, dtype), trust_remote_code=False, **options
+                )
         except (ValueError, ImportError) as error:
             if attn_implementation is None:
                 raise
             raise PmLlmError(f"attn_implementation is {attn_implementation!r}: {first_line(error)}.") from error
     if load_in_4bit:
         _keep_packing(model)
-    else:
+    elif not shared:
         model = model.to(device)
     if Path(resolve(name)).is_dir():  # an adapter's configuration names its base: found from any folder
         model.name_or_path = str(Path(resolve(name)).resolve())
@@ -209,7 +219,9 @@ def add_task_adapter(model: Any, lora: LoraSection, kind: Family, name: str) -> 
     config = lora_config(lora, targets, kind)
     try:
         if not isinstance(model, PeftModel):
-            return get_peft_model(model, config, adapter_name=name)
+            made = get_peft_model(model, config, adapter_name=name)
+            called_through(made)
+            return made
         # PEFT notes the base model's name in the first adapter only
         config.base_model_name_or_path = str(model.get_base_model().name_or_path)
         model.add_adapter(name, config)

@@ -157,7 +157,7 @@ class Preference(Decoder):
 
         lengths = [2 * self.length(row) for row in rows]
         with torch.no_grad(), evaluating(model):
-            return in_batches(pack(lengths, 0, batch_size, 8192), pairs, progress)
+            return in_batches(pack(lengths, 0, batch_size, 8192), pairs, progress, model)
 
     # ---- scoring ----
     def predict(

@@ -98,7 +98,7 @@ class Text(Decoder):
             return found
 
         with torch.inference_mode(), evaluating(model):
-            found = in_batches(pack(lengths, 0, how.batch_size, budget), losses)
+            found = in_batches(pack(lengths, 0, how.batch_size, budget), losses, model=model)
         sums, tokens = [0.0] * len(task.test), [0] * len(task.test)
         for (i, piece), loss in zip(pieces, found, strict=True):
             sums[i] += loss

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pm_llm.system.processes import total
+from pm_llm.system.sharing_out import in_step
 
 if TYPE_CHECKING:
     from pm_llm.fisher.rows import ChosenRows
@@ -33,7 +34,7 @@ def pass_rows(model: Any, chosen: ChosenRows) -> None:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_step(model):
             for row in chosen.one_by_one(model):
                 chosen.family.loss(model, row)
     finally:

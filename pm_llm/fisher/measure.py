@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pm_llm.families.base import Family, family_of
 from pm_llm.fisher.base import Fisher, Layer, form_of
 from pm_llm.system.host import to_host
 from pm_llm.system.mapped import Zeros
+from pm_llm.system.sharing_out import in_step
 
 Batch = dict[str, Tensor]
 Take = Callable[[str, Tensor, Tensor], None]  # module name, inputs (batch, tokens, d_in), output gradients -> None
@@ -112,7 +114,7 @@ def sum_fisher(
             slope.append(slopes)
 
     slope: list[Tensor] = []
-    with quiet(model):
+    with quiet(model), in_step(model, partial(idle, model)):
         for batch in batches:
             with tapped(model, take):
                 loss = family.loss(model, batch)
@@ -128,10 +130,17 @@ def sum_fisher(
     return sums
 
 
+def idle(model: Any) -> None:
+    """A forward and a backward pass that count for nothing."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    with tapped(model, lambda *_: None):
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+
+
 def sum_loss(model: Any, batches: Iterable[Batch], family: Family | None = None) -> tuple[float, int]:
     """The summed loss over all examples, and their number: the forward half of :func:`sum_fisher`."""
     total, count, family = 0.0, 0, family or family_of(model)
-    with quiet(model), torch.no_grad():
+    with quiet(model), torch.no_grad(), in_step(model):
         for batch in batches:
             total += family.loss(model, batch).item()
             count += len(batch["labels"])

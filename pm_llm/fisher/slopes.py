@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from pm_llm.adapters.live import device_of, lora_layers
 from pm_llm.algebra.lowrank import LowRank
 from pm_llm.families.base import Family, family_of
-from pm_llm.fisher.measure import Batch, quiet, tapped
+from pm_llm.fisher.measure import Batch, idle, quiet, tapped
+from pm_llm.system.sharing_out import in_step
 
 
 def sum_slopes(
@@ -30,7 +32,7 @@ def sum_slopes(
         x, g = x.float(), g.float()
         found.append(torch.stack([(g * (x @ one[name].A.T @ one[name].B.T)).sum() for one in moved]))
 
-    with quiet(model):
+    with quiet(model), in_step(model, partial(idle, model)):
         for batch in batches:
             with tapped(model, take):
                 family.loss(model, batch).backward()

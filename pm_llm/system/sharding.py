@@ -1,4 +1,4 @@
-"""Models whose parameters are shared out over the processes (DeepSpeed's ZeRO-3, FSDP2)."""
+"""What is trained, shared out over the processes: by DeepSpeed's ZeRO-3, or by FSDP2 around a Trainer of one's own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.serialization import safe_globals
 
-from pm_llm.errors import PmLlmError
-
 # what DeepSpeed's checkpoints hold besides tensors and plain values
 DEEPSPEED_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler:LossScaler",
@@ -25,22 +23,14 @@ FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def launched() -> tuple[bool, bool]:
-    """Whether `accelerate launch` asked for sharded parameters (FSDP2, ZeRO-3), and whether for DeepSpeed at all.
-
-    Raises:
-        PmLlmError: If it asked for the first version of FSDP.
-    """
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if fsdp and os.environ.get("FSDP_VERSION") != "2":
-        raise PmLlmError("FSDP's first version is not supported. Use fsdp2.yaml, or set fsdp_version to 2.")
+    """Whether `accelerate launch` asked for DeepSpeed's ZeRO-3, and whether for DeepSpeed at all."""
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    zero3 = deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    return zero3 or fsdp, deepspeed
+    return deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3", deepspeed
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only a part of the parameters."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+    """Whether this process holds only a part of what is trained."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters() if p.requires_grad)
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:

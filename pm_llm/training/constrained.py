@@ -21,12 +21,13 @@ from transformers import TrainerCallback
 
 from pm_llm.adapters.live import factors_of, lora_layers, scaled, set_active, stretched, trainable_adapter
 from pm_llm.algebra.lowrank import LowRank
-from pm_llm.constraints.base import UPDATE, WHOLE, Constraint, Live, Step
+from pm_llm.constraints.base import Constraint, Live, Step
 from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.evaluation.generate import evaluating
 from pm_llm.families.base import family_of
-from pm_llm.system.sharding import is_sharded, whole
+from pm_llm.system.sharding import is_sharded
 from pm_llm.training.checkpoints import Checkpoints
+from pm_llm.training.launchers import refuse_sharding
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer  # what it is mixed into
@@ -40,31 +41,6 @@ class AlreadyTrainedError(Exception):
     The Trainer looks at the number of steps after a step only, and would train one too many where the last step is not
     at the end of an epoch.
     """
-
-
-def refuse_sharding(constraints: Sequence[Constraint], sharded: bool, deepspeed: bool) -> None:
-    """Raise PmLlmError if a constraint needs what a process does not have.
-
-    Args:
-        constraints: The constraints.
-        sharded: Whether parameters are shared out (FSDP2, ZeRO-3).
-        deepspeed: Whether DeepSpeed runs the step.
-    """
-    # FSDP2 gathers A and B for a penalty; ZeRO-3 cannot, between a forward and its backward
-    hooks = ("penalty", "loss", *WHOLE) if deepspeed else ("loss", *WHOLE)
-    inside = [c for c in constraints if c.space == "factors" or c.fills(*hooks)]
-    if sharded and inside:
-        good = ["ddp.yaml"]
-        if not any(c.fills(*UPDATE) for c in inside):
-            good.append("zero2.yaml")
-        if deepspeed and not any(c.space == "factors" or c.fills("loss", *WHOLE) for c in inside):
-            good.append("fsdp2.yaml")
-        names = ", ".join(type(c).__name__ for c in inside)
-        raise PmLlmError(f"{names} needs the whole adapter in every process. Use {' or '.join(good)}.")
-    updating = [type(c).__name__ for c in constraints if c.fills(*UPDATE)]
-    if deepspeed and updating:
-        names = ", ".join(updating)
-        raise PmLlmError(f"{names} takes part in each optimizer step, which DeepSpeed makes by itself. Use ddp.yaml.")
 
 
 class _AfterUpdate(TrainerCallback):
@@ -272,7 +248,7 @@ class ConstraintMixin(_Trainer):
         it. What changes A and B themselves for the pass (perturb in factors, gaussian) is seen.
         """
         names = list(self.live.layers)
-        pairs = [[whole(x).float() for x in self.live.weights(name)] for name in names]
+        pairs = [[x.float() for x in self.live.weights(name)] for name in names]
         scaled_b = torch._foreach_mul([b for _, b in pairs], [self._scaling[name] for name in names])
         live = {name: LowRank(b, a) for name, b, (a, _) in zip(names, scaled_b, pairs, strict=True)}
         found = [p for c in penalised for p in [c.penalty(live)] if p is not None]

@@ -17,6 +17,7 @@ from pm_llm.errors import PmLlmError, first_line
 from pm_llm.families.base import Family
 from pm_llm.system.progress import TrainingBar, say
 from pm_llm.system.sharding import weights_only
+from pm_llm.system.sharing_out import hide_from_ddp
 from pm_llm.training.arguments import training_arguments
 from pm_llm.training.checkpoints import Checkpoints
 from pm_llm.training.constrained import AlreadyTrainedError
@@ -68,6 +69,7 @@ def train(
                 checkpoints=checkpoints,
                 callbacks=[TrainingBar(f"train {label}"), stop, SaveSteps()],
             )
+        hide_from_ddp(model)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         try:
@@ -91,11 +93,6 @@ def _told(extra: bool) -> Iterator[None]:
     except (ValueError, RuntimeError, ImportError) as error:
         if "PEFT adapter" in str(error):  # of modules that TRL does not train
             raise PmLlmError(str(error)) from error
-        if "managed by another FSDP group" in str(error):
-            raise PmLlmError(
-                "FSDP2 cannot share out this model, whose encoder and decoder have one embedding (with accelerate "
-                "1.15 and torch 2.13). Use accelerate_configs/zero3.yaml, or ddp.yaml."
-            ) from error
         # `train.extra` may ask for what does not go together, or is not installed
         if extra or isinstance(error, ImportError):
             raise PmLlmError(f"train: {first_line(error)}") from error

@@ -24,8 +24,7 @@ def launcher(kind: str, folder: Path, script: str | None = None, **changes: obje
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / f"{kind}.yaml")]
     if "main_process_port" not in changes:
         launch += ["--main_process_port", "0"]
-    run = "tests/helpers/fsdp_on_cpu.py" if kind == "fsdp2" else "recipes/continual.py"
-    return [*launch, str(ROOT / (script or run))]
+    return [*launch, str(ROOT / (script or "recipes/continual.py"))]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:
