@@ -1,8 +1,8 @@
 """A second device without one: tensors on `twin` hold real values (on the CPU) and refuse to meet tensors elsewhere.
 
-Import it before anything makes a tensor, and let accelerate take the device with `ACCELERATE_TORCH_DEVICE=twin`. There
-are two of them, `twin:0` and `twin:1`. What waits for a device is counted in :data:`READS`, by the line that asked:
-a value that Python looks at, a copy to the CPU. It rests on a part of torch (2.13) that is not public.
+Let accelerate take it with `ACCELERATE_TORCH_DEVICE=twin`. What waits for a device is counted in :data:`READS`, by the
+line that asked: a value that Python looks at, a size that hangs on one, a copy to the CPU. It rests on a part of torch
+(2.13) that is not public, and by which there can be one such device only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -21,7 +20,6 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 READS: Counter[str] = Counter()  # by "file:line" of the project, or "of package/file:line"
-COUNT = 2
 INDEXED = {"aten::index.Tensor", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}  # indices may be CPU
 LOOKS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
 
@@ -41,7 +39,7 @@ class Backend:
 
     @staticmethod
     def device_count() -> int:
-        return COUNT
+        return 1
 
     @classmethod
     def current_device(cls) -> int:
@@ -214,6 +212,27 @@ _library = torch.library.Library("_", "IMPL")
 _library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
 
 
+def _autocast(op: Any) -> Any:
+    """An operation that autocast makes in its lower precision."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        low, like = torch.get_autocast_dtype("twin"), torch.float32
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            args, kwargs = pytree.tree_map_only(
+                torch.Tensor, lambda x: x.to(low) if x.dtype == like else x, (args, kwargs)
+            )
+            return op(*args, **kwargs)
+
+    return run
+
+
+_library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+_lower = torch.library.Library("aten", "IMPL")
+for _name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"):
+    _lower.impl(_name, _autocast(getattr(torch.ops.aten, _name)), "AutocastPrivateUse1")
+
+
 def _on_host(x: Any) -> Any:
     """The same with the CPU's tensors, as real devices are written to files."""
     if isinstance(x, Twin):
@@ -240,7 +259,7 @@ def _patched(name: str, made: Any) -> None:
 _device_constructors()  # `with torch.device(...)` knows what makes tensors by the functions there are when first asked
 for _name in ("tensor", "as_tensor"):
     _patched(_name, getattr(torch, _name))
-for _module, _name in ((safetensors.torch, "save_file"), (safetensors.torch, "save"), (torch, "save")):
-    _wrote = partial(lambda write, obj, *args, **kw: write(_on_host(obj), *args, **kw), getattr(_module, _name))
-    setattr(_module, _name, _wrote)
+_pointers, _save = safetensors.torch._flatten_as_ptr, torch.save
+safetensors.torch._flatten_as_ptr = lambda tensors, *alive: _pointers(_on_host(tensors), *alive)
+torch.save = lambda obj, *args, **kwargs: _save(_on_host(obj), *args, **kwargs)
 torch.Tensor.pin_memory = lambda self, *_, **__: self
