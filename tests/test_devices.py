@@ -110,7 +110,7 @@ def test_bfloat16(family: str, forker, pico_folders, tmp_path) -> None:
 
 
 def test_rows_of_every_kind(forker, pico_folders, tmp_path) -> None:
-    kinds = ("text", "preference", "turns")
+    kinds = ("text", "preference")
     reads(forker, tmp_path / "twin", pico_folders["llama"], *(f"pm:{kind}" for kind in kinds))
     for kind in kinds:
         whole = sequence("pm", pico_folders["llama"], tmp_path / kind, kind).run()

@@ -12,6 +12,7 @@ from pm_llm.algebra.lowrank import LowRank
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.families.base import family_of
+from pm_llm.fisher import moments
 from pm_llm.fisher.base import Fisher, Room, past_of
 from pm_llm.fisher.kronecker import Kronecker, KroneckerPast
 from pm_llm.fisher.measure import sum_fisher
@@ -209,3 +210,44 @@ def test_the_merge_may_name_its_form(pico_folders, tmp_path) -> None:
         load_config(None, {"method": "pm_curvature", "space": "factors"}).check()
     with pytest.raises(PmLlmError, match="None or dense or factored or kronecker"):
         Merger("optimal", form="diagonal")
+
+
+@pytest.mark.parametrize("decay", [2.0, 1.0])
+def test_a_sketch_is_near_the_whole(decay: float) -> None:
+    """Where a side is wide only `M O` and the diagonal are summed: the cut to the leading directions is nearly as good
+    as that of the whole matrix, traces and diagonals are exact, and sums are those of all rows."""
+    d, directions = 320, 32
+    torch.manual_seed(0)
+    g = torch.randn(4, 200, d) * torch.arange(1, d + 1) ** (-decay / 2) @ torch.linalg.qr(torch.randn(d, d))[0]
+    between = torch.eye(200).expand(4, 200, 200)
+    whole = g.flatten(0, 1).T @ g.flatten(0, 1)
+    halves = [moments.blank(d, torch.device("cpu")) for _ in range(2)]
+    for half, rows in zip(halves, g.split(2), strict=True):
+        moments.add(half, rows, between[:2])
+    M = halves[0] + halves[1]
+    assert M.shape == (d, moments.COLUMNS + 1)
+    assert float(moments.trace(M)) == pytest.approx(float(whole.trace()), rel=1e-5)
+    found, best = moments.sides(M, directions), Sides.of(whole, directions)
+    torch.testing.assert_close(found.diagonals()[0], whole.diagonal(), rtol=1e-3, atol=1e-3 * float(whole.max()))
+    errors = [float((matrices(side)[0] - whole).norm()) for side in (found, best)]
+    assert errors[0] < 1.3 * errors[1]
+    x, y = torch.randn(d, 2), torch.randn(d, 3)
+    near = matrices(moments.sides(M, moments.COLUMNS))[0].double()
+    torch.testing.assert_close(moments.form(M, x, y), x.T.double() @ near @ y.double(), rtol=1e-3, atol=1e-2)
+    rows = moments.rows(M)
+    assert float((rows.T @ rows - whole).norm()) < 1.3 * errors[1]
+
+
+def test_a_sketch_of_few_directions_is_exact() -> None:
+    """Fewer than it has columns; of none it is nothing."""
+    d = 300
+    torch.manual_seed(0)
+    g = torch.randn(1, 7, 20) @ torch.randn(20, d)
+    M = moments.blank(d, torch.device("cpu"))
+    assert float(matrices(moments.sides(M, 32)).abs().max()) == 0
+    moments.add(M, g, torch.eye(7)[None])
+    whole = g[0].T @ g[0]
+    found = matrices(moments.sides(M, 32))[0]
+    assert float((found - whole).norm()) < 1e-3 * float(whole.norm())
+    assert moments.size(d) == d * (moments.COLUMNS + 1)
+    assert moments.size(64) == 64 * 64

@@ -90,34 +90,13 @@ def load_base(
         PmLlmError: If there is no such model, it cannot generate or has no such attention, or bitsandbytes is missing.
     """
     tokenizer, kind = load_tokenizer(name)
-    device = process_state().device
-    options: dict[str, Any] = {}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if load_in_4bit:
-        options |= {"quantization_config": _nf4(dtype), "device_map": {"": device}}
-    take_over()
-    shared = is_asked()
-    if shared and (kind.task_type != "CAUSAL_LM" or load_in_4bit):
-        what = "a model in 4 bits" if load_in_4bit else "an encoder-decoder, whose two halves have one embedding"
-        raise PmLlmError(f"FSDP2 cannot share out {what}. Use accelerate_configs/ddp.yaml, or zero3.yaml.")
     with _told(name):
-        auto = kind.auto_class()
         try:
-            if shared:
-                model = load_shared_out(auto, resolve(name), getattr(torch, dtype), **options)
-            else:
-                model = auto.from_pretrained(
-                    resolve(name), dtype=getattr(torch, dtype), trust_remote_code=False, **options
-                )
+            model = _weights(name, kind, getattr(torch, dtype), load_in_4bit, attn_implementation)
         except (ValueError, ImportError) as error:
             if attn_implementation is None:
                 raise
             raise PmLlmError(f"attn_implementation is {attn_implementation!r}: {first_line(error)}.") from error
-    if load_in_4bit:
-        _keep_packing(model)
-    elif not shared:
-        model = model.to(device)
     if Path(resolve(name)).is_dir():  # an adapter's configuration names its base: found from any folder
         model.name_or_path = str(Path(resolve(name)).resolve())
     size = int(model.get_input_embeddings().num_embeddings)
@@ -130,6 +109,26 @@ def load_base(
             )
     _agree(model, tokenizer)
     return Base(model, tokenizer, kind)
+
+
+def _weights(name: str, kind: Family, dtype: torch.dtype, load_in_4bit: bool, attention: str | None) -> Any:
+    """The model, where it is to be: on this process's device, or shared out over all of them."""
+    auto, path, device = kind.auto_class(), resolve(name), process_state().device
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    take_over()
+    if is_asked():
+        if kind.task_type != "CAUSAL_LM" or load_in_4bit:
+            what = "a model in 4 bits" if load_in_4bit else "an encoder-decoder, whose two halves have one embedding"
+            raise PmLlmError(f"FSDP2 cannot share out {what}. Use accelerate_configs/ddp.yaml, or zero3.yaml.")
+        return load_shared_out(auto, path, dtype, **options)
+    if device.type != "cpu":  # straight to it: no process needs the whole in the host's memory
+        options["device_map"] = {"": device}
+    if load_in_4bit:
+        options |= {"quantization_config": _nf4(dtype), "device_map": {"": device}}
+    model = auto.from_pretrained(path, dtype=dtype, trust_remote_code=False, **options)
+    if load_in_4bit:
+        _keep_packing(model)
+    return model
 
 
 def _agree(model: Any, tokenizer: Any) -> None:
@@ -155,14 +154,14 @@ def empty_base(name: str) -> tuple[Any, Family]:
         return kind.auto_class().from_config(config), kind
 
 
-def _nf4(dtype: str) -> BitsAndBytesConfig:
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PmLlmError('load_in_4bit needs bitsandbytes: pip install "pm_llm[qlora]"')
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

@@ -98,10 +98,9 @@ def sum_fisher(
     """
     kind, layers, family = form_of(form), _layers(model), family or family_of(model)
     sums = Sums(form, {name: kind.blank(layer, zeros) for name, layer in layers.items()})
-    places = {name: layer.factors.A.device for name, layer in layers.items()}
-    towards = {name: x.to(places[name]) for name, x in (direction or {}).items()}
+    towards = {name: x.to(layers[name].factors.A.device) for name, x in (direction or {}).items()}
     if direction is not None:
-        sums.slopes = {name: torch.zeros((), device=place) for name, place in places.items()}
+        sums.slopes = {name: layer.factors.A.new_zeros(()) for name, layer in layers.items()}
         sums.along = {name: x.clone() for name, x in sums.slopes.items()} | {ALONG: torch.zeros(())}
 
     def take(name: str, x: Tensor, g: Tensor) -> None:
@@ -122,9 +121,8 @@ def sum_fisher(
             sums.loss += loss.detach().cpu()
             sums.count += len(batch["labels"])
             if towards:
-                place = slope[0].device  # modules may be on several
-                each = torch.stack([x.to(place) for x in slope]).sum(dim=0)
-                sums.along[ALONG] = sums.along[ALONG].to(place) + each.square().sum()
+                each = torch.stack([x.to(slope[0].device) for x in slope]).sum(dim=0)  # modules may be on several
+                sums.along[ALONG] = sums.along[ALONG].to(each) + each.square().sum()
                 slope.clear()
             _ = progress and progress(len(batch["labels"]))
     return sums

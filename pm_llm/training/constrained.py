@@ -26,6 +26,7 @@ from pm_llm.errors import NonFiniteLossError, PmLlmError
 from pm_llm.evaluation.generate import evaluating
 from pm_llm.families.base import family_of
 from pm_llm.system.sharding import is_sharded
+from pm_llm.system.sharing_out import hide_from_ddp
 from pm_llm.training.checkpoints import Checkpoints
 from pm_llm.training.launchers import refuse_sharding
 
@@ -104,6 +105,7 @@ class ConstraintMixin(_Trainer):
                     f"constraint {type(constraint).__name__} does not know its task. Call its prepare(Context(task, "
                     "...)) before each task, or train with ContinualSequence, which does that."
                 )
+        hide_from_ddp(self.peft_model)
         try:
             return super().train(*args, **kwargs)
         finally:

@@ -17,7 +17,6 @@ from pm_llm.errors import PmLlmError, first_line
 from pm_llm.families.base import Family
 from pm_llm.system.progress import TrainingBar, say
 from pm_llm.system.sharding import weights_only
-from pm_llm.system.sharing_out import hide_from_ddp
 from pm_llm.training.arguments import training_arguments
 from pm_llm.training.checkpoints import Checkpoints
 from pm_llm.training.constrained import AlreadyTrainedError
@@ -69,7 +68,6 @@ def train(
                 checkpoints=checkpoints,
                 callbacks=[TrainingBar(f"train {label}"), stop, SaveSteps()],
             )
-        hide_from_ddp(model)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         try:
