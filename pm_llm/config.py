@@ -156,6 +156,10 @@ class RunConfig:
             raise PmLlmError(f"train.num_train_epochs is {self.train.num_train_epochs}; it must be a number above 0.")
         if not by_epochs and self.train.max_steps < 1:
             raise PmLlmError(f"train.max_steps is {self.train.max_steps}; it must be at least 1, or -1 for epochs.")
+        if self.evaluation.engine == "openai" and self.evaluation.mode == "labels":
+            raise PmLlmError(
+                "evaluation.engine openai generates, evaluation.mode labels asks for likelihoods. Give one of them."
+            )
         if self.gate.lose is not None:
             self._check_gate()
         if self.fold_running == "always" and self.parsed_method().says("needs_base"):

@@ -169,6 +169,16 @@ class EvaluationSection:
         choices=("generate", "labels"),
     )
     split: str = option("test", "Rows that are scored: test, or validation.", choices=("test", "validation"))
+    engine: str = option(
+        "transformers",
+        "What answers prompts: transformers (the model here), or openai (a server that speaks OpenAI's protocol).",
+        choices=("transformers", "openai"),
+    )
+    url: str = option("http://localhost:8000/v1", "Where the server is; its key is in OPENAI_API_KEY.")
+    served: str | None = option(None, "The base model's name at the server; none: `model`.")
+    parallel: int = option(16, "Prompts that the server is asked at once.", least=1)
+    retries: int = option(4, "How often a prompt is asked again.", least=0)
+    timeout: float = option(600.0, "Seconds to wait for an answer.", above=0)
     batch_size: int = option(64, "At most this many prompts decoded together.", least=1)
     batch_tokens: int = option(
         8192, "At most this many tokens, prompts with padding and answers, decoded together.", least=1

@@ -16,6 +16,7 @@ from pm_llm.adapters.live import RUNNING, TASK, remove, set_active
 from pm_llm.config import RunConfig
 from pm_llm.constraints.base import Constraint
 from pm_llm.evaluation.answering import Generate, answer_task
+from pm_llm.evaluation.engine import Engine
 from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.plan import Plan, is_general
 from pm_llm.families.models import Base, load_base
@@ -137,15 +138,24 @@ class Session:
                 constraint.load_memory(memory)
         return constraints
 
+    def _answering(self) -> Generate:
+        """What answers prompts: the model here, or a server that is given the running adapter."""
+        how, folder = self.config.evaluation, self.run_dir.path / "work" / "served"
+        if how.engine == "transformers":
+            return self.generate
+        running = self.running
+        if running is not None:
+            on_main(lambda: running.save(folder))
+        return Engine(how, self.config.model, None if running is None else folder)
+
     def evaluate(self, stage: int, scores: dict[str, Any]) -> None:
         """Score and commit what stage `stage` (from 0; -1: the untrained model) is to be scored on and is not yet."""
         names, keep = [task.name for task in self.tasks], self.config.keep_test_rows
         wanted = Plan.of(self.config.plain()).asked(names, list(self.columns), stage)
+        answering = self._answering() if any(name not in scores for name in wanted) else self.generate
         for name in [name for name in wanted if name not in scores]:
             clock = Clock(process_state().device)
-            found = answer_task(
-                self.model, self.encoders[name], self.columns[name], self.config.evaluation, self.generate
-            )
+            found = answer_task(self.model, self.encoders[name], self.columns[name], self.config.evaluation, answering)
             clock.stop("evaluate")
             took, memory = clock.seconds["evaluate"], clock.peak_memory["evaluate"]
             score, lines = found.score(), found.lines() if keep or is_general(name) else None

@@ -15,6 +15,7 @@ from pm_llm.adapters.live import check_fit
 from pm_llm.adapters.untrusted import fetched, without_patterns
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.engine import Engine, check_engine
 from pm_llm.evaluation.generate import generate
 from pm_llm.evaluation.likelihood import answer_losses, choose_labels
 from pm_llm.evaluation.predictions import Predictions
@@ -90,6 +91,10 @@ def evaluate_adapter(
     encoders, fitting = encoders_for(config, tasks.values())
     tasks = {name: fitting(task) for name, task in tasks.items()}
     folder = fetched(adapter) if adapter is not None else None
+    if config.evaluation.engine == "openai":
+        check_engine(list(tasks.values()), encoders)
+        answer = Engine(config.evaluation, config.model, None if folder is None else Path(folder))
+        return [answer_task(None, encoders[name], task, config.evaluation, answer) for name, task in tasks.items()]
     base = load_base(config.model, config.dtype, config.load_in_4bit, config.attn_implementation)
     model = base.model
     if folder is not None:

@@ -19,6 +19,7 @@ from pm_llm.tasks.store import remembered
 FREE = (
     *("output_dir", "train.save_steps", "fisher.storage", "fold_running"),
     *("keep_curvature", "fisher.batch_size", "evaluation.batch_size", "evaluation.batch_tokens"),
+    *("evaluation.url", "evaluation.served", "evaluation.parallel", "evaluation.retries", "evaluation.timeout"),
     *("gate.lose", "gate.gain", "gate.level", "gate.action"),
 )
 # keys that say which rows are trained and scored on: judged by the rows themselves
@@ -41,6 +42,7 @@ LATER = {
     "general.lm_eval_dir": None,
     "general.limit": None,
     "general.apply_chat_template": False,
+    "evaluation.engine": "transformers",
     "retain.data": None,
     "retain.share": 0.05,
 }

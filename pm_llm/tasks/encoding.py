@@ -136,7 +136,10 @@ class Encoder:
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         before = self.family.seen_before(prompt)
         front, whole = decode(before) if before else "", decode([*before, *output])
-        text = whole[len(front) :] if whole.startswith(front) else decode(output)
+        return self.said_text(example, whole[len(front) :] if whole.startswith(front) else decode(output))
+
+    def said_text(self, example: Example, text: str) -> str:
+        """The same of an answer's text."""
         if self.is_chat(example):
             end = answer_of(self.tokenizer, example, MARK)[2]
             text = text.rstrip().removesuffix(end) if end else text
