@@ -38,6 +38,7 @@ from pm_llm.run.record import StageRecord
 from pm_llm.run.results import stage_line, stage_record
 from pm_llm.session import Session
 from pm_llm.system.files import jsonl
+from pm_llm.system.mapped import mapped_files
 from pm_llm.system.processes import Clock, on_main, process_state, total
 from pm_llm.system.progress import say
 from pm_llm.system.sharding import is_sharded
@@ -265,7 +266,8 @@ class Stage:
         """The running adapter in the base weights, where that can be."""
         config = self.session.config
         never = {"deepspeed", "fsdp"} & config.train.extra.keys() or any(one.needs_base for one in self.constraints)
-        return folded(self.session.model, "never" if never else config.fold_running)
+        room = mapped_files(self.session.run_dir.path / "work" / "folded")
+        return folded(self.session.model, "never" if never else config.fold_running, room)
 
     def _new_context(self) -> Context:
         session = self.session

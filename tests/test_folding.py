@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from pm_llm.adapters import in_base
 from pm_llm.adapters.adapter import Adapter
 from pm_llm.adapters.in_base import folded, why_not
 from pm_llm.adapters.live import lora_layers, set_active
 from pm_llm.config import load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.sequence import ContinualSequence
+from pm_llm.system.mapped import mapped_files
 from tests.conftest import FAMILIES, batch_of, features, make_model, make_peft
 
 
@@ -48,6 +50,23 @@ def test_same_function_and_gradient_then_the_same_bits(family: str, options: dic
         torch.testing.assert_close(found[name], g, atol=1e-6, rtol=1e-4)
     assert model.active_adapters == ["running", "task"]
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_copy_is_in_files(dtype: torch.dtype, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(in_base, "IN_MEMORY", 1)
+    model, made = two_adapters("llama", dtype), []
+
+    def zeros(*shape: int) -> torch.Tensor:
+        made.append(shape)
+        return mapped_files(tmp_path)(*shape)
+
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with folded(model, "auto", zeros):
+        assert not all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert len(made) == 4
+    assert not list(tmp_path.iterdir())
 
 
 def test_undone_after_an_error_too() -> None:

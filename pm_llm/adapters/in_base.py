@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from pm_llm.adapters.live import RUNNING, TASK, lora_layers, set_active
 from pm_llm.errors import PmLlmError
+from pm_llm.system.mapped import Zeros
 from pm_llm.system.sharing_out import is_asked
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IN_MEMORY = 4 * 2**30  # bytes of base weights that are copied in memory; the copy of more is mapped from files
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch
 
 
@@ -36,8 +38,14 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
+def _copied(weight: Tensor, zeros: Zeros) -> Tensor:
+    """A copy of any type where `zeros` makes float32."""
+    room = zeros(-(-weight.nbytes // 4)).view(torch.uint8)[: weight.nbytes]
+    return room.view(weight.dtype).view(weight.shape).copy_(weight)
+
+
 @contextmanager
-def folded(model: Any, mode: str) -> Iterator[None]:
+def folded(model: Any, mode: str, zeros: Zeros = torch.zeros) -> Iterator[None]:
     """Within the block, `W0 + s B A` of the frozen running adapter stands in the base weights, and the task adapter
     alone is active; afterwards the weights are bit by bit what they were, from a copy on the CPU.
 
@@ -46,6 +54,7 @@ def folded(model: Any, mode: str) -> Iterator[None]:
     Args:
         model: A PeftModel; without an active running adapter nothing is done.
         mode: `auto` (if it can be done), `always` or `never`.
+        zeros: How the copy is made where it is larger than `IN_MEMORY`, see :mod:`pm_llm.system.mapped`.
 
     Raises:
         PmLlmError: With `always`, if it cannot be done (with a running adapter or without); it says why.
@@ -58,7 +67,11 @@ def folded(model: Any, mode: str) -> Iterator[None]:
         return
     layers: dict[str, Any] = dict(lora_layers(model))
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-    before: dict[str, Tensor] = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+    large = sum(weight.nbytes for weight in weights.values()) > IN_MEMORY
+    before: dict[str, Tensor] = {
+        name: _copied(weight.detach(), zeros) if large else weight.detach().to("cpu", copy=True)
+        for name, weight in weights.items()
+    }
     try:
         with torch.no_grad():
             for name, layer in layers.items():
