@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test faults bench quality clean
+.PHONY: quickstart test faults bench gpu quality clean
 
 quickstart: $(READY)
 	$(BIN)/python recipes/quickstart/quickstart.py $(ARGS)
@@ -29,6 +29,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/curvature_memory.py
 	$(BIN)/python benchmarks/methods.py --out runs/methods
 	$(BIN)/python benchmarks/flatness.py runs/methods/pm-given-0
+
+# everything that only an accelerator can show (a rehearsal: ARGS="--device cpu --tiny")
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py --out runs/gpu $(ARGS)
 
 quality: $(READY)
 	$(BIN)/ruff check .

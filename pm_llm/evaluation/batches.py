@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -54,14 +55,14 @@ def in_batches(
 ) -> list[Any]:
     """`work` on every batch, each by one process; every process gets all results, in the rows' order.
 
-    `model` is what works, where it may be shared out over the processes.
+    `model` is what works, where it may be shared out over the processes; None: it is not.
 
     Raises:
         RuntimeError: If a row came back twice or not at all.
     """
     state = process_state()
     mine: list[tuple[int, Any]] = []
-    with in_step(model):
+    with nullcontext() if model is None else in_step(model):
         for batch in batches[state.process_index :: state.num_processes]:
             mine += zip(batch, work(batch), strict=True)
             if progress is not None:
