@@ -23,6 +23,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/fold.py
 	$(BIN)/python benchmarks/past_sum.py
 	$(BIN)/python benchmarks/directions.py
+	$(BIN)/python benchmarks/costs.py --shapes 7b
 	$(BIN)/python benchmarks/many_tasks.py
 	$(BIN)/python benchmarks/coefficient.py
 	$(BIN)/python benchmarks/overhead.py

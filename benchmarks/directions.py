@@ -1,10 +1,10 @@
-"""What cutting a Kronecker Fisher to its leading directions costs, and how good the cut is, against a decomposition.
+"""What it costs, in time and error, to sketch a Kronecker Fisher's moments and cut them to their leading directions.
 
     python benchmarks/directions.py [--size 4096] [--directions 32] [--turns 3] [--out FILE.json]
 
-One square module whose two sides have eigenvalues that fall as 1 / k. The median of the turns, in seconds: of the cut
-of both sides with its error, and of both decompositions. The error is what is left of a side, relative to the least
-that can be.
+One side with eigenvalues that fall as i^-2, i^-1 and i^-0.5: the relative error (Frobenius) of its leading directions
+and the diagonal of the rest, from the whole matrix and from its sketch, and the seconds (the median of the turns) of
+both cuts and of a decomposition.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ def main() -> None:
     given = arguments.parse_args()
     import torch
 
-    from pm_llm.fisher.base import Room
-    from pm_llm.fisher.kronecker import Kronecker
+    from pm_llm.fisher import moments
 
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(given.size, given.size))[0]
-    values = 1 / torch.arange(1.0, given.size + 1)
-    side = (basis * values) @ basis.T
 
     def timed(work: Callable[[], Any]) -> tuple[float, Any]:
         """The median of the seconds it takes, and what it gives."""
@@ -43,14 +40,18 @@ def main() -> None:
             seconds.append(time.perf_counter() - started)
         return statistics.median(seconds), found
 
-    cut, kept = timed(lambda: Kronecker(side, side).kept(Room(directions=given.directions)))
-    whole, (values, _) = timed(lambda: torch.linalg.eigh(side.double()))
-    V = (kept.C.G[0] @ kept.C.U).double()
-    error = float((side - V.T @ V).norm() / values[: -given.directions].norm())
-    show(
-        [{"size": given.size, "cut": cut, "decomposed": 2 * whole, "times": 2 * whole / cut, "error": error}],
-        given.out,
-    )
+    rows = []
+    for power in (2.0, 1.0, 0.5):
+        whole = (basis * torch.arange(1.0, given.size + 1) ** -power) @ basis.T
+        sketch = torch.cat([whole @ moments.test_matrix(given.size, whole.device), whole.diagonal()[:, None]], dim=1)
+        row: dict[str, Any] = {"size": given.size, "eigenvalues": f"i^-{power:g}"}
+        for name, M in (("whole", whole), ("sketch", sketch)):
+            took, side = timed(lambda M=M: moments.sides(M, given.directions))
+            kept = side.U.T @ (side.G[0].T @ side.G[0]) @ side.U + side.d[0].diag()
+            row |= {f"{name}: error": float((kept - whole).norm() / whole.norm()), f"{name}: seconds": took}
+        took, _ = timed(lambda whole=whole: torch.linalg.eigh(whole.double()))
+        rows.append({**row, "decomposed: seconds": took})
+    show(rows, given.out)
 
 
 if __name__ == "__main__":

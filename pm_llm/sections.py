@@ -80,7 +80,7 @@ class FisherSection:
     batch_size: int = option(4, "Rows per forward pass.", least=1)
     storage: str = option(
         "memory",
-        "Where a dense or Kronecker Fisher's sums lie: memory, or disk (files mapped into memory).",
+        "Where a dense Fisher's sums lie: memory, or disk (files mapped into memory).",
         choices=("memory", "disk"),
     )
 

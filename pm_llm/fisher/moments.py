@@ -38,7 +38,7 @@ def add(M: Tensor, g: Tensor, K: Tensor) -> None:
     if M.shape[0] == M.shape[1]:
         M += flat.T @ between
         return
-    M[:, :-1] += flat.T @ (between @ _test_matrix(len(M), M.device))
+    M[:, :-1] += flat.T @ (between @ test_matrix(len(M), M.device))
     M[:, -1] += (flat * between).sum(0)
 
 
@@ -82,7 +82,7 @@ def _sketched(M: Tensor) -> bool:
 def _low(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormal rows U (COLUMNS, d), their values, the largest first, and what they leave of the diagonal (d); all
     in float64. Directions that are rounding have value 0."""
-    Y, diagonal, test = M[:, :-1].double(), M[:, -1].double(), _test_matrix(len(M), M.device).double()
+    Y, diagonal, test = M[:, :-1].double(), M[:, -1].double(), test_matrix(len(M), M.device).double()
     shift = EPSILON * Y.norm()
     if shift == 0:
         return test.T, torch.zeros_like(test[0]), diagonal.clamp(min=0)
@@ -102,7 +102,8 @@ def _low(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @lru_cache(maxsize=16)
-def _test_matrix(d: int, device: torch.device) -> Tensor:
+def test_matrix(d: int, device: torch.device) -> Tensor:
+    """The fixed matrix that moments of width d are multiplied by."""
     found = torch.randn(d, COLUMNS, generator=torch.Generator().manual_seed(d))
     basis: Tensor = torch.linalg.qr(found)[0]
     return basis.to(device)
