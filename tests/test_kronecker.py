@@ -251,3 +251,14 @@ def test_a_sketch_of_few_directions_is_exact() -> None:
     assert float((found - whole).norm()) < 1e-3 * float(whole.norm())
     assert moments.size(d) == d * (moments.COLUMNS + 1)
     assert moments.size(64) == 64 * 64
+
+
+def test_the_penalty_holds_at_any_scale_of_the_fisher() -> None:
+    """Up to the largest numbers of float32: one side is divided by the trace before they are multiplied."""
+    theta, delta = random_adapter(1).factors["one"], random_adapter(2).factors["one"]
+    found = []
+    for scale in (1.0, 1e24):
+        fisher = fisher_like(0)
+        past = KroneckerPast.plus(None, Kronecker(scale * fisher.R, scale * fisher.C), theta, Room())
+        found.append(float(past.penalty(theta)(delta)))
+    assert found[1] == pytest.approx(1e24 * found[0], rel=1e-4)

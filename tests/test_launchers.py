@@ -217,3 +217,12 @@ def test_two_machines(one_process, pico_folders, tmp_path) -> None:
     assert "[2/2] topic" in (tmp_path / "log0").read_text()
     assert "[2/2] topic" not in (tmp_path / "log1").read_text()  # one process speaks
     same_as_one_process(run, one_process["llama"])
+
+
+@pytest.mark.slow
+def test_a_penalty_on_an_adapter_that_the_forward_does_not_reach(forker, tmp_path) -> None:
+    """DDP looks for unused parameters, and would mark such an adapter ready twice."""
+    command = [*launcher("ddp_cpu", tmp_path, "tests/helpers/unreached_script.py"), str(tmp_path / "out")]
+    ended = launch(forker, command)
+    assert ended.status == 0, ended.said
+    assert "both steps were made" in ended.said

@@ -106,11 +106,26 @@ class ConstraintMixin(_Trainer):
                     "...)) before each task, or train with ContinualSequence, which does that."
                 )
         hide_from_ddp(self.peft_model)
+        self.step = Step(seed=0, step=-1)  # also of a Trainer that trains again
+        if self.args.ddp_find_unused_parameters is None and self._penalties_reach_all():
+            self.accelerator.ddp_handler.find_unused_parameters = False
         try:
             return super().train(*args, **kwargs)
         finally:
             for constraint in self.constraints:
                 constraint.prepared = False
+
+    def _penalties_reach_all(self) -> bool:
+        """Whether every trained parameter has a part in the penalties: DDP, which looks for those that have none in
+        the forward pass, would count an adapter twice that the penalties alone reach."""
+        penalised = [c for c in self.constraints if c.fills("penalty")]
+        if self.accelerator.num_processes == 1 or not penalised:
+            return False
+        found = self._sum_of_penalties(penalised)
+        trained = [p for p in self.peft_model.parameters() if p.requires_grad]
+        if not found.requires_grad:
+            return False
+        return all(g is not None for g in torch.autograd.grad(found, trained, allow_unused=True))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         return super().get_batch_samples(self._once(epoch_iterator), num_batches, device)
