@@ -174,7 +174,9 @@ class EvaluationSection:
         "What answers prompts: transformers (the model here), or openai (a server that speaks OpenAI's protocol).",
         choices=("transformers", "openai"),
     )
-    url: str = option("http://localhost:8000/v1", "Where the server is; its key is in OPENAI_API_KEY.")
+    url: str | None = option(
+        None, "Where the server is (none: http://localhost:8000/v1); its key is in OPENAI_API_KEY."
+    )
     served: str | None = option(None, "The base model's name at the server; none: `model`.")
     parallel: int = option(16, "Prompts that the server is asked at once.", least=1)
     retries: int = option(4, "How often a prompt is asked again.", least=0)

@@ -33,6 +33,7 @@ from pm_llm.tasks.encoding import Encoder
 if TYPE_CHECKING:
     from openai import OpenAI
 
+LOCAL = "http://localhost:8000/v1"
 LOAD, UNLOAD = "load_lora_adapter", "unload_lora_adapter"
 
 
@@ -65,6 +66,7 @@ class Engine:
         if importlib.util.find_spec("openai") is None:
             raise PmLlmError('evaluation.engine openai needs its client: pip install "pm_llm[openai]"')
         self.how, self.base, self.model = how, model, how.served or model
+        self.url = how.url or LOCAL
         self.adapter = None if adapter is None else adapter.resolve()
 
     def __call__(
@@ -91,7 +93,7 @@ class Engine:
 
         how = self.how
         client = OpenAI(
-            base_url=how.url,
+            base_url=self.url,
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
             timeout=how.timeout,
             max_retries=how.retries,
@@ -116,7 +118,7 @@ class Engine:
                         one.cancel()
         except APIError as error:
             raise PmLlmError(
-                f"the server at {how.url} did not answer ({type(error).__name__}: {first_line(error)}). Is it up, and "
+                f"the server at {self.url} did not answer ({type(error).__name__}: {first_line(error)}). Is it up, and "
                 f"does it have {self.model!r}? evaluation.url and evaluation.served say where and under which name."
             ) from error
 
