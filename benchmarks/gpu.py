@@ -200,7 +200,12 @@ def commands(given: Any, scratch: Path) -> dict[str, list[str]]:
     launch += ["--main_process_port", "0", str(ROOT / "recipes/continual.py"), "--model", models["7b"]]
     found["fsdp2"] = [*launch, *tasks, "--method", "pm_curvature", "--output_dir", str(scratch / "fsdp2")]
     found["fsdp2"] += ["--order", "sentiment,topic", "--fisher.samples", "4", "--dtype", "bfloat16"]
-    orders = [sys.executable, str(ROOT / "benchmarks/methods.py"), "--out", str(given.out / "orders")]
+    orders = [
+        sys.executable,
+        str(ROOT / "benchmarks/methods.py"),
+        "--out",
+        str(given.out / ("orders-tiny" if given.tiny else "orders")),
+    ]
     orders += ["--seeds", "0"] if given.tiny else ["--seeds", "0", "1", "2"]
     methods = METHODS[:2] if given.tiny else METHODS
     if given.model and given.data_dir:
@@ -224,14 +229,18 @@ def run_all(given: Any) -> int:
         launcher |= {"num_processes": 2, "use_cpu": given.device == "cpu"}
         (scratch / "fsdp2.yaml").write_text(yaml.safe_dump(launcher))
         write = [sys.executable, __file__, "--measure", "model", str(scratch / "7b"), "--device", given.device]
-        subprocess.run([*write, *(["--tiny"] if given.tiny else [])], check=True, env=env)
+        if {"steps", "passes", "fsdp2"} & set(given.parts):  # without it those say so
+            subprocess.run([*write, *(["--tiny"] if given.tiny else [])], env=env)
         for name, words in commands(given, scratch).items():
             file = given.out / f"{name.replace(' ', '_').replace(',', '')}.json"
-            if file.exists() and "error" not in json.loads(file.read_text()):
+            how = {"what": name, "device": given.device, "model": str(given.model), "tiny": given.tiny}
+            how |= {"tokens": given.tokens, "batch": given.batch}
+            before = json.loads(file.read_text()) if file.exists() else {}
+            if "error" not in before and how.items() <= before.items():
                 continue
             started = time.perf_counter()
             done = subprocess.run(words, env=env, capture_output=True, text=True)
-            found = {"what": name, "device": given.device, "seconds": round(time.perf_counter() - started, 1)}
+            found = {**how, "seconds": round(time.perf_counter() - started, 1)}
             if done.returncode:
                 failed += 1
                 found["error"] = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
@@ -248,7 +257,7 @@ def table(folder: Path) -> str:
     for file in sorted(folder.glob("*.json")):
         found = json.loads(file.read_text())
         kind, _, rest = found["what"].partition("-")
-        number = {k: v for k, v in found.items() if k not in ("what", "device", "seconds", "error")}
+        number = {k: v for k, v in found.items() if "," in k or " " in k or k == "ms"}
         said = ", ".join(f"{key} {value:.4g}" for key, value in number.items()) or f"{found['seconds']} s"
         failed = found.get("error", "").strip().splitlines()[-1:]
         rows.append({"part": kind, "of": rest or "-", "device": found["device"], "found": (failed or [said])[0]})

@@ -11,6 +11,7 @@ import torch
 
 from pm_llm.config import RunConfig, configured
 from pm_llm.errors import PmLlmError
+from pm_llm.evaluation.engine import Engine
 from pm_llm.evaluation.matrix import UNTRAINED, Matrix
 from pm_llm.evaluation.plan import Plan
 from pm_llm.merges.merger import Merger
@@ -141,6 +142,8 @@ class ContinualSequence:
         self.encoders, fitting = encoders_for(self.config, [*self.columns.values(), *self.retained])
         self.tasks = [fitting(task) for task in self.tasks]
         self.columns = {name: fitting(task) for name, task in self.columns.items()}
+        if self.config.evaluation.engine == "openai":
+            Engine(self.config.evaluation, self.config.model, None).check()
         with self.stopping, ExitStack() as stack:
             on_main(lambda: stack.enter_context(self.run_dir.locked()) and None)
             run = self._open()

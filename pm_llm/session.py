@@ -141,7 +141,7 @@ class Session:
     def _answering(self) -> Generate:
         """What answers prompts: the model here, or a server that is given the running adapter."""
         how, folder = self.config.evaluation, self.run_dir.path / "work" / "served"
-        if how.engine == "transformers":
+        if how.engine == "transformers" or self.base.family.task_type != "CAUSAL_LM":
             return self.generate
         running = self.running
         if running is not None:

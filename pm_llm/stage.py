@@ -265,7 +265,7 @@ class Stage:
     def _folded(self) -> Any:
         """The running adapter in the base weights, where that can be."""
         config = self.session.config
-        never = {"deepspeed", "fsdp"} & config.train.extra.keys() or any(one.needs_base for one in self.constraints)
+        never = "deepspeed" in config.train.extra or any(one.needs_base for one in self.constraints)
         room = mapped_files(self.session.run_dir.path / "work" / "folded")
         return folded(self.session.model, "never" if never else config.fold_running, room)
 

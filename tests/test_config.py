@@ -74,8 +74,9 @@ def test_numbers_with_an_exponent_in_extra(tmp_path) -> None:
     assert arguments.adam_epsilon == 1e-6
     assert arguments.lr_scheduler_kwargs == {"min_lr": 2e-5, "mode": "1e-6b"}
     assert arguments.run_name == "1e5"
-    path.write_text("train: {extra: {fsdp: true}}\n")  # as transformers asks for it, which annotates a text
-    assert training_arguments(load_config(path), DECODER, tmp_path, 0).fsdp
+    path.write_text("train: {extra: {fsdp: true}}\n")  # of which transformers would tell all processes to come
+    with pytest.raises(PmLlmError, match=r"Launch with accelerate_configs/fsdp2.yaml"):
+        training_arguments(load_config(path), DECODER, tmp_path, 0)
 
 
 def test_extra_settings_that_do_not_go_together(run, tmp_path) -> None:

@@ -17,7 +17,7 @@ from tests.test_launchers import arguments
 
 TWIN = "tests/helpers/twin_cli.py"
 # presets whose constraints do something around a step
-BUSY = ("pm", "pm_curvature", "pm_gaussian", "ewc", "olora", "migu", "pam", "coso", "refresh", "slca", "lori", "osft")
+BUSY = ("pm", "pm_curvature", "pm_gaussian", "ewc", "olora", "migu", "pam", "refresh", "slca", "lori", "osft")
 
 
 def reads(forker: Forker, folder: Path, model: str, *presets: str, **keys: object) -> dict[str, Counter[str]]:
@@ -30,7 +30,8 @@ def reads(forker: Forker, folder: Path, model: str, *presets: str, **keys: objec
 
 
 def test_no_step_waits_for_the_device(forker, pico_folders, tmp_path) -> None:
-    """Twice the steps, and as many reads: of the project's only log lines look at the device."""
+    """Twice the steps, and as many reads: of the project's only log lines look at the device, and `coso` (not here),
+    which decomposes its sketch of gradients there."""
     still = {"train.logging_steps": 100, "train.save_steps": 100}
     few, many = (
         reads(forker, tmp_path / str(n), pico_folders["llama"], *BUSY, **still, **{"train.max_steps": n})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -73,9 +74,14 @@ def serve(tmp_path_factory) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_transformers_serve_answers_as_the_model_here(serve, run, tmp_path, capsys) -> None:
-    """`pm-llm evaluate` of the base and of an adapter: the same predictions, scored the same."""
+    """`pm-llm evaluate` of the base and of an adapter that has a tokenizer and a page beside it: the same predictions,
+    scored the same."""
     folder, given = run
-    for adapter in ([], ["--adapter", str(folder / "adapter")]):
+    pushed = tmp_path / "adapter"
+    shutil.copytree(folder / "adapter", pushed)
+    shutil.copy(Path(given[given.index("--model") + 1]) / "tokenizer.json", pushed)
+    (pushed / "README.md").write_text("mine")
+    for adapter in ([], ["--adapter", str(pushed)]):
         files = [tmp_path / f"{len(adapter)}-{i}.jsonl" for i in range(2)]
         said = []
         for file, more in zip(files, ([], [*ENGINE, serve]), strict=True):
@@ -100,7 +106,7 @@ def test_a_run_is_scored_by_a_server(serve, run, tmp_path) -> None:
 class _Dynamic(BaseHTTPRequestHandler):
     """Completions of a model whose adapters come and go by name; the first request for each prompt is turned away."""
 
-    base, tokenizer, loaded, seen, log = None, None, {}, set(), []
+    base, tokenizer, loaded, seen, log, keeps = None, None, {}, set(), [], False
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -110,6 +116,10 @@ class _Dynamic(BaseHTTPRequestHandler):
             return self._say(503, {"error": "busy"})
         if route == "completions" and body["model"] not in self.loaded:
             return self._say(404, {"error": f"no model {body['model']}"})
+        if route == "load_lora_adapter" and body["lora_name"] in self.loaded:
+            return self._say(400, {"error": f"{body['lora_name']} has already been loaded"})
+        if route == "unload_lora_adapter" and self.keeps:
+            return self._say(500, {"error": "not now"})
         self.log.append(route)
         if route == "load_lora_adapter":
             self.loaded[body["lora_name"]] = body["lora_path"]
@@ -145,23 +155,39 @@ class _Dynamic(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def test_adapters_are_loaded_by_name_and_busy_servers_asked_again(run, pico_folders, tmp_path) -> None:
-    folder, given = run
+@pytest.fixture(scope="module")
+def dynamic(pico_folders) -> Iterator[str]:
     _Dynamic.base, _Dynamic.tokenizer = pico_folders["llama"], AutoTokenizer.from_pretrained(pico_folders["llama"])
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Dynamic)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_adapters_are_loaded_by_name_and_busy_servers_asked_again(run, dynamic, tmp_path) -> None:
+    folder, given = run
     files = [tmp_path / f"{i}.jsonl" for i in range(2)]
     words = ["evaluate", "--adapter", str(folder / "adapter"), *given, "--order", "topic", "--predictions"]
-    try:
-        assert main([*words, str(files[0])]) == 0
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        assert main([*words, str(files[1]), *ENGINE, url]) == 0
-    finally:
-        server.shutdown()
+    assert main([*words, str(files[0])]) == 0
+    assert main([*words, str(files[1]), *ENGINE, dynamic]) == 0
     assert files[0].read_text() == files[1].read_text()
     assert _Dynamic.log[0] == "load_lora_adapter"
     assert _Dynamic.log[-1] == "unload_lora_adapter"
     assert not _Dynamic.loaded
+
+
+def test_a_server_that_keeps_an_adapter_has_it_the_next_time(run, dynamic, monkeypatch, tmp_path, capsys) -> None:
+    folder, given = run
+    monkeypatch.setattr(_Dynamic, "keeps", True)
+    words = ["evaluate", "--adapter", str(folder / "adapter"), *given, "--order", "topic", *ENGINE, dynamic]
+    said = []
+    for _ in range(2):
+        assert main([*words, "--evaluation.retries", "1"]) == 0
+        said.append(capsys.readouterr().out)
+        assert "keeps adapter pm-llm-" in said[-1]
+    assert said[0] == said[1]
+    assert len(_Dynamic.loaded) == 1
+    _Dynamic.loaded.clear()
 
 
 def test_a_server_that_is_not_there(run, capsys) -> None:
@@ -190,5 +216,8 @@ def test_prompts_are_sent_as_text_where_that_gives_the_same_tokens(pico_folders)
     sent = as_sent(tokenizer, ids)
     assert isinstance(sent, str)
     assert tokenizer(sent)["input_ids"] == ids
-    other = [*ids[::-1], *ids]  # a first token in the middle
-    assert as_sent(tokenizer, other) in (other, tokenizer.decode(other))
+    unsaid = tokenizer("it")["input_ids"][-1:] + tokenizer("s")["input_ids"][-1:]
+    for other in (ids[::-1], [*unsaid, *unsaid]):  # no text is tokenized like this
+        sent = as_sent(tokenizer, other)
+        assert sent == other if isinstance(sent, list) else tokenizer(sent)["input_ids"] == other
+    assert isinstance(as_sent(tokenizer, [tokenizer.pad_token_id, *ids]), list)

@@ -262,3 +262,10 @@ def test_the_penalty_holds_at_any_scale_of_the_fisher() -> None:
         past = KroneckerPast.plus(None, Kronecker(scale * fisher.R, scale * fisher.C), theta, Room())
         found.append(float(past.penalty(theta)(delta)))
     assert found[1] == pytest.approx(1e24 * found[0], rel=1e-4)
+
+
+def test_a_sketch_of_what_overflowed_is_an_error() -> None:
+    M = moments.blank(300, torch.device("cpu"))
+    M[3, 5] = float("nan")
+    with pytest.raises(PmLlmError, match="not finite"):
+        moments.sides(M, 32)

@@ -150,7 +150,7 @@ def test_what_is_left_when_a_rank_dies_says_so(forker, pico_folders, tmp_path) -
     [
         ["--method", "pm_curvature", "--fisher.samples", "3", "--evaluation.mode", "labels"],
         ["--method", "pm", "--space", "factors"],
-        ["--method", "inflora", "--fisher.samples", "3"],
+        ["--method", "inflora", "--fisher.samples", "3", "--evaluate", "all"],
         ["--method", "pm", "--constrain", "[perturb, {name: anchor, weight: 0.5}]"],
     ],
     ids=["pm_curvature", "factors", "inflora", "anchor"],

@@ -68,10 +68,16 @@ def folded(model: Any, mode: str, zeros: Zeros = torch.zeros) -> Iterator[None]:
     layers: dict[str, Any] = dict(lora_layers(model))
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
     large = sum(weight.nbytes for weight in weights.values()) > IN_MEMORY
-    before: dict[str, Tensor] = {
-        name: _copied(weight.detach(), zeros) if large else weight.detach().to("cpu", copy=True)
-        for name, weight in weights.items()
-    }
+    try:
+        before: dict[str, Tensor] = {
+            name: _copied(weight.detach(), zeros) if large else weight.detach().to("cpu", copy=True)
+            for name, weight in weights.items()
+        }
+    except OSError:  # a full disk: nothing has been changed yet
+        if mode == "always":
+            raise
+        yield
+        return
     try:
         with torch.no_grad():
             for name, layer in layers.items():

@@ -153,7 +153,7 @@ def _room(config: RunConfig) -> Iterator[Finding]:
         yield Finding(FAILURE, "model and tasks", str(error))
         yield Finding(WARNING, "disk", f"{size_of(free)} free in {folder}; what is needed is not known")
         return
-    if config.fisher.storage == "disk":
+    if config.fisher.storage == "disk" and _form_of(config) == "dense":
         need, sums = need + sums, 0
     found = f"{size_of(free)} free in {folder}, about {size_of(need)} needed for {tasks} tasks"
     if free < need:
@@ -163,7 +163,8 @@ def _room(config: RunConfig) -> Iterator[Finding]:
     memory = _memory()
     found = f"{size_of(sums)} of {size_of(memory)} for a process's sums of the Fisher"
     if sums > memory / 2:
-        yield Finding(WARNING, "memory", found, "Use --fisher.storage disk, or a merge with the factored form")
+        more = "Use --fisher.storage disk, or" if _form_of(config) == "dense" else "Use"
+        yield Finding(WARNING, "memory", found, f"{more} a merge with the factored form")
     elif sums:
         yield Finding(OK, "memory", found)
 
@@ -210,7 +211,7 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     any_rank = merge.dense or (merge.whole and not on_base)  # a whole model's holds what is merged before it
     tops = [min(n, m, config.max_rank or (n if any_rank else tasks * r)) for n, m, r in shapes]
     merged = sum((n + m) * top for (n, m, _), top in zip(shapes, tops, strict=True))
-    form = merge.needs.form(config.fisher.form)
+    form = _form_of(config)
     kept = sum(
         merge.remembers(n, m, r, tasks, r if on_base else min(n, m, top + r), form)
         for (n, m, r), top in zip(shapes, tops, strict=True)
@@ -220,6 +221,11 @@ def expected_bytes(config: RunConfig) -> tuple[int, int, int]:
     sums = sum(_sums(form or "", n, m, r) for n, m, r in shapes)
     kept *= min(tasks, config.keep_curvature) + 1
     return 4 * (tasks * (merged + trained + memories) + kept + 2 * (3 * trained + merged)), 4 * sums, tasks
+
+
+def _form_of(config: RunConfig) -> str | None:
+    """Of the Fisher that the run's merge needs."""
+    return config.parsed_method().merge.build("merge").needs.form(config.fisher.form)
 
 
 def _sums(form: str, n: int, m: int, r: int) -> int:

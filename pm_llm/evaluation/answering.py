@@ -23,7 +23,7 @@ from pm_llm.evaluation.scorers import SCORERS, calls_in
 from pm_llm.families.models import load_base
 from pm_llm.sections import EvaluationSection
 from pm_llm.system.progress import bar
-from pm_llm.system.sharing_out import called_through
+from pm_llm.system.sharing_out import called_through, take_over
 from pm_llm.tasks.base import Example, Task
 from pm_llm.tasks.encoding import Encoder
 from pm_llm.tasks.fitting import encoders_for
@@ -87,6 +87,7 @@ def evaluate_adapter(
     Raises:
         PmLlmError: If the adapter cannot be loaded onto the model.
     """
+    take_over()
     tasks = scored(config, tasks_or_none(config)) if tasks is None else tasks
     encoders, fitting = encoders_for(config, tasks.values())
     tasks = {name: fitting(task) for name, task in tasks.items()}

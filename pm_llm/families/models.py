@@ -26,7 +26,7 @@ from pm_llm.families.base import Family, family_for
 from pm_llm.families.shared_out import load_shared_out
 from pm_llm.sections import LoraSection
 from pm_llm.system.processes import process_state
-from pm_llm.system.sharing_out import called_through, is_asked, take_over
+from pm_llm.system.sharing_out import called_through, is_asked
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 
@@ -115,7 +115,6 @@ def _weights(name: str, kind: Family, dtype: torch.dtype, load_in_4bit: bool, at
     """The model, where it is to be: on this process's device, or shared out over all of them."""
     auto, path, device = kind.auto_class(), resolve(name), process_state().device
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    take_over()
     if is_asked():
         if kind.task_type != "CAUSAL_LM" or load_in_4bit:
             what = "a model in 4 bits" if load_in_4bit else "an encoder-decoder, whose two halves have one embedding"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.initialization import no_init_weights
 
+from pm_llm.errors import PmLlmError
 from pm_llm.system.processes import process_state
 from pm_llm.system.sharing_out import share_out
 
@@ -32,9 +33,20 @@ def load_shared_out(auto: Any, path: str, dtype: torch.dtype, **options: Any) ->
         path: Folder or Hub id.
         dtype: Of the weights.
         options: For the model's configuration.
+
+    Raises:
+        PmLlmError: If the weights are quantised, or of other shapes than the model's.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    folder = Path(path if Path(path).is_dir() else snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    if getattr(config, "quantization_config", None):
+        raise PmLlmError(f"the weights of {path!r} are quantised; FSDP2 shares out plain ones. Use ddp.yaml.")
+    folder = Path(
+        path
+        if Path(path).is_dir()
+        else snapshot_download(
+            path, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["consolidated*", "original/*"]
+        )
+    )
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = auto.from_config(config, dtype=dtype, **options)
     model.tie_weights()
@@ -46,7 +58,6 @@ def load_shared_out(auto: Any, path: str, dtype: torch.dtype, **options: Any) ->
     else:
         model = auto.from_pretrained(path, dtype=dtype, trust_remote_code=False, **options)
         share_out(model, lambda module: module.to(process_state().device))
-    model.eval()
     return model
 
 
@@ -75,6 +86,8 @@ class _Wanted:
         device = process_state().device
         for x in [*(p for p in module.parameters() if p.is_meta), *module.buffers()]:
             value = read(self.files[id(x)]) if id(x) in self.files else x
+            if value.shape != x.shape:
+                raise PmLlmError(f"{self.files[id(x)]} is {tuple(value.shape)}, the model has {tuple(x.shape)}.")
             value = value.to(device, dtype if id(x) in self.files and x.is_floating_point() else None, copy=True)
             new = nn.Parameter(value, requires_grad=False) if isinstance(x, nn.Parameter) else value
             for table, key in self.places[id(x)]:

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pm_llm.errors import PmLlmError
 from pm_llm.fisher.sides import Sides
 
 COLUMNS = 128
@@ -86,11 +87,13 @@ def _low(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shift = EPSILON * Y.norm()
     if shift == 0:
         return test.T, torch.zeros_like(test[0]), diagonal.clamp(min=0)
+    if not bool(M.isfinite().all()):
+        raise PmLlmError("the Fisher is not finite: gradients of the task's rows overflowed. Use float32 or bfloat16.")
     while True:
         shifted = Y + shift * test
         inner = test.T @ shifted
         L, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2)
-        if not failed:
+        if not failed or shift > Y.norm():
             break
         shift = 10 * shift  # sums in float32 were a little off
     E = torch.linalg.solve_triangular(L, shifted.T, upper=False)  # (COLUMNS, d): M ~ E' E

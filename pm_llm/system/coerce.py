@@ -127,8 +127,7 @@ def extra_value(value: Any, hint: Any, key: str) -> Any:
         PmLlmError: If the field is of plain types and `value` of none of them.
     """
     kinds = {typing.get_origin(one) or one for one in typing.get_args(hint) or (hint,)}
-    switch = isinstance(value, bool) and str in kinds  # `fsdp: true` is meant, though a text is annotated
-    if kinds <= {bool, int, float, str, type(None)} and not switch:
+    if kinds <= {bool, int, float, str, type(None)}:
         return convert(value, hint, key)
     return value
 

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 Key = TypeVar("Key")
+MOST = 2**28  # bytes that are copied together
 
 
 def to_host(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    """The tensors on the CPU, those that are there already as they are; one wait for each device and type."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Key]] = defaultdict(list)
+    """The tensors on the CPU, those that are there already as they are; one wait for each device, type and `MOST`
+    bytes, which are held twice on the device meanwhile."""
+    groups: dict[tuple[torch.device, torch.dtype, int], list[Key]] = defaultdict(list)
+    size = 0
     for key, x in tensors.items():
-        groups[x.device, x.dtype].append(key)
+        size += x.nbytes
+        groups[x.device, x.dtype, size // MOST].append(key)
     found = dict(tensors)
-    for (device, _), keys in groups.items():
+    for (device, *_), keys in groups.items():
         if device.type == "cpu":
             continue
         flat = torch.cat([tensors[key].detach().flatten() for key in keys]).cpu()

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pm_llm.errors import PmLlmError
@@ -41,6 +42,8 @@ def take_over() -> None:
         raise PmLlmError(f"fsdp_auto_wrap_policy must be {WRAPS}: each transformer block is a group.")
     if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true":
         raise PmLlmError("fsdp_activation_checkpointing is true. Set train.gradient_checkpointing instead.")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
+        raise PmLlmError("fsdp_offload_params is true: adapters would lie apart from their layers. Set it to false.")
     if os.environ.get("FSDP_IGNORED_MODULES"):
         raise PmLlmError("fsdp_ignored_modules is set; all of the base model is shared out. Leave it out.")
     os.environ[ASKED] = os.environ.pop("ACCELERATE_USE_FSDP")
@@ -65,13 +68,13 @@ def share_out(model: Any, fill: Callable[[nn.Module], Any]) -> None:
     """
     device = process_state().device
     mesh = torch.distributed.init_device_mesh(device.type, (process_state().num_processes,))
-    offload: Any = OffloadPolicy()
-    if os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
-        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true"
     for module in _groups(model):
         fill(module)
-        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, offload_policy=offload)
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+    model.eval()
+    # what the first pass gathers into is used ever after: in inference mode no later pass could train with it
+    _idle(model)
 
 
 def _groups(model: Any) -> Iterator[nn.Module]:
@@ -92,8 +95,8 @@ def _groups(model: Any) -> Iterator[nn.Module]:
 def called_through(peft_model: Any) -> None:
     """PEFT calls a base model's `forward`, past the hooks that gather weights: let it call the model."""
     inner = peft_model.base_model
-    if is_shared_out(inner):
-        inner.forward = lambda *args, **kwargs: inner.model(*args, **kwargs)
+    if isinstance(inner, BaseTuner) and is_shared_out(inner):  # not so the virtual tokens of prompt learning
+        vars(inner)["forward"] = lambda *args, **kwargs: inner.model(*args, **kwargs)
 
 
 def hide_from_ddp(model: nn.Module) -> None:
@@ -122,11 +125,13 @@ def in_step(model: Any, idle: Callable[[], Any] | None = None) -> Iterator[None]
     finally:
         handle.remove()
     while _working(device, False):
-        if idle is not None:
-            idle()
-        else:
-            with torch.no_grad():
-                model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+        _idle(model) if idle is None else idle()
+
+
+def _idle(model: Any) -> None:
+    """A forward pass that counts for nothing."""
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=process_state().device), use_cache=False)
 
 
 def _working(device: torch.device, mine: bool) -> bool | None:

@@ -69,6 +69,8 @@ def _check_extra(config: RunConfig, family: Family, cpu: bool) -> None:
     taken = sorted((OURS | family.refused) & config.train.extra.keys())
     if taken:
         raise PmLlmError(f"train.extra sets {', '.join(taken)}, which a run must decide itself. Leave it out.")
+    if config.train.extra.get("fsdp"):
+        raise PmLlmError("train.extra sets fsdp. Launch with accelerate_configs/fsdp2.yaml instead.")
     if cpu and config.train.extra.get("activation_offloading"):
         raise PmLlmError("train.extra sets activation_offloading, which has no use on a CPU. Leave it out.")
 

@@ -22,6 +22,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 READS: Counter[str] = Counter()  # by "file:line" of the project, or "of package/file:line"
 INDEXED = {"aten::index.Tensor", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}  # indices may be CPU
 LOOKS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
+DECOMPOSES = ("aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr", "aten::linalg_cholesky_ex")  # they check
 
 
 class Backend:
@@ -176,7 +177,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         _unwrapped(args[0]).copy_(_unwrapped(args[1]))
         return args[0]
     by_mask = name in INDEXED and any(x is not None and x.dtype == torch.bool for x in args[1])
-    if name in LOOKS or by_mask:  # a mask's number of entries is the result's size
+    if name in LOOKS or by_mask or name.startswith(DECOMPOSES):  # a mask's number of entries is the result's size
         _note()
     device = kwargs.get("device")
     if device is not None:
