@@ -106,11 +106,11 @@ def test_the_memory_it_asks_for_is_that_of_the_sums(form: str, pico_folders, tmp
     assert f"{size_of(sums)} of" in capsys.readouterr().out
     monkeypatch.setattr(os, "sysconf", lambda name: sums if name == "SC_PHYS_PAGES" else 1)
     assert main(["doctor", *keys]) == 0
-    assert "Use --fisher.storage disk" in capsys.readouterr().out
+    assert ("Use --fisher.storage disk" if form == "dense" else "Use a merge with") in capsys.readouterr().out
     assert main(["doctor", *keys, "--fisher.storage", "disk"]) == 0
     said = capsys.readouterr().out
-    assert "sums of the Fisher" not in said
-    assert f"about {size_of(need + sums)} needed" in said
+    assert ("sums of the Fisher" in said) == (form != "dense")  # the others' are where the model is
+    assert f"about {size_of(need + sums if form == 'dense' else need)} needed" in said
 
 
 def test_a_model_or_a_task_that_is_not_there(pico_folders, tmp_path, capsys) -> None:

@@ -103,6 +103,9 @@ def test_a_run_is_scored_by_a_server(serve, run, tmp_path) -> None:
     assert any(json.loads(line)["prediction"] for file in files for line in file.read_text().splitlines())
 
 
+LOCK = threading.Lock()
+
+
 class _Dynamic(BaseHTTPRequestHandler):
     """Completions of a model whose adapters come and go by name; the first request for each prompt is turned away."""
 
@@ -131,10 +134,9 @@ class _Dynamic(BaseHTTPRequestHandler):
 
     def _completion(self, body: dict) -> dict:
         ids = body["prompt"] if isinstance(body["prompt"], list) else self.tokenizer(body["prompt"])["input_ids"]
-        model = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(self.base), self.loaded[body["model"]]
-        ).eval()
-        with torch.no_grad():
+        with LOCK, torch.no_grad():  # transformers is not loaded with in several threads at once
+            base = AutoModelForCausalLM.from_pretrained(self.base)
+            model = PeftModel.from_pretrained(base, self.loaded[body["model"]]).eval()
             found = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=body["max_tokens"], do_sample=False)[
                 0, len(ids) :
             ]

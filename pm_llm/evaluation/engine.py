@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,10 +95,11 @@ class Engine:
         return [found[i] for i in range(len(examples))]
 
     def check(self) -> None:
-        """Raise PmLlmError if the server cannot be asked for its models."""
+        """Raise PmLlmError if there is no server."""
+        from openai import APIStatusError
 
         def ask() -> None:
-            with self._told() as client:
+            with self._told() as client, suppress(APIStatusError):  # whatever it says, it is there
                 client.models.list()
 
         on_main(ask)
@@ -210,7 +211,7 @@ def _done(client: OpenAI, route: str, body: dict[str, str]) -> bool:
     try:
         client.post(route, body=body, cast_to=object)
     except BadRequestError as error:
-        if "already" not in str(error):
+        if "already" not in error.response.text:
             raise
     except APIStatusError as error:
         if error.status_code not in (404, 405):

@@ -121,11 +121,8 @@ class ConstraintMixin(_Trainer):
         penalised = [c for c in self.constraints if c.fills("penalty")]
         if self.accelerator.num_processes == 1 or not penalised:
             return False
-        found = self._sum_of_penalties(penalised)
-        trained = [p for p in self.peft_model.parameters() if p.requires_grad]
-        if not found.requires_grad:
-            return False
-        return all(g is not None for g in torch.autograd.grad(found, trained, allow_unused=True))
+        found, trained = self._sum_of_penalties(penalised), [p for p in self.live.parameters() if p.requires_grad]
+        return found.requires_grad and None not in torch.autograd.grad(found, trained, allow_unused=True)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         return super().get_batch_samples(self._once(epoch_iterator), num_batches, device)
