@@ -24,7 +24,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/past_sum.py
 	$(BIN)/python benchmarks/directions.py
 	$(BIN)/python benchmarks/costs.py --shapes 7b
-	$(BIN)/python benchmarks/many_tasks.py
+	$(BIN)/python benchmarks/many_tasks.py --tasks 20 --modules 8
 	$(BIN)/python benchmarks/coefficient.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/curvature_memory.py
