@@ -127,13 +127,12 @@ def main() -> None:
     memory, times = [], []
     for shape in given.shapes:
         for which in ("q,v", "all-linear"):
-            counts = modules_of(shape, which)
-            for size in counts:
+            counts, every = modules_of(shape, which), modules_of(shape, "all-linear")
+            for size in every:
                 if size not in known:
                     known[size] = measure(*size, given)
-            every = modules_of(shape, "all-linear")
             total = {key: sum(known[s][key] * n for s, n in counts.items()) for key in next(iter(known.values()))}
-            row = sum(known[s]["row"] * n for s, n in every.items() if s in known) if which == "all-linear" else None
+            row = sum(known[s]["row"] * n for s, n in every.items())  # of all linear layers, whichever are adapted
             model = {"model": shape, "adapted": which}
             memory.append(
                 {
@@ -147,11 +146,6 @@ def main() -> None:
                     "a checkpoint": 3 * total["adapter"] / GIB,
                 }
             )
-            if row is None:  # the base's own time is that of all linear layers, whichever are adapted
-                for size in every:
-                    if size not in known:
-                        known[size] = measure(*size, given)
-                row = sum(known[s]["row"] * n for s, n in every.items())
             for rows in given.rows:
                 task, steps = rows * row, rows / given.batch
                 parts = {

@@ -36,7 +36,7 @@ PARTS = ("steps", "passes", "orders", "fsdp2")
 ROOT = Path(__file__).parents[1]
 
 
-def write_model(folder: Path, shape: str) -> str:
+def write_model(folder: Path, shape: str) -> None:
     """A LLaMA with random weights in bfloat16 and the embedded one's tokenizer, as a folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -50,7 +50,6 @@ def write_model(folder: Path, shape: str) -> str:
         model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=size, **SHAPES[shape]), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def prepared(model: str, way: str, tokens: int, batch: int) -> tuple[Any, Any, dict[str, Any], list[Any]]:
@@ -123,9 +122,6 @@ def measure_step(model: str, way: str, given: Any) -> dict[str, Any]:
             else ContinualSFTTrainer(live, constraint=constraints, **settings)
         )
         trainer.train()
-    if constraints:
-        for one in constraints:
-            one.prepared = True
     trainer.state.max_steps = 10**9
     optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-4)
     items, clock, took = (batch["labels"] != -100).sum(), Clock(device), []

@@ -47,10 +47,9 @@ def goes_on(preset: str, family: str, model: str, folder: Path, whole: dict, kin
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def same_on_another_device(family: str, preset: str, forker, model: str, folder: Path, **keys) -> None:
+def same_on_another_device(family: str, preset: str, forker, model: str, folder: Path) -> None:
     """On `twin` (:mod:`tests.helpers.twin`) it does what the run in `whole` did on the CPU, to rounding."""
-    words = [f"{key}={value}" for key, value in keys.items()]
-    ended = forker("tests/helpers/twin_script.py", "twin", folder / "twin", model, preset, "--", *words, what="script")
+    ended = forker("tests/helpers/twin_script.py", "twin", folder / "twin", model, preset, what="script")
     assert ended.status == 0, ended.said
     one, other = (json.loads((folder / x / "results.json").read_text()) for x in ("whole", f"twin/{preset}"))
     assert one["matrix"] == other["matrix"]

@@ -37,8 +37,8 @@ class LowRank:
         """`factor * B A`; the factor multiplies one side only."""
         return LowRank(self.B * factor, self.A)
 
-    def to(self, device: torch.device) -> LowRank:
-        """On another device."""
+    def to(self, device: torch.device | None) -> LowRank:
+        """On another device (None: where it is)."""
         return LowRank(self.B.to(device), self.A.to(device))
 
     def dense(self) -> Tensor:

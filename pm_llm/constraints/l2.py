@@ -27,7 +27,7 @@ class L2(Weighted):
 
     def begin(self, context: Context) -> None:
         device = None if context.live is None else context.live.device()
-        self._before = {name: LowRank(x.B.to(device), x.A.to(device)) for name, x in context.running.items()}
+        self._before = {name: x.to(device) for name, x in context.running.items()}
 
     def terms(self, live: Mapping[str, LowRank]) -> list[Tensor]:
         return [

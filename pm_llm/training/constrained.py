@@ -206,9 +206,7 @@ class ConstraintMixin(_Trainer):
         added = torch.zeros((), device=self.args.device)
         if self._alone:
             added = self._sum_of_penalties(penalised) / (passes if counted else 1)
-        elif (
-            self.accelerator.sync_gradients
-        ):  # once a step, with the last pass: A and B are the same in all, or drawn anew
+        elif self.accelerator.sync_gradients:  # once a step: A and B are the same in all passes, or drawn anew
             added = self._sum_of_penalties(penalised) * (1 if counted else passes)
         if spoken:
             added = added + self._terms(spoken, inputs, heard, num_items_in_batch)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pm_llm.cli import main
-from pm_llm.session import Session, Watcher
+from pm_llm.session import Session
 from pm_llm.system import sharing_out
 
 MOST = [0, 0]  # bytes held at most, and of the whole base
@@ -38,20 +38,16 @@ def sharing(module: nn.Module, **kwargs: object) -> nn.Module:
     return SHARED(module, **kwargs)
 
 
-def loaded(self: Watcher, session: Session) -> None:
-    for module in session.model.modules():
-        if type(module).__name__ in session.model._no_split_modules:
-            module.register_forward_hook(look)
-            module.register_full_backward_hook(look)
-
-
 SHARED, sharing_out.fully_shard = sharing_out.fully_shard, sharing
-SESSION = Session.load
+LOAD = Session.load
 
 
 def load(self: Session) -> None:
-    SESSION(self)
-    loaded(Watcher(), self)
+    LOAD(self)
+    for module in self.model.modules():
+        if type(module).__name__ in self.model._no_split_modules:
+            module.register_forward_hook(look)
+            module.register_full_backward_hook(look)
 
 
 Session.load = load

@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import library
 from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -209,8 +210,8 @@ def _made_on(device: torch.device, func: Any, args: Any, kwargs: Any, twins: lis
     return pytree.tree_map_only(torch.Tensor, lambda x: Twin(x, index), out)
 
 
-_library = torch.library.Library("_", "IMPL")
-_library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
+_kernels = library.Library("_", "IMPL")
+_kernels.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
 
 
 def _autocast(op: Any) -> Any:
@@ -228,8 +229,8 @@ def _autocast(op: Any) -> Any:
     return run
 
 
-_library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-_lower = torch.library.Library("aten", "IMPL")
+_kernels.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
+_lower = library.Library("aten", "IMPL")
 for _name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"):
     _lower.impl(_name, _autocast(getattr(torch.ops.aten, _name)), "AutocastPrivateUse1")
 
