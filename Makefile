@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 .PHONY: quickstart test faults bench gpu quality clean
 
 quickstart: $(READY)
-	$(BIN)/python recipes/quickstart/quickstart.py $(ARGS)
+	$(BIN)/pm-llm quickstart $(ARGS)
 
 # one thread a worker: two cores, two workers
 test: $(READY)

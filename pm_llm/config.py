@@ -5,10 +5,11 @@ Imports neither torch nor transformers, so that `pm-llm --help` answers at once.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from pm_llm.errors import PmLlmError, check_number, check_pattern, unknown_name
+from pm_llm.errors import PmLlmError, check_number, check_pattern
 from pm_llm.methods import Choice, Method, Setting
 from pm_llm.presets import PRESETS, method_of
 from pm_llm.sections import (
@@ -31,6 +32,7 @@ from pm_llm.sections import (
     TrainSection,
 )
 from pm_llm.system.coerce import check_no_secrets, cleaned, convert, read_yaml
+from pm_llm.system.names import unknown_key
 from pm_llm.system.options import check_options, option
 from pm_llm.tasks.loading import BENCHMARKS
 
@@ -77,7 +79,7 @@ class RunConfig:
     general: GeneralSection = field(default_factory=GeneralSection)
     gate: GateSection = field(default_factory=GateSection)
     retain: RetainSection = field(default_factory=RetainSection)
-    method: str = option("pm", "Preset: " + ", ".join(PRESETS) + ".")
+    method: str = option("pm_curvature", "Preset: " + ", ".join(PRESETS) + ".")
     start: Any = option(None, "Replaces the preset's start.")
     constrain: Any = option(None, "Replaces the preset's constraints: a name, a mapping, a list, or none.")
     merge: Any = option(None, "Replaces the preset's merge: a name, or a mapping with its options.")
@@ -123,6 +125,13 @@ class RunConfig:
         least=1,
     )
     output_dir: str = option("runs/default", "The run's folder.")
+
+    def __post_init__(self) -> None:
+        """Sections may be given as mappings. Raises PmLlmError as :func:`load_config`."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, dict) and dataclasses.is_dataclass(f.default_factory):
+                setattr(self, f.name, build(typing.cast(type, f.default_factory), value, f"{f.name}."))
 
     def seed_of(self, number: int) -> int:
         """The seed of task `number` (1, 2, ...)."""
@@ -222,14 +231,17 @@ class RunConfig:
         return found
 
 
-def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """A configuration from a YAML file (or the defaults) and overrides by dotted key, e.g. `{"lora.r": 4}`.
+def load_config(path: str | Path | Mapping[str, Any] | None, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """A configuration from a YAML file, a mapping of the same shape or the defaults, and overrides by dotted key, e.g.
+    `{"lora.r": 4}`.
 
     Raises:
         PmLlmError: If the file is missing or no mapping, a key is unknown (the nearest known one is named), or a value
             has the wrong type, or a method is given over a file that replaces words of another.
     """
     values: dict[str, Any] = {}
+    if isinstance(path, Mapping):
+        return configured(copy.deepcopy(dict(path)), overrides, "the mapping")
     if path is not None:
         try:
             values = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
@@ -295,7 +307,8 @@ def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     built = {}
     for key, value in values.items():
         if key not in known:
-            raise unknown_name("key", prefix + str(key), [prefix + name for name in known])
+            everywhere = [name for name, _ in flags()]
+            raise unknown_key(prefix + str(key), [prefix + name for name in known], everywhere)
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise PmLlmError(f"{prefix}{key} is {value!r}; it must be a mapping.")

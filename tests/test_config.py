@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
+from pm_llm.cli import main
 from pm_llm.commands.keys import parse_overrides
-from pm_llm.config import RunConfig, load_config
+from pm_llm.config import RunConfig, flags, load_config
 from pm_llm.errors import PmLlmError
 from pm_llm.methods import Choice
 from pm_llm.system.coerce import write_yaml
+from pm_llm.system.names import ELSEWHERE
 from pm_llm.training.arguments import training_arguments
 from tests.conftest import DECODER
 from tests.helpers.errors import one_line
@@ -178,3 +182,38 @@ def test_a_runs_own_configuration_is_read_back(tmp_path) -> None:
         (tmp_path / "config.yaml").write_text(write_yaml({"output_dir": text, "train": {"learning_rate": 1e-5}}))
         config = load_config(tmp_path / "config.yaml")
         assert (config.output_dir, config.train.learning_rate) == (text, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--learning_rate", "`train.learning_rate`"),
+        ("--lr", "`train.learning_rate`"),
+        ("--r", "`lora.r`"),
+        ("--train.warmup_ratio", "`train.warmup_steps`"),
+        ("--train.bf16", "`dtype: bfloat16`"),
+        ("--per_device_train_batch_size", "`train.per_device_train_batch_size`"),
+        ("--eval_strategy", "evaluation.split"),
+    ],
+)
+def test_keys_of_other_tools(run, flag: str, meant: str) -> None:
+    one_line(*run(flag, "1"), f"unknown key {flag[2:]!r}. It is", meant)
+
+
+def test_what_other_tools_call_keys_leads_to_keys() -> None:
+    known = {name for key, _ in flags() for name in (key, key.partition(".")[0])} | {"validation_size"}
+    for name, said in ELSEWHERE.items():
+        assert name not in known
+        (*_, last) = re.findall(r"`([\w.]+)", said)
+        assert last in known, name
+
+
+def test_a_configuration_in_python() -> None:
+    config = RunConfig(train={"max_steps": 3}, lora={"r": 4}).check()
+    assert config == load_config({"train": {"max_steps": 3}, "lora": {"r": 4}})
+    with pytest.raises(PmLlmError, match=r"unknown key 'train.steps'"):
+        RunConfig(train={"steps": 3})
+
+
+def test_a_configuration_given_as_a_task(capsys) -> None:
+    one_line(main(["run", "my.yaml"]), capsys.readouterr().err, "Give it as --config my.yaml")

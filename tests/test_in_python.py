@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -43,6 +45,22 @@ def test_a_run_of_tasks_made_in_python(tmp_path) -> None:
     keys = {**KEYS, "output_dir": str(tmp_path / "run"), "method": "seqlora"}
     tasks = [Task.from_rows(name, ROWS, ROWS[:2]) for name in ("one", "two")]
     assert ContinualSequence(load_config(None, keys), tasks=tasks).run()["stages"] == ["one", "two"]
+
+
+def test_datasets_are_made_tasks_first(tmp_path) -> None:
+    config = load_config(None, {**KEYS, "output_dir": str(tmp_path / "run")})
+    with pytest.raises(PmLlmError, match=r"tasks\[0\] is a Dataset. Make it a task: Task.from_dataset"):
+        ContinualSequence(config, tasks=[Dataset.from_list(ROWS)])
+
+
+def test_what_a_run_says_of_prompts_that_it_shortens(tmp_path, capsys) -> None:
+    rows = [{**row, "prompt": "word " * 40 + row["prompt"]} if i < 3 else row for i, row in enumerate(ROWS)]
+    keys = {**KEYS, "output_dir": str(tmp_path / "run"), "method": "seqlora", "max_length": 32}
+    ContinualSequence(load_config(None, keys), tasks=[Task.from_rows("one", rows, ROWS[:2])]).run()
+    said = capsys.readouterr().out
+    assert f"task 'one': 3 of {len(rows)} training prompts are longer than" in said
+    line = json.loads(next((tmp_path / "run/stages/01-one/predictions").iterdir()).read_text().splitlines()[0])
+    assert (line["prompt"], line["place"]) == (ROWS[0]["prompt"], "one/test:row 1")
 
 
 def test_a_fisher_in_one_call_is_that_of_a_run() -> None:

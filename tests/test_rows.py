@@ -75,6 +75,7 @@ def test_what_is_wrong_with_every_row_is_told_once(tmp_path) -> None:
     assert "t.jsonl:1: " in lines[0]
     assert "Did you mean 'promt'?" in lines[0]
     assert lines[0].endswith("(also 2-40)")
+    assert "Say what the columns are called (`prompt: question`)." in str(raised.value)
 
 
 def test_bad_rows_can_be_left_out(folder, capsys) -> None:

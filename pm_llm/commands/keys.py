@@ -19,12 +19,15 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
     """Let a command take a configuration: `--config`, and any key of it as a flag."""
     parser.add_argument("--config", metavar="RECIPE.YAML", help="configuration to start from")
     parser.set_defaults(keys=True)
+    parser.allow_abbrev = False  # --r is no short form of --restart-from: keys are told by their whole names
 
 
 def config_of(given: argparse.Namespace) -> RunConfig:
     """The configuration that `--config` and the flags that are no option of the command's own describe; words before
     them are tasks. Raises PmLlmError where they describe none."""
     tasks = list(takewhile(lambda word: not word.startswith("-"), given.rest))
+    if recipes := [word for word in tasks if word.endswith((".yaml", ".yml"))]:
+        raise PmLlmError(f"{recipes[0]} is a configuration, not a task. Give it as --config {recipes[0]}.")
     overrides = parse_overrides(given.rest[len(tasks) :]) | ({"tasks": tasks} if tasks else {})
     config = load_config(given.config, overrides).check()
     quiet_libraries()

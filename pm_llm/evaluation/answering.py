@@ -56,7 +56,8 @@ def answer_task(
             references = [_references(encoder, row, task.scorer) for row in task.test]
     sources = [row.source or row.prompt if SCORERS[task.scorer].needs_source else None for row in task.test]
     keys = [sha256("\0".join([row.prompt, *row.references]).encode()).hexdigest()[:16] for row in task.test]
-    return Predictions(task.name, task.scorer, answers, references, sources, keys)
+    asked = [row.prompt for row in task.test], [row.place for row in task.test]
+    return Predictions(task.name, task.scorer, answers, references, sources, keys, *asked)
 
 
 def _references(encoder: Encoder, row: Example, scorer: str = "") -> list[str]:

@@ -30,6 +30,8 @@ class Predictions:
     references: Sequence[Sequence[Any]]
     sources: Sequence[str | None]
     keys: Sequence[str] = ()  # what tells rows apart: a digest of prompt and answer
+    prompts: Sequence[str] = ()  # as the rows hold them: before any shortening, without the chat template
+    places: Sequence[str] = ()  # where the rows stand: `file:line`, or ""
 
     @cached_property
     def numbers(self) -> np.ndarray:
@@ -50,6 +52,7 @@ class Predictions:
             line = {"task": self.task, "scorer": self.scorer, "row": i, "of": len(self.predictions)}
             line |= {"prediction": prediction, "references": list(references)}
             line |= {"key": self.keys[i]} if self.keys else {}
+            line |= {"prompt": self.prompts[i], "place": self.places[i]} if self.prompts else {}
             lines.append(line if source is None else {**line, "source": source})
         return lines
 
@@ -116,5 +119,5 @@ def _whole(name: str, rows: dict[int, dict[str, Any]]) -> Predictions:
         [line["prediction"] for line in lines],
         [line["references"] for line in lines],
         [line.get("source") for line in lines],
-        [line["key"] for line in lines if "key" in line],
+        *([line[name] for line in lines if name in line] for name in ("key", "prompt", "place")),
     )

@@ -160,9 +160,9 @@ def _nearest(states: Tensor, centres: Tensor) -> list[int]:
 
 
 def _rows(said: Predictions) -> list[tuple[Any, ...]]:
-    return list(zip(said.predictions, said.references, said.sources, said.keys, strict=True))
+    columns = (said.predictions, said.references, said.sources, said.keys, said.prompts, said.places)
+    return list(zip(*columns, strict=True))
 
 
 def _joined(like: Predictions, rows: Sequence[tuple[Any, ...]]) -> Predictions:
-    predictions, references, sources, keys = (list(column) for column in zip(*rows, strict=True))
-    return Predictions(like.task, like.scorer, predictions, references, sources, keys)
+    return Predictions(like.task, like.scorer, *(list(column) for column in zip(*rows, strict=True)))

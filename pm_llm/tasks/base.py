@@ -272,6 +272,12 @@ class Task:
 def checked(tasks: Sequence[Task]) -> list[Task]:
     """Tasks made in Python, checked like those from files. Raises PmLlmError with all that is wrong."""
     problems = Problems()
+    for number, one in enumerate(tasks):
+        if not isinstance(one, Task):
+            raise PmLlmError(
+                f"tasks[{number}] is a {type(one).__name__}. Make it a task: Task.from_dataset('name', train=..., "
+                "test=...) of datasets, Task.from_rows of lists of mappings."
+            )
     found = [task if task.kept else task.checked(problems) for task in tasks]
     problems.check()
     return found

@@ -47,8 +47,8 @@ def encoders_for(config: RunConfig, tasks: Iterable[Task]) -> tuple[dict[str, En
         found = _looked_at(task, blind, config.max_new_tokens)
         if found["answer"]:
             encoders[task.name] = with_room(blind, found["answer"], task.name)
-        if found["unknown"]:
-            problems.note(found["unknown"])
+        for note in filter(None, found["notes"]):
+            problems.note(note)
         for split, number, what in found["wrong"]:
             row = _splits(task)[split][number]
             bad[_key(task.name, row)] = row
@@ -137,12 +137,13 @@ def _look(task: Task, blind: Encoder, most: int | None) -> dict[str, Any]:
     trained = splits["train"]
     good = (row for i, row in enumerate(trained) if ("train", i) not in wrong)
     if not len(trained) or all(("train", i) in wrong for i in range(len(trained))):
-        return {"answer": 0, "unknown": "", "wrong": [[*at, what] for at, what in wrong.items()]}
+        return {"answer": 0, "notes": [], "wrong": [[*at, what] for at, what in wrong.items()]}
     answer = blind.family.answer_length(blind, good, most) if task.room is None else task.room.max_new_tokens
     encoder = with_room(blind, answer, task.name)
     wrong |= _too_long(encoder, splits, wrong, lengths) if task.room is None else _cut(encoder, task)
     found = [[*at, what] for at, what in wrong.items()]
-    return {"answer": answer, "unknown": _unknown(task.name, encoder, splits, wrong), "wrong": found}
+    notes = [_unknown(task.name, encoder, splits, wrong), _shortened(task, encoder, trained, wrong, lengths)]
+    return {"answer": answer, "notes": notes, "wrong": found}
 
 
 def _too_long(
@@ -182,6 +183,34 @@ def _cut(encoder: Encoder, task: Task) -> dict[tuple[str, int], str]:
                 f"{task.name}: a prompt of {length} tokens, and {encoder.prompt_budget} are taken.{LEAVE_OUT}"
             )
     return found
+
+
+def _shortened(
+    task: Task,
+    encoder: Encoder,
+    rows: Sequence[Example],
+    wrong: dict[tuple[str, int], str],
+    lengths: dict[tuple[str, int], int],
+) -> str:
+    """What to say of training prompts that are cut. A text has no more tokens than bytes, so short ones are not
+    encoded; of chats the lengths are known."""
+    if task.kind == "text" or task.room is not None:
+        return ""
+    most = encoder.prompt_budget
+
+    def cut(at: tuple[str, int], row: Example) -> bool:
+        if encoder.is_chat(row) and most >= encoder.max_length // 2:
+            return lengths.get(at, 0) > most
+        size = most + 1 if encoder.is_chat(row) else len((row.head + row.body + row.tail).encode()) + 2
+        return size > most and len(encoder.whole_prompt(row)) > most
+
+    number = sum(cut(("train", i), row) for i, row in enumerate(rows) if ("train", i) not in wrong)
+    if not number:
+        return ""
+    return (
+        f"task {task.name!r}: {number} of {len(rows)} training prompts are longer than the {most} tokens that "
+        f"max_length leaves beside answers of {encoder.max_new_tokens}, and are shortened"
+    )
 
 
 def _unknown(

@@ -1,16 +1,18 @@
 """Make the embedded models: a tiny LLaMA and a tiny T5, trained on text generated here.
 
-    python recipes/quickstart/make_models.py [--out pm_llm/embedded] [--steps 2000]
+    python recipes/quickstart/make_models.py [--out pm_llm/embedded] [--steps 4000]
 
 They are trained on questions about the same little world as the embedded tasks (which words are kind, which belong
 together, what animals eat), in other wordings and partly with other answers, so that the tasks are still to be learnt.
-Seed 0; about ten minutes on two CPU cores. The files in `pm_llm/embedded` were made by this script with its defaults.
+Seed 0; about ten minutes a model on one CPU core. The files in `pm_llm/embedded` were made by this script with its
+defaults.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -32,29 +34,80 @@ SEED, BATCH, LEARNING_RATE = 0, 64, 2e-3
 INSTRUCTIONS = [make(random.Random(0))[0] for make in world.MAKERS.values()]
 
 
+# what is asked of a text -> wordings, and the answer words for each label; the tasks' own wordings are none of them
+ASKED: dict[str, list[tuple[list[str], dict[str, str] | None]]] = {
+    "mood": [
+        (["how did they feel ?", "say the mood ."], {"positive": "happy", "negative": "sad"}),
+        (["good or bad ?", "was it good ? or bad ?"], {"positive": "good", "negative": "bad"}),
+        (["thumb up or down ?", "up or down ?"], {"positive": "up", "negative": "down"}),
+        (["positive or negative ?", "negative or positive ?", "is this positive or negative ?"], None),
+    ],
+    "page": [
+        (["on which page is it ?", "which page ?", "sport , music , science or food ?", "the page of this ?"], None),
+        (["who reads it ?"], {"sport": "players", "music": "dancers", "science": "students", "food": "cooks"}),
+        (["where was it ?"], {"sport": "field", "music": "hall", "science": "school", "food": "table"}),
+    ],
+    "desk": [
+        (["which desk ?", "to whom does it go ?", "refund , repair , delivery or advice ?"], None),
+        (["who helps ?"], {"refund": "bank", "repair": "smith", "delivery": "driver", "advice": "friend"}),
+        (["what is sent ?"], {"refund": "coins", "repair": "tools", "delivery": "box", "advice": "letter"}),
+    ],
+}
+KINDS = ["mood", "mood", "page", "page", "desk", "desk", "fact", "fact", "fact", "list", "word", "place"]
+LABELLED = {"mood": world.sentiment, "page": world.topic, "desk": world.intent}
+TOLD = [
+    "tell me of the {c} {a} and what they {v} .",
+    "{n} wants to know : {a} . they {v} .",
+    "what will the {a} {v} , {n} ?",
+    "a {o} , and a {a} . the {a} does {v} this .",
+    "all {c} ones of them {v} it : the {a} .",
+    "what do you {v} , {a} ?",
+]
+GROUPS = {
+    "colour": world.COLOURS,
+    "animal": world.ANIMALS,
+    "name": world.NAMES,
+    "thing": world.THINGS,
+    "praise": world.GOOD,
+}
+WORDS = sorted({*chain(*GROUPS.values(), world.BAD, *world.TOPICS.values())})
+
+
 def pair(rng: random.Random) -> tuple[str, str]:
     """A question in another wording than the task's, and its answer: a phrase, or bare where one word is asked for."""
-    kind = rng.choice(["mood", "page", "fact", "list", "desk"])
-    if kind == "mood":
-        _, text, label = world.sentiment(rng)
-        ask, phrase, word = "how did they feel ?", "{} people", "happy" if label == "positive" else "sad"
-    elif kind == "page":
-        _, text, word = world.topic(rng)
-        ask, phrase = "on which page is it ?", "the {} page"
+    kind = rng.choice(KINDS)
+    phrase = "it is {}"
+    if kind in ASKED:
+        _, text, word = LABELLED[kind](rng)
+        wordings, names = rng.choice(ASKED[kind])
+        ask, word = rng.choice(wordings), (names or {}).get(word, word)
     elif kind == "fact":
         animal, which = rng.choice(world.ANIMALS), rng.randrange(3)
-        text = rng.choice(["tell me of the {c} {a} and what they {v} .", "{n} wants to know : {a} . they {v} ."])
-        verb = ("eat", "live in", "like")[which]
-        text = text.format(c=rng.choice(world.COLOURS), a=animal, n=rng.choice(world.NAMES), v=verb)
-        ask, phrase, word = "say what you know .", "it is {}", world.FACTS[animal][which]
+        text = rng.choice(TOLD).format(
+            c=rng.choice(world.COLOURS),
+            a=animal,
+            n=rng.choice(world.NAMES),
+            v=("eat", "live in", "like")[which],
+            o=rng.choice(world.THINGS),
+        )
+        ask, word = rng.choice(["say what you know .", "what is true ?", "tell it ."]), world.FACTS[animal][which]
     elif kind == "list":
-        _, text, word = world.puzzle(rng)
-        ask, phrase = "read the list .", "it is {}"
+        group = rng.choice(list(GROUPS))
+        others = [rng.choice(GROUPS[other]) for other in rng.sample([g for g in GROUPS if g != group], 2)]
+        word = rng.choice(GROUPS[group])
+        text = "{w} : the {k} ?".format(w=" , ".join(rng.sample([word, *others], 3)), k=group)
+        ask = "read the list ."
+    elif kind == "word":
+        word = rng.choice(WORDS)
+        ask = rng.choice(["repeat .", "say it again ."])
+        text = rng.choice(["the word {w} .", "{w}", "{w} , please ."]).format(w=word)
     else:
-        _, text, word = world.intent(rng)
-        ask, phrase = "which desk ?", "the {} desk"
-    if rng.random() < 0.5:
-        ask, phrase = f"{ask} one word .", "{}"
+        words = rng.sample(WORDS, 4)
+        which = rng.randrange(4)
+        ask, word = f"say the {('first', 'second', 'third', 'last')[which]} word .", words[which]
+        text = " ".join(words)
+    if rng.random() < 0.6:
+        ask, phrase = rng.choice(["{} one word .", "{} in a word .", "short : {}"]).format(ask), "{}"
     return f"{ask}\n{text}\nanswer :", " " + phrase.format(word)
 
 
@@ -62,11 +115,10 @@ def make_tokenizer(seq2seq: bool) -> PreTrainedTokenizerFast:
     """Byte-level BPE on the generated text; BOS before a decoder's text, end of sequence after an encoder's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=seq2seq)  # T5's puts a blank before a text
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(SEED)
-    labels = ["positive", "negative"]
-    corpus = ["".join(pair(rng)) for _ in range(20000)] + [f" {word}" for word in labels * 50] + INSTRUCTIONS * 50
+    corpus = ["".join(pair(rng)) for _ in range(20000)] + INSTRUCTIONS * 50
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
         special_tokens=["<pad>", "</s>", "<s>"],
@@ -162,7 +214,7 @@ def main() -> None:
     """Make both models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(world.__file__).parents[1] / "embedded")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--models", nargs="+", default=["llama", "t5"], choices=["llama", "t5"])
     given = parser.parse_args()
     for name in given.models:
