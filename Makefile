@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test faults bench gpu quality clean
+.PHONY: quickstart seeds test docs faults bench gpu quality clean
 
 quickstart: $(READY)
 	$(BIN)/pm-llm quickstart $(ARGS)
@@ -11,6 +11,14 @@ quickstart: $(READY)
 # one thread a worker: two cores, two workers
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# that what the quickstart tells holds over five seeds
+seeds: $(READY)
+	OMP_NUM_THREADS=1 PM_LLM_SEEDS=5 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_quickstart.py $(ARGS)
+
+# the site, in site/
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
 
 # 40 kills a family at instants drawn at random (make test draws 4)
 faults: $(READY)
@@ -46,4 +54,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs/quickstart build dist *.egg-info
+	rm -rf $(VENV) runs/quickstart build dist site *.egg-info

@@ -1,6 +1,6 @@
 """Train a sequence of tasks under any accelerate launcher.
 
-    accelerate launch recipes/continual.py --config recipes/quickstart/pm.yaml
+    accelerate launch recipes/continual.py --config pm_llm/embedded/quickstart.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/continual.py \\
         --config recipes/standard_cl/t5_large.yaml --data-dir CL_Benchmark --order order1
 

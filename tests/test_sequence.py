@@ -125,7 +125,7 @@ def test_plain_peft_loads_the_result(pico_folders, tmp_path) -> None:
 def test_plain_accelerate_launch_as_in_the_readme(pico_folders, tmp_path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     launch += [str(ROOT / "accelerate_configs/cpu.yaml"), str(ROOT / "recipes/continual.py")]
-    launch += ["--config", str(ROOT / "recipes/quickstart/pm.yaml"), "--model", pico_folders["llama"]]
+    launch += ["--config", str(ROOT / "pm_llm/embedded/quickstart.yaml"), "--model", pico_folders["llama"]]
     launch += ["--order", "sentiment", "--train.num_train_epochs", "0.1", "--max_test_samples", "2"]
     done = subprocess.run(
         [*launch, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=300

@@ -1,6 +1,19 @@
 """The commands of `pm-llm`, one a file: `add` puts a command's parser among the others, `call` runs it."""
 
 COMMANDS = (
-    *("quickstart", "run", "add", "remove", "restore", "status", "doctor", "merge", "evaluate", "tasks", "score"),
+    *(
+        "quickstart",
+        "init",
+        "run",
+        "add",
+        "remove",
+        "restore",
+        "status",
+        "doctor",
+        "merge",
+        "evaluate",
+        "tasks",
+        "score",
+    ),
     *("vector", "compress", "route", "methods", "report", "gate", "export", "push"),
 )

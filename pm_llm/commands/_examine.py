@@ -89,14 +89,14 @@ def _devices(config: RunConfig) -> Iterator[Finding]:
             WARNING, "launch", f"{count} GPUs: pm-llm run is refused", "Use accelerate launch, or CUDA_VISIBLE_DEVICES"
         )
     if not count:
-        found = f"none; {os.cpu_count()} CPU cores, {_memory() / 2**30:.0f} GiB of memory"
+        found = f"none; {os.cpu_count()} CPU cores, {memory() / 2**30:.0f} GiB of memory"
         yield Finding(WARNING, "GPU", found, "Small models train on CPU; for others use a machine with a GPU")
     if shutil.which("mpirun") is None and not count:
         remedy = "Use accelerate_configs/ddp_cpu.yaml, which needs none"
         yield Finding(WARNING, "mpirun", "not found: accelerate's MULTI_CPU would start one process only", remedy)
 
 
-def _memory() -> int:
+def memory() -> int:
     """The machine's, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -105,7 +105,7 @@ def _precision(config: RunConfig) -> Iterator[Finding]:
     if torch.cuda.is_available():
         good, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
     else:
-        good, where = _bfloat16_on_cpu(), "this CPU"
+        good, where = bfloat16_on_cpu(), "this CPU"
     if good:
         yield Finding(OK, "bfloat16", f"works on {where}")
     else:
@@ -113,7 +113,7 @@ def _precision(config: RunConfig) -> Iterator[Finding]:
         yield Finding(level, "bfloat16", f"is not supported by {where}", "Use --dtype float32")
 
 
-def _bfloat16_on_cpu() -> bool:
+def bfloat16_on_cpu() -> bool:
     x = torch.ones(8, 8, dtype=torch.bfloat16, requires_grad=True)
     try:
         (x @ x).sum().backward()
@@ -160,9 +160,9 @@ def _room(config: RunConfig) -> Iterator[Finding]:
         yield Finding(FAILURE, "disk", found, "Make room, choose another --output_dir, or a method without curvature")
     else:
         yield Finding(OK, "disk", found)
-    memory = _memory()
-    found = f"{size_of(sums)} of {size_of(memory)} for a process's sums of the Fisher"
-    if sums > memory / 2:
+    most = memory()
+    found = f"{size_of(sums)} of {size_of(most)} for a process's sums of the Fisher"
+    if sums > most / 2:
         more = "Use --fisher.storage disk, or" if _form_of(config) == "dense" else "Use"
         yield Finding(WARNING, "memory", found, f"{more} a merge with the factored form")
     elif sums:

@@ -1,0 +1,39 @@
+"""`pm-llm quickstart`: what it tells holds over seeds, on both families, and fits a terminal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pm_llm.commands.quickstart import METHODS, train
+
+SEEDS = range(int(os.environ.get("PM_LLM_SEEDS", "1")))  # `make seeds` takes five
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_forgetting_is_seen_and_cured(model: str, seed: int, tmp_path) -> None:
+    found = {m: train(m, model, str(tmp_path / m), seed) for m in ("seqlora", "pm_curvature")}
+    plain, cured = (found[method].numbers["average_accuracy"] for method in ("seqlora", "pm_curvature"))
+    assert cured >= plain + 15, (plain, cured)
+    assert found["seqlora"].numbers["plasticity"] > 85  # it had learnt them
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path) -> None:
+    """All four runs, in a folder of one's own; twice, since what is there is written anew."""
+    command = [sys.executable, "-m", "pm_llm", "quickstart", "--out", "here"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no notice of a library
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.startswith(label) for line in lines) for label in METHODS.values())
+    assert "Plain fine-tuning had learnt its tasks to" in done.stdout
+    for name in ("picture", "page", "adapter"):
+        (path,) = [line.split()[1] for line in lines if line.startswith(name)]
+        assert (tmp_path / path).exists()
