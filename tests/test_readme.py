@@ -1,4 +1,4 @@
-"""Every command and every piece of code in the README, run as it stands there.
+"""Every command and every piece of code in the README and in pages of the docs, run as it stands there.
 
 The names it uses (a model and a dataset on the Hub, the user's files) are folders and files of those names here.
 """
@@ -24,7 +24,11 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 
 
-LIFE = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "life.md").read_text(), re.S)
+def blocks_of(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+
+
+LIFE, PYTHON, SERVING = blocks_of("life.md"), blocks_of("python.md"), blocks_of("serving.md")
 
 
 def commands(blocks: list[tuple[str, str]] = BLOCKS) -> list[str]:
@@ -117,17 +121,32 @@ def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
     for name in listed:
         assert (place / "runs/mine" / name).exists(), name
 
+    monkeypatch.chdir(place)
+    (use,) = [text for kind, text in BLOCKS if kind == "python"]
+    names: dict = {}
+    exec(use, names)
+    assert names["model"].active_adapters == ["default"]
+    for command in map(shlex.split, commands(SERVING)):
+        do(forker, place, command)
+
+
+def test_a_run_in_python(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(next(text for kind, text in PYTHON if kind == "python"), names)
+    assert names["results"]["stages"] == ["even", "large"]
+
+
+def test_a_loop_of_ones_own(tmp_path, monkeypatch) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig
 
-    monkeypatch.chdir(place)
-    use, parts = [text for kind, text in BLOCKS if kind == "python"]
-    names: dict = {}
-    exec(use, names)
-    assert names["model"].active_adapters == ["default"]
+    monkeypatch.chdir(tmp_path)
+    make_model("llama").save_pretrained("base")
+    tokenizer("llama").save_pretrained("base")
     names = {
-        "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base": "base",
         "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         "args": SFTConfig(output_dir="out", max_steps=2, bf16=False, use_cpu=True, report_to="none", max_length=None),
         "first": Dataset.from_list(features("llama")),
@@ -136,11 +155,44 @@ def test_commands_and_code(place: Path, forker, monkeypatch) -> None:
         "get_peft_model": get_peft_model,
         "AutoModelForCausalLM": AutoModelForCausalLM,
     }
-    for imported in re.findall(r"`(from pm_llm[^`]* import [^`]+)`", README):
+    page = (ROOT / "docs/python.md").read_text()
+    for imported in re.findall(r"`(from pm_llm[^`]* import [^`]+)`", page):
         exec(imported, names)
-    exec(parts, names)
-    assert (place / "merged/adapter_model.safetensors").is_file()
+    exec([text for kind, text in PYTHON if kind == "python"][1], names)
+    assert (tmp_path / "merged/adapter_model.safetensors").is_file()
     assert 0 < names["merger"].report.coefficient <= 1
+
+
+@pytest.mark.slow
+def test_the_tutorial(tmp_path) -> None:
+    """The notebook, in a fresh kernel; what it printed is what its page shows, but for times and last digits."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "docs/tutorial.ipynb", as_version=4)
+    shown = [re.findall(r"^\| after .*$", output["text"], re.M) for output in outputs(notebook)]
+    (tmp_path / "pm_llm").symlink_to(ROOT / "pm_llm")
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert [re.findall(r"^\| after .*$", output["text"], re.M) for output in outputs(notebook)] == shown
+    plain, cured = re.findall(r"average accuracy: ([\d.]+)", outputs(notebook)[0]["text"])
+    assert float(cured) > float(plain) + 15
+
+
+def outputs(notebook) -> list:
+    found = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return [output for output in found if output.get("name") == "stdout" and "| after" in output["text"]]
+
+
+def test_errors_of_the_troubleshooting_page_are_ours() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    source = " ".join(path.read_text() for path in (ROOT / "pm_llm").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a text over several lines
+    for told in re.findall(r"^\*\*(.*?)\*\*", page, re.M):
+        for text in re.findall(r"`([^`]+)`", told):
+            if text.startswith("ImportError"):
+                continue  # Python's own
+            parts = [part.strip(" '") for part in re.split(r"\.\.\.|'x'", text) if part.strip(" .'")]
+            assert all(part in source for part in parts), (text, parts)
 
 
 @pytest.mark.slow

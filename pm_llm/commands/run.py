@@ -41,7 +41,7 @@ def call(given: argparse.Namespace) -> int:
 
 def train(sequence: ContinualSequence, go: Callable[[], dict[str, Any]]) -> int:
     """Let a sequence go, and print what came out; the exit status."""
-    from pm_llm.report.tables import describe
+    from pm_llm.report.terminal import closing
     from pm_llm.run.record import Results
     from pm_llm.system.processes import shut_down
     from pm_llm.system.progress import say
@@ -53,7 +53,6 @@ def train(sequence: ContinualSequence, go: Callable[[], dict[str, Any]]) -> int:
         say(f"{stop}; the same command goes on from here. Where that is: pm-llm status {sequence.run_dir.path}")
         return 128 + stop.number
     if sequence.state.is_main_process:
-        say("\n" + describe(Results.of(results)))
         folder = sequence.run_dir.path
         try:
             from pm_llm.report.figures import matrix_png
@@ -62,6 +61,6 @@ def train(sequence: ContinualSequence, go: Callable[[], dict[str, Any]]) -> int:
                 sequence.run_dir.write("matrix.png", matrix_png(Results.of(results)))
         except ImportError:  # matplotlib is an extra; the results are there all the same
             say('for a picture of the matrix: pip install "pm_llm[report]"')
-        say(f"\nadapter: {folder / 'adapter'}\nresults: {folder / 'results.json'}")
+        closing(Results.of(results), folder)
     shut_down()
     return 0

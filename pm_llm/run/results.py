@@ -60,9 +60,10 @@ def stage_line(record: StageRecord, number: int, tasks: int, seconds: float) -> 
     scores = " ".join(f"{name} {found['score']:.1f}" for name, found in record.scores.items()) or "(not scored)"
     clipped = f" (raw {record.raw_coefficient:.3f})" if record.clipped else ""
     reports = "".join(f", {key} {x:.1e}" for key, x in record.constraint_reports.items())
+    cut = f", truncation error {record.truncation_error:.1e}" if record.truncation_error else ""
     return (
-        f"[{number}/{tasks}] {record.task}: coefficient {record.coefficient:.3f}{clipped}, rank {record.rank}, "
-        f"truncation error {record.truncation_error:.1e}{reports} | {scores} | {seconds:.0f} s"
+        f"[{number}/{tasks}] {record.task}: coefficient {record.coefficient:.3f}{clipped}, rank {record.rank}"
+        f"{cut}{reports} | {scores} | {seconds:.0f} s"
     )
 
 

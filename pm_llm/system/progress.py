@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -19,13 +21,20 @@ def bar(total: int | None, label: str, unit: str) -> Any:
 
 
 def say(line: str) -> None:
-    """One line above the bars, from the main process. Nobody may be listening any more: that decides nothing."""
+    """One line above the bars, from the main process; a terminal gets it broken between words. Nobody may be listening
+    any more: that decides nothing."""
     if process_state().is_main_process:
         try:
-            tqdm.write(line)
+            tqdm.write(_broken(line) if sys.stdout.isatty() else line)
             sys.stdout.flush()
         except BrokenPipeError:
             nobody_listens()
+
+
+def _broken(text: str) -> str:
+    width = shutil.get_terminal_size().columns
+    breaking = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if len(line) <= width else breaking.fill(line) for line in text.splitlines())
 
 
 class TrainingBar(TrainerCallback):
