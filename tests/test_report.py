@@ -18,7 +18,9 @@ from pm_llm.evaluation.intervals import interval, mean_interval, paired_differen
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.evaluation.predictions import Predictions, read_predictions
 from pm_llm.report.card import write_card
+from pm_llm.report.changes import wrong_answers
 from pm_llm.report.data import difference, open_run
+from pm_llm.report.figures import kept
 from pm_llm.report.page import write_report
 from pm_llm.report.tables import comparison, describe
 from pm_llm.run.folder import RunDir
@@ -134,7 +136,15 @@ def test_the_page(runs, tmp_path, capsys) -> None:
     assert html.count("<svg") == len(list((tmp_path / "out/figures").glob("*.svg")))
     for word in ("Methods", "Accuracy over the sequence", "Merge coefficients", "Curvature", "Truncation error"):
         assert word in page.text
-    for word in ("Accuracy matrix", "Coefficients of the modules", "Time and memory", "(untrained)", "pm_llm 0"):
+    assert page.text.index("What was kept, what was lost") < page.text.index("Methods")  # that first
+    for word in (
+        "Accuracy matrix",
+        "Training loss",
+        "Coefficients of the modules",
+        "Time and memory",
+        "(untrained)",
+        "pm_llm 0",
+    ):
         assert word in page.text
     names = {p.name for p in (tmp_path / "out/figures").iterdir()}
     assert {"accuracy.png", "accuracy.svg", "matrix-1.png", "matrix-3.svg", "modules-1.png", "costs-2.svg"} <= names
@@ -143,6 +153,26 @@ def test_the_page(runs, tmp_path, capsys) -> None:
     assert set(results["seconds"][0]) == {"prepare", "train", "fisher", "merge", "evaluate"}
     assert all(x > 10**7 for x in results["peak_memory_bytes"])
     assert results["untrained"].keys() == set(TASKS)
+
+
+def test_wrong_answers_are_shown_with_their_prompts(runs) -> None:
+    run = open_run(runs["seqlora"])
+    rows = wrong_answers(run)
+    assert rows
+    for place, prompt, said, right in rows:
+        name, _, number = place.partition(", ")
+        (line,) = [one for one in run.predictions[len(TASKS) - 1][name].lines() if one["row"] == int(number)]
+        assert (line["prompt"], line["prediction"], line["references"][0]) == (prompt, said, right)
+        assert said != right
+
+
+def test_what_was_kept_is_drawn_for_tasks_that_were_scored_again(runs) -> None:
+    run = open_run(runs["seqlora"])
+    (axes,) = kept([run]).axes
+    rings, dots = (list(line.get_xdata()) for line in axes.lines)
+    last = len(run.matrix.stages) - 1
+    assert rings == [run.matrix.get(i, j) for j, i in run.matrix.learned(last).items()]
+    assert dots == [run.matrix.get(last, j) for j in run.matrix.learned(last)]
 
 
 def test_intervals_and_differences_of_runs(runs) -> None:

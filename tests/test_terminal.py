@@ -14,10 +14,11 @@ from pm_llm.run.record import Results
 def results(n: int = 3, scorer: str = "exact_match") -> Results:
     """`n` tasks; the first has lost 30 points of 90 by the end, or gained as many of a perplexity."""
     names = [f"task-{i}" for i in range(n)]
-    matrix = [
-        [(90.0 if stage == j else 60.0 if j == 0 else 89.5) if j <= stage else None for j in range(n)]
-        for stage in range(n)
-    ]
+
+    def score(stage: int, j: int) -> float | None:
+        return None if j > stage else 90.0 if j == stage else 60.0 if j == 0 else 89.5
+
+    matrix = [[score(stage, j) for j in range(n)] for stage in range(n)]
     lower = scorer == "perplexity"
     return Results(
         config={"method": "pm_curvature"},
@@ -39,8 +40,8 @@ def said(found: Results, capsys) -> str:
 
 def test_the_end_of_a_run(capsys) -> None:
     text = said(results(), capsys)
-    assert "after   task-0  task-1  task-2  average  coef." in text
-    assert "task-2    60.0    89.5    90.0     79.8   1.00" in text
+    assert "after     task-0  task-1  task-2  average  coef." in text
+    assert "task-2      60.0    89.5    90.0     79.8   1.00" in text
     assert "lost since they were learnt: task-0 -30.0\n" in text
     assert "\x1b" not in text
     for line in ("adapter: runs/x/adapter", "next:    pm-llm report runs/x"):
@@ -52,8 +53,8 @@ def test_the_end_of_a_run(capsys) -> None:
 def test_many_tasks_are_told_one_a_line(capsys) -> None:
     text = said(results(20), capsys)
     assert max(map(len, text.splitlines())) <= terminal.WIDTH
-    assert "task     learnt   now" in text
-    assert "task-0     90.0  60.0" in text
+    assert "task       learnt   now" in text
+    assert "task-0       90.0  60.0" in text
     assert len([line for line in text.splitlines() if line.startswith("task-")]) == 20
 
 
@@ -77,7 +78,7 @@ def test_colours_on_a_terminal(monkeypatch) -> None:
 
 def test_without_rich(monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert "task-2    60.0    89.5    90.0" in said(results(), capsys)
+    assert "task-2      60.0    89.5    90.0" in said(results(), capsys)
 
 
 def test_a_task_that_was_not_scored_again(capsys) -> None:

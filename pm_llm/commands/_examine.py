@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import os
 import platform
@@ -19,6 +18,7 @@ from packaging.requirements import Requirement
 from pm_llm.config import RunConfig
 from pm_llm.errors import PmLlmError, first_line
 from pm_llm.system.files import size_of
+from pm_llm.system.lock import try_lock
 
 OK, WARNING, FAILURE = "ok", "warning", "FAILURE"
 
@@ -174,7 +174,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".pm-llm-doctor.") as scratch:
             with (Path(scratch) / "file").open("w") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_lock(file)
                 os.fsync(file.fileno())
             (Path(scratch) / "link").symlink_to("file")
     except OSError as error:

@@ -130,3 +130,24 @@ def shifts(run: Run) -> str:
     """The same as Markdown; empty where no stage measured it."""
     rows = shift_cells(run)
     return markdown(["after", *SHIFTS.values()], rows) if rows else ""
+
+
+def wrong_answers(run: Run, most: int = 3, length: int = 300) -> list[list[str]]:
+    """Rows of a table: of each task's answers after the last stage, those that are furthest from right; none of a
+    task whose answers are no texts, or whose predictions hold no prompts."""
+    found = []
+    for name, said in run.predictions.get(len(run.matrix.stages) - 1, {}).items():
+        scorer = scorer_named(said.scorer)
+        if (
+            not scorer.by_row
+            or scorer.lower_is_better
+            or not said.prompts
+            or not all(isinstance(x, str) for x in said.predictions)
+        ):
+            continue
+        scores = said.numbers[:, 0]
+        worst = [int(i) for i in scores.argsort(kind="stable")[:most] if scores[i] < scores.max(initial=50.0)]
+        for i in worst:
+            texts = (said.prompts[i], said.predictions[i], str(said.references[i][0]))
+            found.append([f"{name}, {i}", *(x if len(x) <= length else f"{x[:length]} ..." for x in texts)])
+    return found

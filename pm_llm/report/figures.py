@@ -54,6 +54,53 @@ def matrix(results: Results) -> Figure:
     return figure
 
 
+def kept(runs: Sequence[Run]) -> Figure | None:
+    """Of each task its score when it was learnt (a ring) and after the last task (a dot), a line between them; None
+    where no task was scored again."""
+    pairs = [[pair for j in range(len(run.matrix.tasks)) if (pair := _learnt_and_now(run, j))] for run in runs]
+    tasks = list(dict.fromkeys(name for some in pairs for name, *_ in some))
+    if len(tasks) < 2:
+        return None
+    figure, axes = _new(WIDTH, 1.1 + (0.22 + 0.12 * len(runs)) * len(tasks))
+    for k, (run, some, colour) in enumerate(zip(runs, pairs, _colours(len(runs)), strict=True)):
+        at = [tasks.index(name) + (k - (len(runs) - 1) / 2) * 0.7 / len(runs) for name, *_ in some]
+        before, now = [x for _, x, _ in some], [x for *_, x in some]
+        axes.hlines(at, before, now, color=colour, linewidth=1.5)
+        axes.plot(before, at, "o", color=colour, markerfacecolor="none", clip_on=False)
+        axes.plot(now, at, "o", color=colour, label=run.name, clip_on=False)
+    axes.set_yticks(range(len(tasks)), [_short(name) for name in tasks])
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_xlim(left=0, right=max(100, axes.get_xlim()[1]))
+    axes.set_xlabel("score: ring when learnt, dot after the last task")
+    figure.legend(frameon=False, loc="outside upper left", ncols=2)
+    return figure
+
+
+def _learnt_and_now(run: Run, j: int) -> tuple[str, float, float] | None:
+    last, known = len(run.matrix.stages) - 1, run.matrix.scores
+    i = run.matrix.learned(last).get(j)
+    if run.results.facts.knows_task or i is None or not {(i, j), (last, j)} <= known.keys():
+        return None
+    return run.matrix.tasks[j], known[i, j], known[last, j]
+
+
+def losses(run: Run) -> Figure | None:
+    """The training loss at every log line, the tasks one after the other; None where nothing was logged."""
+    figure, axes = _new(WIDTH, 2.6)
+    begin, drawn = 0, False
+    for log in run.logs:
+        points = [(begin + line["step"], line["loss"]) for line in log if "loss" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", color=COLOURS[0])
+            drawn = True
+        begin += max((line["step"] for line in log), default=0)
+        axes.axvline(begin, color="#cccccc", linewidth=0.6, zorder=0)
+    axes.set_xlabel("step (a line where a task ends)")
+    axes.set_ylabel("training loss")
+    axes.set_ylim(bottom=0)
+    return figure if drawn else None
+
+
 def accuracy_over_time(runs: Sequence[Run]) -> Figure:
     """Average accuracy on the tasks so far, a line a run, with bands that hold 95 % of the bootstrap."""
     figure, axes = _new(WIDTH, 3.2, len(runs[0].matrix.stages))
@@ -61,7 +108,7 @@ def accuracy_over_time(runs: Sequence[Run]) -> Figure:
         stages = sorted(run.averages)
         at = [stage + 1 for stage in stages]
         found = [run.averages[stage] for stage in stages]
-        axes.plot(at, [x.value for x in found], marker="o", color=colour, label=run.name)
+        axes.plot(at, [x.value for x in found], marker="o", color=colour, label=run.name, clip_on=False)
         axes.fill_between(at, [x.low for x in found], [x.high for x in found], color=colour, alpha=0.15, linewidth=0)
     _name_stages(axes, runs, first=1)
     axes.set_ylabel("average score on tasks so far")
@@ -76,7 +123,7 @@ def coefficients(runs: Sequence[Run]) -> Figure:
     for k, (run, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True)):
         values = run.results.coefficients
         at = [i + (k - (len(runs) - 1) / 2) * 0.12 for i in range(len(values))]
-        axes.plot(at, values, marker="o", linestyle="none", color=colour, label=run.name)
+        axes.plot(at, values, marker="o", linestyle="none", color=colour, label=run.name, clip_on=False)
         for x, modules in zip(at, run.results.module_coefficients, strict=True):
             if modules and len(set(modules.values())) > 1:
                 axes.vlines(x, min(modules.values()), max(modules.values()), color=colour, linewidth=3, alpha=0.35)

@@ -17,7 +17,7 @@ from pm_llm import __version__
 from pm_llm.errors import PmLlmError
 from pm_llm.evaluation.intervals import Interval
 from pm_llm.report import figures
-from pm_llm.report.changes import HEADER, SHIFTS, path_cells, shift_cells
+from pm_llm.report.changes import HEADER, SHIFTS, path_cells, shift_cells, wrong_answers
 from pm_llm.report.data import Run, difference
 from pm_llm.report.tables import comparison, how_scored, words
 from pm_llm.system.coerce import write_yaml
@@ -84,6 +84,12 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
             "What the running adapter loses when it is cut to its rank, relative to its size.",
         ),
     ]
+    first = draw(
+        "kept",
+        figures.kept(runs),
+        "What was kept, what was lost",
+        "Of each task its score when it was learnt, and after the last task.",
+    )
     sections = []
     for number, run in enumerate(runs, start=1):
         pictures = [
@@ -98,6 +104,12 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
                 figures.module_coefficients(run),
                 "Coefficients of the modules",
                 "Where the merge chose a coefficient for each module.",
+            ),
+            draw(
+                f"losses-{number}",
+                figures.losses(run),
+                "Training loss",
+                "Of each task in turn, penalties included.",
             ),
             draw(
                 f"costs-{number}",
@@ -123,6 +135,7 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
         "words": words,
         "how": how_scored,
         "path": path_cells,
+        "wrong": wrong_answers,
         "shifts": shift_cells,
     }
     return environment.get_template("report.html").render(
@@ -131,6 +144,7 @@ def _render(runs: Sequence[Run], draw: Drawer, joint: float | None) -> str:
         rows=[
             (run.name, row, final, gap) for run, row, final, gap in zip(runs, rows, finals, differences, strict=True)
         ],
+        first=first,
         shared=[picture for picture in shared if picture],
         sections=sections,
         changes_header=HEADER,

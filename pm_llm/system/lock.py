@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import platform
 import stat
@@ -12,6 +11,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pm_llm.errors import PmLlmError
+
+try:
+    import fcntl
+except ImportError as error:  # Windows
+    raise PmLlmError(
+        "a run's folder is locked with POSIX locks, which this platform lacks. Use Linux or macOS; on Windows, WSL."
+    ) from error
+
+
+def try_lock(file: Any) -> None:
+    """Lock an open file until it is closed. Raises OSError if another has it, or the file system has no locks."""
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Lock:
@@ -37,7 +48,7 @@ class Lock:
         file = self._opened()
         for patience in (0.1, 0.2, 0.4, 0):  # one that only looks who is at work lets go at once
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_lock(file)
                 if not self._lock_folder():
                     raise BlockingIOError
                 break
