@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from pm_llm.commands.quickstart import METHODS, train
+from tests.conftest import ROOT
 
 SEEDS = range(int(os.environ.get("PM_LLM_SEEDS", "1")))  # `make seeds` takes five
 
@@ -37,3 +39,19 @@ def test_the_command(tmp_path) -> None:
     for name in ("picture", "page", "adapter"):
         (path,) = [line.split()[1] for line in lines if line.startswith(name)]
         assert (tmp_path / path).exists()
+
+
+def test_what_the_docs_say_of_it(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quickstart
+
+    found = json.loads((ROOT / "docs/results/quickstart.json").read_text())
+    page = (ROOT / "docs/results.md").read_text()
+    assert quickstart.table(found) in page
+    leads = [
+        found[f"{model} pm_curvature {seed}"]["average"] - found[f"{model} seqlora {seed}"]["average"]
+        for model in ("llama", "t5")
+        for seed in range(5)
+    ]
+    assert min(leads) >= 15
+    assert f"by {min(leads):.0f} to {max(leads):.0f} points" in page
