@@ -90,8 +90,9 @@ def test_a_method_over_a_file_that_sets_words_of_another(tmp_path) -> None:
     assert load_config(path, {"method": "ewc", "constrain": None}).parsed_method() == PRESETS["ewc"]
     assert load_config(path, {"method": "pm"}).constrain == {"name": "perturb", "epsilon": 0.3}
     assert main(["run", "--config", str(path), "--method", "ewc", "--constrain", "null", "--tasks", "nowhere"]) == 2
-    path.write_text(yaml.safe_dump({"constrain": {"name": "perturb", "epsilon": 0.3}}))
-    assert load_config(path, {"method": "pm"}).constrain == {"name": "perturb", "epsilon": 0.3}  # which is the default
+    path.write_text(yaml.safe_dump({"constrain": {"name": "curvature", "weight": 1.0}}))
+    found = load_config(path, {"method": "pm_curvature"})  # which is the default
+    assert found.constrain == {"name": "curvature", "weight": 1.0}
     path.write_text(yaml.safe_dump({"method": "pm", "start": "fresh", "space": "factors", "merge": "optimal"}))
     with pytest.raises(PmLlmError, match="--start null --merge null --space weights for the method's own"):
         load_config(path, {"method": "slao"})
