@@ -113,7 +113,7 @@ def test_other_tasks_in_the_same_folder(pico_folders, tmp_path) -> None:
 
 
 def test_perturb_with_continue_is_refused(run) -> None:
-    one_line(*run("--start", "continue"), "would perturb the past tasks too")
+    one_line(*run("--method", "pm", "--start", "continue"), "would perturb the past tasks too")
 
 
 def test_a_target_module_may_be_a_plain_word(run, tmp_path) -> None:
@@ -145,13 +145,14 @@ def test_wrong_columns(run, tmp_path) -> None:
 
 
 def test_run_folder_of_another_configuration(run, tmp_path, monkeypatch) -> None:
-    assert run()[0] == 0
+    own = ("--method", "pm")
+    assert run(*own)[0] == 0
     before = sorted((tmp_path / "run").rglob("*"))
-    one_line(*run("--train.learning_rate", "0.5"), "another configuration", "train.learning_rate: 0.001 -> 0.5")
+    one_line(*run(*own, "--train.learning_rate", "0.5"), "another configuration", "train.learning_rate: 0.001 -> 0.5")
     assert sorted((tmp_path / "run").rglob("*")) == before
-    assert run()[0] == 0  # the same configuration is welcome
+    assert run(*own)[0] == 0  # the same configuration is welcome
     monkeypatch.setitem(PRESETS, "pm", PRESETS["pm_gaussian"])  # the preset as another version has it
-    one_line(*run(), "another configuration", "constrain: ['perturb'] -> ['gaussian']")
+    one_line(*run(*own), "another configuration", "constrain: ['perturb'] -> ['gaussian']")
 
 
 def test_a_folder_that_holds_something_else(run, tmp_path) -> None:
