@@ -32,6 +32,7 @@ REAL: dict[str, Any] = {
 }
 EMBEDDED: dict[str, Any] = {"benchmark": "embedded", "max_test_samples": 50, "max_length": 96, "train.max_steps": 15}
 BOTH: dict[str, Any] = {
+    "method": "pm",
     "evaluate": "final",
     "evaluation.mode": "labels",
     "fisher.samples": 64,

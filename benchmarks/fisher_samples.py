@@ -50,7 +50,7 @@ def main() -> None:
                     if session.running is not None:
                         found[n].append(own.report.raw_coefficient)
 
-    keys: dict[str, Any] = {"benchmark": "embedded", "order": "sentiment,topic", "evaluate": "final"}
+    keys: dict[str, Any] = {"method": "pm", "benchmark": "embedded", "order": "sentiment,topic", "evaluate": "final"}
     keys |= {"max_train_samples": 256, "max_test_samples": 4, "train.max_steps": 25, "train.learning_rate": 2e-3}
     keys |= keys_of(more)
     with tempfile.TemporaryDirectory() as folder:

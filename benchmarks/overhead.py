@@ -37,7 +37,7 @@ def main() -> None:
     from pm_llm import ContinualSequence
     from pm_llm.config import load_config
 
-    keys: dict[str, Any] = {"benchmark": "embedded", "order": "sentiment,topic", "evaluate": "final"}
+    keys: dict[str, Any] = {"method": "pm", "benchmark": "embedded", "order": "sentiment,topic", "evaluate": "final"}
     keys |= {"max_test_samples": 4, "train.per_device_train_batch_size": 8, "model": given.model}
     keys |= keys_of(more)
     seconds = []
