@@ -116,7 +116,8 @@ def make_tokenizer(seq2seq: bool) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=seq2seq)  # T5's puts a blank before a text
-    tokenizer.decoder = decoders.ByteLevel()
+    text = decoders.ByteLevel()
+    tokenizer.decoder = decoders.Sequence([text, decoders.Strip(" ", 1, 0)]) if seq2seq else text
     rng = random.Random(SEED)
     corpus = ["".join(pair(rng)) for _ in range(20000)] + INSTRUCTIONS * 50
     trainer = trainers.BpeTrainer(
