@@ -185,7 +185,8 @@ def test_scale_is_as_in_the_space_of_weights() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_in_factors_keeps_rank_and_state(family: str, tmp_path, pico_folders) -> None:
-    keys = {"model": pico_folders[family], "benchmark": "embedded", "order": "sentiment,topic,question,puzzle"}
+    keys = {"method": "pm", "model": pico_folders[family], "benchmark": "embedded"}
+    keys |= {"order": "sentiment,topic,question,puzzle"}
     keys |= {"max_train_samples": 16, "max_test_samples": 4, "lora.r": 4, "train.max_steps": 3, "fisher.samples": 6}
     keys |= {"train.learning_rate": 1e-2, "space": "factors", "output_dir": str(tmp_path / "run")}
     results = ContinualSequence(load_config(None, keys)).run()
@@ -224,4 +225,4 @@ def test_a_run_in_factors_keeps_rank_and_state(family: str, tmp_path, pico_folde
 )
 def test_what_does_not_go_together_is_refused(keys: dict, expected: str) -> None:
     with pytest.raises(PmLlmError, match=expected):
-        load_config(None, keys).check()
+        load_config(None, {"method": "pm", **keys}).check()

@@ -47,7 +47,7 @@ def test_same_function_and_gradient_then_the_same_bits(family: str, options: dic
     assert found.keys() == expected.keys()
     for name, g in expected.items():
         assert ".task." in name
-        torch.testing.assert_close(found[name], g, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(found[name], g, atol=2e-6, rtol=1e-4)
     assert model.active_adapters == ["running", "task"]
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
