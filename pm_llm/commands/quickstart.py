@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
 def call(given: argparse.Namespace) -> int:
     """`pm-llm quickstart`: four runs, a table, a sentence, and what to open and to do next."""
     started, folder = time.monotonic(), Path(given.out) / given.model
-    print(f"A tiny {given.model} learns four tasks, one after the other; old rows are never seen again.", flush=True)
+    print(f"A tiny {given.model} learns four tasks in a row; old rows are never seen again.", flush=True)
     found = train_all(given.model, folder, given.seed)
     print("\n" + table(found) + "\n\n" + sentence(found) + "\n")
     _pictures(found, folder)
