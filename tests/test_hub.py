@@ -183,7 +183,7 @@ def check_card(card: str, run: str) -> None:
     assert values == {t: round(v, 2) for t, v in zip(results["tasks"], last, strict=True)}
     pattern = (
         r"\s*<!-- made by pm_llm[^\n]*-->\n# name\n.*\n## Method\n\n"
-        r"`pm` \(start: fresh, constrain: perturb, merge: optimal\).*coefficients: "
+        r"`pm_curvature` \(start: fresh, constrain: curvature \(weight 0.3\), merge: optimal \(.*\)\).*coefficients: "
         r"sentiment 1\.000, topic \d\.\d{3}\..*\n## Results\n.*"
         r"\| after \| sentiment \| topic \| average \| coefficient \|"
         r".*average accuracy: \d.*\n## Use\n.*PeftModel\.from_pretrained\(base, \"user/name\"\).*"
