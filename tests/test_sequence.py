@@ -194,3 +194,13 @@ def test_the_public_names_work_together(pico_folders, tmp_path) -> None:
     ContinualSequence(config, small_tasks("sentiment")).run()
     folder = Path(tmp_path / "run/adapter")
     assert Merger("sum").fold(folder, folder).rank == 8
+
+
+def test_events_of_tensorboard_stay(pico_folders, tmp_path) -> None:
+    keys = {"method": "seqlora", "train.extra": {"report_to": "tensorboard"}, "order": ["sentiment", "topic"]}
+    ContinualSequence(config_for(pico_folders["llama"], tmp_path / "run", **keys)).run()
+    found = {path.parent.name for path in (tmp_path / "run/logs").rglob("events.out.*")}
+    assert found == {"01-sentiment", "02-topic"}
+    again = ContinualSequence(config_for(pico_folders["llama"], tmp_path / "run", **keys)).run()  # sweeps the folder
+    assert len(again["stages"]) == len(found)
+    assert len(list((tmp_path / "run/logs").rglob("events.out.*"))) == 2

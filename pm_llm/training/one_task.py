@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,8 @@ def train(
     arguments = training_arguments(config, family, checkpoints.folder, seed, steps)
     if (newest := checkpoints.newest()) is not None:
         say(f"{label}: going on from {Path(newest).name}")
-    with stopping.gently() as stop, original_forward(model):
+    events = Path(config.output_dir) / "logs" / checkpoints.folder.name
+    with stopping.gently() as stop, original_forward(model), _tensorboard_in(events):
         with _told(bool(config.train.extra)):
             trainer = family.trainer_class()(
                 model,
@@ -79,6 +81,20 @@ def train(
         # under ZeRO-3 transformers would go on sharding what is loaded, and wait for all processes at every token
         unset_hf_deepspeed_config()
         return list(trainer.state.log_history)
+
+
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Where TensorBoard's events go, if they are asked for: beside the checkpoints they would go with them."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:  # the user's
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextmanager
