@@ -18,7 +18,7 @@ seeds: $(READY)
 
 # the site, in site/
 docs: $(READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # 40 kills a family at instants drawn at random (make test draws 4)
 faults: $(READY)
