@@ -56,7 +56,9 @@ def test_what_cannot_be_written(here: Path, pico_folders, capsys) -> None:
     one_line(main(["init", "short.jsonl"]), capsys.readouterr().err, "my.yaml exists. Give another file with --out")
     model = ["--out", "new.yaml", "--model", pico_folders["llama"]]
     one_line(main(["init", *model]), capsys.readouterr().err, "no tasks are given. Name them: pm-llm init DATA")
-    one_line(main(["init", "mails.csv", *model]), capsys.readouterr().err, "the columns are subject, queue")
+    one_line(
+        main(["init", "mails.csv", *model]), capsys.readouterr().err, "the columns are subject, queue", "{data: FILE"
+    )
     assert not (here / "new.yaml").exists()
     assert (here / "my.yaml").read_text() == "mine: yes\n"
 

@@ -76,6 +76,7 @@ def test_what_is_wrong_with_every_row_is_told_once(tmp_path) -> None:
     assert "Did you mean 'promt'?" in lines[0]
     assert lines[0].endswith("(also 2-40)")
     assert "Say what the columns are called (`prompt: question`)." in str(raised.value)
+    assert "bad_rows" not in str(raised.value)  # it would drop every row
 
 
 def test_bad_rows_can_be_left_out(folder, capsys) -> None:

@@ -88,8 +88,8 @@ def choose(seen: Seen) -> list[Choice]:
         Choice(
             "dtype",
             "bfloat16" if halves else "float32",
-            f"weights of {weights / 2**30:.1f} GiB; this device has "
-            f"{brain / 2**30:.0f}" + ("" if halves else ", and no instructions for bfloat16"),
+            f"weights of {weights / 2**30:.1f} GiB; this machine has "
+            f"{brain / 2**30:.0f} GiB of memory" + ("" if halves else ", and no instructions for bfloat16"),
         ),
         Choice(
             "max_length",
@@ -102,7 +102,7 @@ def choose(seen: Seen) -> list[Choice]:
             rate,
             f"usual for LoRA on {_count(seen.parameters)} parameters; half and twice it are worth a try",
         ),
-        Choice("train.num_train_epochs", epochs, f"{math.ceil(epochs * rows / ROWS)} steps for a task of {rows} rows"),
+        Choice("train.num_train_epochs", epochs, f"{epochs * math.ceil(rows / ROWS)} steps for a task of {rows} rows"),
         Choice("train.per_device_train_batch_size", each, f"rows of up to {length} tokens in one pass"),
         Choice("train.gradient_accumulation_steps", math.ceil(ROWS / each), f"{ROWS} rows a step"),
     ]

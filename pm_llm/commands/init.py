@@ -57,7 +57,13 @@ def call(given: argparse.Namespace) -> int:
     from pm_llm.system.files import replace_bytes
 
     given_entries = [read_yaml(word) if word.startswith("{") else word for word in data]
-    seen = look(model, given_entries)
+    try:
+        seen = look(model, given_entries)
+    except PmLlmError as error:
+        if "Name yours with" not in str(error):
+            raise
+        how = "'{data: FILE, prompt: COLUMN, completion: COLUMN}'"
+        raise PmLlmError(f"{error} Here that is an entry in place of the file: {how}.") from error
     if len(seen.tasks) != len(data):  # a folder of task files
         raise PmLlmError(f"{' '.join(data)} holds {len(seen.tasks)} tasks. Name their files, in their order.")
     entries = [entry(one, task) for one, task in zip(given_entries, seen.tasks, strict=True)]
@@ -80,6 +86,7 @@ def _asked(what: str, usual: str | None, flag: str) -> str:
     if not sys.stdin.isatty():
         if usual is None:
             raise PmLlmError(f"no tasks are given. Name them: pm-llm init {flag} ... (files, folders or dataset ids).")
+        print(f"{flag} is not given: {usual}", flush=True)
         return usual
     said = input(f"{what}{f' [{usual}]' if usual else ''}: ").strip() or usual
     return said or _asked(what, usual, flag)

@@ -64,7 +64,10 @@ def _named(config: RunConfig, kept: Sequence[Task]) -> tuple[list[str], Callable
     from pm_llm.tasks.user import load_user_task, task_name, user_tasks
 
     if config.benchmark is None and not config.tasks and not kept:
-        raise PmLlmError("give `benchmark` (with `order`), or `tasks` (files or dataset ids), or both.")
+        raise PmLlmError(
+            "give `benchmark` (with `order`), or `tasks` (files or dataset ids), or both; or a file "
+            "that does, with --config (pm-llm init writes one)."
+        )
     folder, benchmark = Path(config.data_dir) if config.data_dir else None, config.benchmark
     specs = user_tasks(config.tasks, folder, kept)
     own = [task_name(spec, folder) for spec in specs]

@@ -65,7 +65,8 @@ class Problems:
             return
         advice = " Mend the rows, or leave them out with --bad_rows drop." if self.rows else ""
         if any(what.startswith("column ") for _, what in self.found):
-            advice = f" Say what the columns are called (`prompt: question`).{advice}"
+            columns = all(what.startswith("column ") for place, what in self.found if place)
+            advice = f" Say what the columns are called (`prompt: question`).{'' if columns else advice}"
         if len(self.found) == 1:
             raise PmLlmError(_line(self.found[0]) + advice)
         told = _together(sorted(self.found, key=_by_file_and_line))
