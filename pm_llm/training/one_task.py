@@ -57,8 +57,7 @@ def train(
     arguments = training_arguments(config, family, checkpoints.folder, seed, steps)
     if (newest := checkpoints.newest()) is not None:
         say(f"{label}: going on from {Path(newest).name}")
-    events = Path(config.output_dir) / "logs" / checkpoints.folder.name
-    with stopping.gently() as stop, original_forward(model), _tensorboard_in(events):
+    with stopping.gently() as stop, original_forward(model), _tensorboard_in(config.output_dir, checkpoints.folder):
         with _told(bool(config.train.extra)):
             trainer = family.trainer_class()(
                 model,
@@ -84,13 +83,13 @@ def train(
 
 
 @contextmanager
-def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Where TensorBoard's events go, if they are asked for: beside the checkpoints they would go with them."""
+def _tensorboard_in(run: str, work: Path) -> Iterator[None]:
+    """Where TensorBoard's events go, if they are asked for: beside the checkpoints in `work` they would go with them."""
     name = "TENSORBOARD_LOGGING_DIR"
     if name in os.environ:  # the user's
         yield
         return
-    os.environ[name] = str(folder)
+    os.environ[name] = str(Path(run) / "logs" / work.name)
     try:
         yield
     finally:
