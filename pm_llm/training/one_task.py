@@ -84,7 +84,7 @@ def train(
 
 @contextmanager
 def _tensorboard_in(run: str, work: Path) -> Iterator[None]:
-    """Where TensorBoard's events go, if they are asked for: beside the checkpoints in `work` they would go with them."""
+    """Where TensorBoard's events go, if they are asked for: beside the checkpoints in `work` they would vanish."""
     name = "TENSORBOARD_LOGGING_DIR"
     if name in os.environ:  # the user's
         yield
