@@ -37,6 +37,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_function_and_gradient_then_the_same_bits(family: str, options: dict) -> None:
     model = two_adapters(family, **options)
+    model.get_output_embeddings().weight.data *= 0.1  # gradients as small as the bounds are made for
     batch = batch_of(family, features(family, 4))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     logits, expected = model(**batch).logits, gradients(model, batch)
@@ -47,7 +48,7 @@ def test_same_function_and_gradient_then_the_same_bits(family: str, options: dic
     assert found.keys() == expected.keys()
     for name, g in expected.items():
         assert ".task." in name
-        torch.testing.assert_close(found[name], g, atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(found[name], g, atol=1e-6, rtol=1e-4)
     assert model.active_adapters == ["running", "task"]
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 

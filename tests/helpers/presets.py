@@ -24,7 +24,8 @@ KEYS = {
 # constraints that would sleep through three steps
 AWAKE = {
     "pam": {"constrain": {"name": "align", "every": 1}},
-    "lori": {"constrain": {"name": "lori", "calibration": 0.6}},  # Adam's first step moves all entries alike
+    # Adam's first steps move all entries alike: which of them are the largest would be decided by rounding
+    "lori": {"constrain": {"name": "lori", "calibration": 0.6}, "train.optim": "sgd"},
     "coso": {"constrain": {"name": "gradient_subspace", "size": 2}},
 }
 
