@@ -44,18 +44,13 @@ def figure(found: dict[str, Any], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from pm_llm.report.figures import STYLE
+    from pm_llm.report.figures import STYLE, heat_map
 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "quickstart"}):
         drawn = Figure(figsize=(8, 2.9), layout="constrained")
         for axes, (method, label) in zip(drawn.subplots(1, 2, sharey=True), SHOWN.items(), strict=True):
             run = found[f"llama {method} 0"]
-            known = [[float("nan") if x is None else x for x in row] for row in run["matrix"]]
-            axes.imshow(known, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-            for i, row in enumerate(run["matrix"]):
-                for j, x in enumerate(row):
-                    if x is not None:
-                        axes.text(j, i, f"{x:.0f}", ha="center", va="center", color="white" if x < 60 else "black")
+            heat_map(axes, [[float("nan") if x is None else x for x in row] for row in run["matrix"]])
             axes.set_xticks(range(len(run["tasks"])), run["tasks"])
             axes.set_yticks(range(len(run["tasks"])), [f"after {name}" for name in run["tasks"]])
             axes.set_title(f"{label}: ends at {run['average']:.0f} %")

@@ -96,17 +96,8 @@ def test_the_room_it_asks_for_is_enough_whatever_the_merge_does_to_the_rank(word
 
 @pytest.mark.parametrize("form", ["dense", "factored", "kronecker"])
 def test_the_memory_it_asks_for_is_that_of_the_sums(form: str, pico_folders, tmp_path, capsys, monkeypatch) -> None:
-    keys = [
-        "--model",
-        pico_folders["llama"],
-        *TASKS,
-        "--method",
-        "pm",
-        "--fisher.form",
-        form,
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    keys = ["--model", pico_folders["llama"], *TASKS, "--method", "pm", "--fisher.form", form]
+    keys += ["--output_dir", str(tmp_path / "run")]
     assert main(["doctor", *keys]) == 0
     need, sums, _ = expected_bytes(
         load_config(None, {"model": pico_folders["llama"], "method": "pm", "fisher.form": form, **ORDER})

@@ -102,18 +102,18 @@ def memory() -> int:
 
 
 def _precision(config: RunConfig) -> Iterator[Finding]:
-    if torch.cuda.is_available():
-        good, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-    else:
-        good, where = bfloat16_on_cpu(), "this CPU"
-    if good:
+    where = "this GPU" if torch.cuda.is_available() else "this CPU"
+    if bfloat16_works():
         yield Finding(OK, "bfloat16", f"works on {where}")
     else:
         level = FAILURE if config.dtype == "bfloat16" else WARNING
         yield Finding(level, "bfloat16", f"is not supported by {where}", "Use --dtype float32")
 
 
-def bfloat16_on_cpu() -> bool:
+def bfloat16_works() -> bool:
+    """Whether the device that a run would take computes in it."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     x = torch.ones(8, 8, dtype=torch.bfloat16, requires_grad=True)
     try:
         (x @ x).sum().backward()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pm_llm.commands._examine import bfloat16_on_cpu, memory
+from pm_llm.commands._examine import bfloat16_works, memory
 from pm_llm.config import RunConfig
 from pm_llm.families.models import context_of, empty_base, load_tokenizer
 from pm_llm.tasks.base import Task
@@ -82,7 +82,7 @@ def choose(seen: Seen) -> list[Choice]:
     epochs = max(1, min(5, round(STEPS * ROWS / rows)))
     rate = next(rate for most, rate in RATES if seen.parameters < most)
     brain = _device_bytes()
-    halves = torch.cuda.is_available() or bfloat16_on_cpu()
+    halves = bfloat16_works()
     weights = seen.parameters * (2 if halves else 4)
     found = [
         Choice(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import multiprocessing
 import os
 import shutil
@@ -79,7 +78,7 @@ def train_all(model: str, folder: Path, seed: int, methods: tuple[str, ...] = LO
 
 def train(method: str, model: str, folder: str, seed: int) -> Results:
     """One run, in silence, on one thread (as many as the recorded numbers were made with)."""
-    from pm_llm.system.quiet import quiet_libraries
+    from pm_llm.system.quiet import quiet_libraries, silence
 
     quiet_libraries()
     import torch
@@ -92,7 +91,7 @@ def train(method: str, model: str, folder: str, seed: int) -> Results:
     if Path(folder, "state.json").exists():  # of a quickstart before
         shutil.rmtree(folder)
     keys = {"method": method, "model": f"embedded:{model}", "output_dir": folder, "seed": seed}
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with silence():
         return Results.of(ContinualSequence(load_config(CONFIG, keys)).run())
 
 
@@ -121,15 +120,14 @@ def sentence(found: dict[str, Results]) -> str:
 
 def _pictures(found: dict[str, Results], folder: Path) -> None:
     try:
+        from pm_llm.commands.run import draw
         from pm_llm.report.data import open_run
-        from pm_llm.report.figures import matrix_png
         from pm_llm.report.page import write_report
         from pm_llm.run.folder import RunDir
     except ImportError:  # matplotlib and jinja2 are an extra
         print('for the picture and the page: pip install "pm_llm[report]"')
         return
     for method in found:
-        with RunDir(folder / method).locked():
-            RunDir(folder / method).write("matrix.png", matrix_png(found[method]))
+        draw(RunDir(folder / method), found[method])
     page = write_report([open_run(folder / method) for method in METHODS], folder)
     print(f"picture    {folder / 'pm_curvature' / 'matrix.png'}  (beside it seqlora's)\npage       {page}")

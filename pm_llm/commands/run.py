@@ -10,6 +10,8 @@ from pm_llm.commands.keys import add_keys, config_of
 from pm_llm.config import flags
 
 if TYPE_CHECKING:
+    from pm_llm.run.folder import RunDir
+    from pm_llm.run.record import Results
     from pm_llm.sequence import ContinualSequence
 
 
@@ -55,12 +57,17 @@ def train(sequence: ContinualSequence, go: Callable[[], dict[str, Any]]) -> int:
     if sequence.state.is_main_process:
         folder = sequence.run_dir.path
         try:
-            from pm_llm.report.figures import matrix_png
-
-            with sequence.run_dir.locked():
-                sequence.run_dir.write("matrix.png", matrix_png(Results.of(results)))
+            draw(sequence.run_dir, Results.of(results))
         except ImportError:  # matplotlib is an extra; the results are there all the same
             say('for a picture of the matrix: pip install "pm_llm[report]"')
         closing(Results.of(results), folder)
     shut_down()
     return 0
+
+
+def draw(run_dir: RunDir, results: Results) -> None:
+    """Write a run's `matrix.png`. Raises ImportError without matplotlib."""
+    from pm_llm.report.figures import matrix_png
+
+    with run_dir.locked():
+        run_dir.write("matrix.png", matrix_png(results))

@@ -153,11 +153,9 @@ def halve(candidates: list[Candidate], config: RunConfig, tasks: list[Task], low
 
 def score(one: Candidate, config: RunConfig, tasks: list[Task], share: float) -> float:
     """The average on the tasks' validation rows after a run with so much of the steps."""
-    import contextlib
-    import os
-
     from pm_llm.config import configured
     from pm_llm.sequence import ContinualSequence
+    from pm_llm.system.quiet import silence
 
     train = config.train
     steps: dict[str, Any] = (
@@ -168,8 +166,7 @@ def score(one: Candidate, config: RunConfig, tasks: list[Task], share: float) ->
     keys: dict[str, Any] = {"train.learning_rate": one.rate, **steps}
     if one.weight is not None:
         keys["constrain"] = {"name": "curvature", "weight": one.weight}
-    with tempfile.TemporaryDirectory(prefix="pm_llm.tune.") as folder, open(os.devnull, "w") as nowhere:
+    with tempfile.TemporaryDirectory(prefix="pm_llm.tune.") as folder, silence():
         keys["output_dir"] = str(Path(folder) / "run")
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            results = ContinualSequence(configured(config.plain(), keys, "tune"), tasks=list(tasks)).run()
+        results = ContinualSequence(configured(config.plain(), keys, "tune"), tasks=list(tasks)).run()
     return float(results["average_accuracy"])

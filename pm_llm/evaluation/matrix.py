@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
 
 from pm_llm.errors import PmLlmError, unknown_name
 from pm_llm.run.record import Results
@@ -204,17 +203,28 @@ class Matrix:
         extra = ["coefficient"] if coefficients is not None else []
         lines = ["| after | " + " | ".join([*self.tasks, "average", *extra]) + " |"]
         lines.append("|---|" + "---:|" * (len(self.tasks) + 1 + len(extra)))
-        names = {UNTRAINED: "(untrained)", **dict(enumerate(self.stages))}
-        for i, name in names.items():
-            cells = [self.scores.get((i, j)) for j in range(len(self.tasks))]
-            if all(cell is None for cell in cells):
-                continue
-            whole = i != UNTRAINED and bool(self.learned(i)) and all(cells[j] is not None for j in self.learned(i))
-            shown = [_cell(cell) for cell in (*cells, self.average_accuracy(i) if whole else None)]
+        for i, name, scores, average in self.lines():
+            shown = [cell(x) for x in (*scores, average)]
             if coefficients is not None:
                 shown.append("" if i == UNTRAINED else f"{coefficients[i]:.3f}")
             lines.append(f"| {name} | " + " | ".join(shown) + " |")
         return "\n".join(lines)
+
+    def lines(self) -> Iterator[tuple[int, str, list[float | None], float | None]]:
+        """Of each stage at which something was scored: its number and name, a score a task, and their average where
+        all tasks learnt by then were scored."""
+        for i, name in {UNTRAINED: "(untrained)", **dict(enumerate(self.stages))}.items():
+            scores = [self.scores.get((i, j)) for j in range(len(self.tasks))]
+            if all(x is None for x in scores):
+                continue
+            whole = i != UNTRAINED and bool(self.learned(i)) and all(scores[j] is not None for j in self.learned(i))
+            yield i, name, scores, self.average_accuracy(i) if whole else None
+
+    def since_learnt(self, stage: int) -> dict[int, tuple[float, float]]:
+        """Column -> its score when it was learnt and at `stage`, of the tasks of which both were measured."""
+        learned = self.learned(stage) if stage != UNTRAINED else {}
+        known = {j: i for j, i in learned.items() if {(i, j), (stage, j)} <= self.scores.keys()}
+        return {j: (self.scores[i, j], self.scores[stage, j]) for j, i in known.items()}
 
 
 def lower_of(tasks: Sequence[str], scorers: Sequence[str]) -> frozenset[str]:
@@ -240,5 +250,6 @@ def gap_closed(method: float, seqlora: float, joint: float) -> float:
     return (method - seqlora) / (joint - seqlora)
 
 
-def _cell(value: Any) -> str:
+def cell(value: float | None) -> str:
+    """A score as it is shown; empty where there is none."""
     return "" if value is None else f"{value:.1f}"

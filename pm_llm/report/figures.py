@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import matplotlib
@@ -31,40 +32,37 @@ def matrix(results: Results) -> Figure:
     known = [x for row in rows for x in row if x == x]
     top = max(known) if results.lower_is_better else 100
     figure, axes = _new(max(WIDTH, 1.7 + 0.42 * len(found.tasks)), 1.3 + 0.34 * len(names))
-    image = axes.imshow(
-        rows, vmin=0, vmax=top, cmap="viridis_r" if results.lower_is_better else "viridis", aspect="auto"
-    )
+    heat_map(axes, rows, top, results.lower_is_better)
     _name_columns(axes, range(len(found.tasks)), found.tasks)
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.set_xlabel("score on")
     axes.set_ylabel("after training")
+    return figure
+
+
+def heat_map(axes: Any, rows: Sequence[Sequence[float]], top: float = 100, lower_is_better: bool = False) -> None:
+    """Scores from 0 to `top` as colours with their numbers; what is NaN stays empty."""
+    image = axes.imshow(rows, vmin=0, vmax=top, cmap="viridis_r" if lower_is_better else "viridis", aspect="auto")
     for i, row in enumerate(rows):
         for j, x in enumerate(row):
             if x == x:
                 red, green, blue, _ = image.cmap(image.norm(x))
                 dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                axes.text(
-                    j,
-                    i,
-                    f"{x:.1f}" if x < 10 and results.lower_is_better else f"{x:.0f}",
-                    ha="center",
-                    va="center",
-                    color="white" if dark else "black",
-                )
-    return figure
+                text = f"{x:.1f}" if x < 10 and lower_is_better else f"{x:.0f}"
+                axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
 
 
 def kept(runs: Sequence[Run]) -> Figure | None:
     """Of each task its score when it was learnt (a ring) and after the last task (a dot), a line between them; None
     where no task was scored again."""
-    pairs = [[pair for j in range(len(run.matrix.tasks)) if (pair := _learnt_and_now(run, j))] for run in runs]
-    tasks = list(dict.fromkeys(name for some in pairs for name, *_ in some))
+    pairs = [_learnt_and_now(run) for run in runs]
+    tasks = list(dict.fromkeys(chain(*pairs)))
     if len(tasks) < 2:
         return None
     figure, axes = _new(WIDTH, 1.1 + (0.22 + 0.12 * len(runs)) * len(tasks))
     for k, (run, some, colour) in enumerate(zip(runs, pairs, _colours(len(runs)), strict=True)):
-        at = [tasks.index(name) + (k - (len(runs) - 1) / 2) * 0.7 / len(runs) for name, *_ in some]
-        before, now = [x for _, x, _ in some], [x for *_, x in some]
+        at = [tasks.index(name) + (k - (len(runs) - 1) / 2) * 0.7 / len(runs) for name in some]
+        before, now = zip(*some.values(), strict=True) if some else ((), ())
         axes.hlines(at, before, now, color=colour, linewidth=1.5)
         axes.plot(before, at, "o", color=colour, markerfacecolor="none", clip_on=False)
         axes.plot(now, at, "o", color=colour, label=run.name, clip_on=False)
@@ -76,29 +74,34 @@ def kept(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-def _learnt_and_now(run: Run, j: int) -> tuple[str, float, float] | None:
-    last, known = len(run.matrix.stages) - 1, run.matrix.scores
-    i = run.matrix.learned(last).get(j)
-    if run.results.facts.knows_task or i is None or not {(i, j), (last, j)} <= known.keys():
-        return None
-    return run.matrix.tasks[j], known[i, j], known[last, j]
+def _learnt_and_now(run: Run) -> dict[str, tuple[float, float]]:
+    if run.results.facts.knows_task:
+        return {}
+    return {run.matrix.tasks[j]: pair for j, pair in run.matrix.since_learnt(len(run.matrix.stages) - 1).items()}
 
 
 def losses(run: Run) -> Figure | None:
     """The training loss at every log line, the tasks one after the other; None where nothing was logged."""
     figure, axes = _new(WIDTH, 2.6)
-    begin, drawn = 0, False
-    for log in run.logs:
-        points = [(begin + line["step"], line["loss"]) for line in log if "loss" in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", color=COLOURS[0])
-            drawn = True
-        begin += max((line["step"] for line in log), default=0)
-        axes.axvline(begin, color="#cccccc", linewidth=0.6, zorder=0)
-    axes.set_xlabel("step (a line where a task ends)")
+    drawn = _plot_logged(axes, run, "loss", COLOURS[0])
     axes.set_ylabel("training loss")
     axes.set_ylim(bottom=0)
     return figure if drawn else None
+
+
+def _plot_logged(axes: Any, run: Run, key: str, colour: str) -> bool:
+    """What was logged under a key, by step, the tasks one after the other; whether anything was."""
+    begin, named = 0, False
+    for log in run.logs:
+        points = [(begin + line["step"], line[key]) for line in log if key in line]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, marker=".", color=colour, label=None if named else run.name)
+            named = True
+        begin += max((line["step"] for line in log), default=0)
+        axes.axvline(begin, color="#cccccc", linewidth=0.6, zorder=0)
+    axes.set_xlabel("step (a line where a task ends)")
+    return named
 
 
 def accuracy_over_time(runs: Sequence[Run]) -> Figure:
@@ -152,21 +155,10 @@ def module_coefficients(run: Run) -> Figure | None:
 def curvature(runs: Sequence[Run]) -> Figure | None:
     """The estimated curvature along each task vector while it is trained; None where no run estimated it."""
     figure, axes = _new(WIDTH, 2.9)
-    drawn = False
-    for run, colour in zip(runs, _colours(len(runs)), strict=True):
-        begin, named = 0, False
-        for log in run.logs:
-            points = [(begin + line["step"], line["curvature"]) for line in log if "curvature" in line]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, marker=".", color=colour, label=None if named else run.name)
-                named = drawn = True
-            begin += max((line["step"] for line in log), default=0)
-            axes.axvline(begin, color="#cccccc", linewidth=0.6, zorder=0)
+    drawn = [_plot_logged(axes, run, "curvature", c) for run, c in zip(runs, _colours(len(runs)), strict=True)]
     axes.axhline(0, color="#cccccc", linewidth=0.6, zorder=0)
-    axes.set_xlabel("step (a line where a task ends)")
     axes.set_ylabel("curvature along the task vector")
-    if not drawn:
+    if not any(drawn):
         return None
     axes.legend(frameon=False)
     return figure

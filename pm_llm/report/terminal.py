@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pm_llm.evaluation.matrix import UNTRAINED, Matrix
+from pm_llm.evaluation.matrix import UNTRAINED, Matrix, cell
 from pm_llm.report.tables import how_scored, numbers
 from pm_llm.run.record import Results
 from pm_llm.system.progress import say
@@ -31,17 +31,10 @@ def closing(results: Results, folder: Path) -> None:
 def by_stage(matrix: Matrix, coefficients: Sequence[float]) -> list[list[Cell]]:
     """The matrix: a row a stage, a column a task."""
     rows = [[(head, "bold") for head in ("after", *matrix.tasks, "average", "coef.")]]
-    for i in (UNTRAINED, *range(len(matrix.stages))):
-        known = [matrix.scores.get((i, j)) for j in range(len(matrix.tasks))]
-        if all(x is None for x in known):
-            continue
-        learned = matrix.learned(i) if i != UNTRAINED else {}
-        whole = bool(learned) and all(known[j] is not None for j in learned)
-        cells = [(_number(x), _style(matrix, i, j)) for j, x in enumerate(known)]
-        average = f"{matrix.average_accuracy(i):.1f}" if whole else ""
+    for i, name, scores, average in matrix.lines():
+        cells = [(cell(x), _style(matrix, i, j)) for j, x in enumerate(scores)]
         coefficient = "" if i == UNTRAINED else f"{coefficients[i]:.2f}"
-        name = "(untrained)" if i == UNTRAINED else matrix.stages[i]
-        rows.append([(_short(name), ""), *cells, (average, ""), (coefficient, "")])
+        rows.append([(_short(name), ""), *cells, (cell(average), ""), (coefficient, "")])
     return rows
 
 
@@ -50,21 +43,17 @@ def by_task(matrix: Matrix) -> list[list[Cell]]:
     last = len(matrix.stages) - 1
     rows = [[(head, "bold") for head in ("task", "learnt", "now")]]
     for j, i in sorted(matrix.learned(last).items(), key=lambda found: found[1]):
-        known = [_number(matrix.scores.get((stage, j))) for stage in (i, last)]
-        rows.append([(_short(matrix.tasks[j]), ""), (known[0], ""), (known[1], _style(matrix, last, j))])
+        learnt, now = (cell(matrix.scores.get((stage, j))) for stage in (i, last))
+        rows.append([(_short(matrix.tasks[j]), ""), (learnt, ""), (now, _style(matrix, last, j))])
     return rows
 
 
 def lost(matrix: Matrix) -> list[str]:
     """A line that names the tasks that lost since they were learnt; none where that was not measured."""
     last = len(matrix.stages) - 1
-    changes = {matrix.tasks[j]: _change(matrix, last, j) for j, i in matrix.learned(last).items() if i < last}
-    known = {name: change for name, change in changes.items() if change is not None}
-    if not known:
-        return []
-    sign = -1 if matrix.lower_is_better else 1
-    found = [f"{name} {change:+.1f}" for name, change in known.items() if sign * change <= -LOST]
-    return ["lost since they were learnt: " + (", ".join(found) or "nothing")]
+    changes = {j: change for j in range(len(matrix.tasks)) if (change := _change(matrix, last, j)) is not None}
+    found = [f"{matrix.tasks[j]} {change:+.1f}" for j, change in changes.items() if _is_loss(matrix, change)]
+    return ["lost since they were learnt: " + (", ".join(found) or "nothing")] if changes else []
 
 
 def aligned(rows: Sequence[Sequence[Cell]], whole: bool = False) -> list[list[Cell]]:
@@ -81,21 +70,17 @@ def aligned(rows: Sequence[Sequence[Cell]], whole: bool = False) -> list[list[Ce
 
 def _change(matrix: Matrix, stage: int, j: int) -> float | None:
     """What task `j` has gained at `stage` since it was learnt; None: not measured, or not learnt before."""
-    learned = matrix.learned(stage).get(j) if stage != UNTRAINED else None
-    if learned is None or learned >= stage or not {(learned, j), (stage, j)} <= matrix.scores.keys():
-        return None
-    return matrix.scores[stage, j] - matrix.scores[learned, j]
+    pair = matrix.since_learnt(stage).get(j)
+    return None if pair is None or matrix.learned(stage)[j] == stage else pair[1] - pair[0]
+
+
+def _is_loss(matrix: Matrix, change: float) -> bool:
+    return (-change if matrix.lower_is_better else change) <= -LOST
 
 
 def _style(matrix: Matrix, stage: int, j: int) -> str:
     change = _change(matrix, stage, j)
-    if change is None:
-        return ""
-    return "red" if (-change if matrix.lower_is_better else change) <= -LOST else "green"
-
-
-def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:.1f}"
+    return "" if change is None else "red" if _is_loss(matrix, change) else "green"
 
 
 def _short(name: str) -> str:

@@ -112,7 +112,7 @@ class Lock:
         try:
             with self.path.open("r+", encoding="utf-8") as file:
                 try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    try_lock(file)
                 except (BlockingIOError, PermissionError):
                     return file.read().strip() or "another process"
         except OSError:

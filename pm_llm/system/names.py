@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pm_llm.errors import PmLlmError, did_you_mean
+from pm_llm.errors import PmLlmError, unknown_name
 
 # a key of TRL, transformers or axolotl -> the key here, or what to do in its place
 ELSEWHERE = {
@@ -59,6 +59,4 @@ def unknown_key(given: str, known: Sequence[str], everywhere: Sequence[str]) -> 
     meant = ELSEWHERE.get(name) or " or ".join(there)
     if meant:
         return PmLlmError(f"unknown key {given!r}. It is {meant} here (all keys: pm-llm run --help).")
-    return PmLlmError(
-        f"unknown key {given!r}.{did_you_mean(given, tuple(known))} Allowed: {', '.join(sorted(known))}."
-    )
+    return unknown_name("key", given, known)

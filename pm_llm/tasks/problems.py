@@ -63,10 +63,10 @@ class Problems:
         """Raises PmLlmError with all that was found."""
         if not self.found:
             return
-        advice = " Mend the rows, or leave them out with --bad_rows drop." if self.rows else ""
-        if any(what.startswith("column ") for _, what in self.found):
-            columns = all(what.startswith("column ") for place, what in self.found if place)
-            advice = f" Say what the columns are called (`prompt: question`).{'' if columns else advice}"
+        columns = sum(what.startswith("column ") for _, what in self.found)
+        advice = " Say what the columns are called (`prompt: question`)." if columns else ""
+        if self.rows > columns:
+            advice += " Mend the rows, or leave them out with --bad_rows drop."
         if len(self.found) == 1:
             raise PmLlmError(_line(self.found[0]) + advice)
         told = _together(sorted(self.found, key=_by_file_and_line))
