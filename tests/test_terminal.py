@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pm_llm.evaluation.matrix import Matrix
 from pm_llm.report import terminal
-from pm_llm.run.record import Results
+from pm_llm.run.record import Facts, Results
 
 
 def results(n: int = 3, scorer: str = "exact_match") -> Results:
@@ -74,6 +74,12 @@ def test_colours_on_a_terminal(monkeypatch) -> None:
     assert "\x1b[31m    60.0\x1b[0m" in last
     assert "\x1b[32m    89.5\x1b[0m" in last
     assert "90.0" in last.rpartition("\x1b[0m")[2]
+
+
+def test_an_adapter_for_each_task_loses_nothing(capsys) -> None:
+    found = results()
+    found.facts = Facts(knows_task=True)
+    assert "lost since" not in said(found, capsys)
 
 
 def test_without_rich(monkeypatch, capsys) -> None:
